@@ -1,0 +1,206 @@
+"""What an Airflow connection of type ``dify`` says: where Dify is and how to talk to it. No transport."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from urllib.parse import SplitResult, urlsplit
+
+from airflow_provider_dify.exceptions import DifyConfigurationError
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Connection
+
+DEFAULT_BASE_URL = "https://api.dify.ai/v1"
+# Dify Cloud and a default self-hosted Dify both serve the API here.
+DEFAULT_PATH = "/v1"
+
+_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?", re.IGNORECASE)
+# What an HTTP header takes without encoding; anything else in a key is a slip of copy and paste.
+_API_KEY = re.compile(r"[\x21-\x7e]+")
+
+
+@dataclass(frozen=True)
+class DifyConnection:
+    """
+    The settings that an Airflow connection of type ``dify`` holds, checked.
+
+    :param conn_id: the Airflow connection.
+    :param base_url: base URL of the API, without a slash at the end.
+    :param api_key: the app's API key.
+    :param timeout: seconds to wait for an answer; ``None`` where the connection doesn't say.
+    :param verify: whether to verify TLS certificates, or the path of a CA bundle.
+    :param proxies: proxy URLs by URL scheme, as ``requests`` takes them.
+    """
+
+    conn_id: str
+    base_url: str
+    api_key: str = field(repr=False)
+    timeout: float | None = None
+    verify: bool | str = True
+    # A proxy URL may hold a password.
+    proxies: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def from_airflow(cls, connection: Connection) -> DifyConnection:
+        """
+        Read an Airflow connection.
+
+        :param connection: ``password`` is the API key; ``host``, ``schema`` and ``port`` make the base URL; ``extra``
+            may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle) and ``proxies``. Other
+            extras are ignored.
+        :return: the settings.
+        :raises DifyConfigurationError: if the key is missing or no URL can be made; names the connection.
+        """
+        conn_id = connection.conn_id
+        try:
+            extra = connection.extra_dejson if isinstance(connection.extra_dejson, dict) else {}
+            return cls(
+                conn_id=conn_id,
+                base_url=make_base_url(connection.host, connection.schema, connection.port),
+                api_key=_api_key(connection.password),
+                timeout=_timeout(extra.get("timeout")),
+                verify=_verify(extra.get("verify")),
+                proxies=_proxies(extra.get("proxies")),
+            )
+        except DifyConfigurationError as error:
+            raise DifyConfigurationError(f"Connection {conn_id!r} cannot be used: {error}") from None
+
+
+def make_base_url(host: str | None, schema: str | None = None, port: int | None = None) -> str:
+    """
+    Make the API's base URL out of what a connection says.
+
+    :param host: a host name, a ``host:port``, a URL, or nothing for Dify Cloud; without a path, ``/v1`` is meant.
+    :param schema: ``http`` or ``https``, where the host doesn't say; ``https`` if nobody does.
+    :param port: the port, where the host doesn't say.
+    :return: the base URL, without a slash at the end.
+    :raises DifyConfigurationError: if that makes no URL, or if two of the three contradict each other.
+    """
+    host = (host or "").strip()
+    schema = (schema or "").strip().lower()
+    if schema and schema not in ("http", "https"):
+        raise DifyConfigurationError(
+            f"the schema must be http or https, but it is {schema!r}. A path such as /v1 belongs into the host."
+        )
+    if not host:
+        if schema == "http" or port not in (None, 443):
+            raise DifyConfigurationError("it has no host, and Dify Cloud answers at https and port 443 only.")
+        return DEFAULT_BASE_URL
+
+    url = _split(host)
+    if url.scheme and schema and url.scheme != schema:
+        raise DifyConfigurationError(f"the host says {url.scheme} and the schema says {schema}.")
+    try:
+        url_port = url.port
+    except ValueError:
+        raise DifyConfigurationError(f"the host {host!r} has no valid port.") from None
+    if url_port and port and url_port != port:
+        raise DifyConfigurationError(f"the host says port {url_port} and the port says {port}.")
+    final_port = url_port or port
+    if final_port is not None and not 0 < final_port < 65536:
+        raise DifyConfigurationError(f"{final_port} is no port.")
+
+    path = "/".join(part for part in url.path.split("/") if part)
+    return (
+        f"{url.scheme or schema or 'https'}://{_host_in_url(url, host)}"
+        f"{f':{final_port}' if final_port else ''}{f'/{path}' if path else DEFAULT_PATH}"
+    )
+
+
+def _split(host: str) -> SplitResult:
+    scheme, separator, rest = host.partition("://")
+    if separator and scheme.lower() not in ("http", "https"):
+        raise DifyConfigurationError(f"the host must be an http or https URL, but its scheme is {scheme!r}.")
+    if not separator:
+        rest = host
+        # The one host with colons and no port.
+        with contextlib.suppress(ValueError):
+            rest = f"[{ipaddress.IPv6Address(host)}]"
+    if "@" in rest.partition("/")[0]:
+        # Not shown: what stands before the @ is likely a secret.
+        raise DifyConfigurationError("the host holds a user name or password. The API key belongs into the password.")
+    try:
+        url = urlsplit(f"{scheme.lower() if separator else ''}://{rest}")
+    except ValueError as error:
+        raise DifyConfigurationError(f"the host {host!r} makes no URL ({error}).") from None
+    if url.query or url.fragment:
+        raise DifyConfigurationError(f"the host {host!r} has a query or a fragment, which a base URL cannot have.")
+    return url
+
+
+def _host_in_url(url: SplitResult, host: str) -> str:
+    name = url.hostname or ""
+    if ":" in name:
+        try:
+            return f"[{ipaddress.IPv6Address(name)}]"
+        except ValueError:
+            name = ""
+    # Names beyond ASCII are left to the HTTP clients, which encode them.
+    if not _HOST_NAME.fullmatch(name) and (name.isascii() or not all(c.isalnum() or c in "-._" for c in name)):
+        raise DifyConfigurationError(f"the host {host!r} makes no URL.")
+    if re.search(r"[\s\\]", url.path):
+        raise DifyConfigurationError(f"the host {host!r} has a path that makes no URL.")
+    return name
+
+
+def _api_key(password: str | None) -> str:
+    api_key = (password or "").strip()
+    if not api_key:
+        raise DifyConfigurationError(
+            "it has no password. Put the API key of the Dify app there (in Dify: the app's page, API Access, API Key)."
+        )
+    if not _API_KEY.fullmatch(api_key):
+        raise DifyConfigurationError(
+            "its password holds white space or characters that no API key has. Copy the app's API key again."
+        )
+    return api_key
+
+
+def _timeout(value: Any) -> float | None:
+    if value is None or value == "":
+        return None
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if isinstance(value, bool) or not 0 < seconds < math.inf:
+        raise DifyConfigurationError(f"the extra 'timeout' must be a number of seconds above 0, but it is {value!r}.")
+    return seconds
+
+
+def _verify(value: Any) -> bool | str:
+    # A form field can only hold text.
+    if isinstance(value, str):
+        value = {"": None, "true": True, "false": False}.get(value.strip().lower(), value.strip())
+    if value is None:
+        return True
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and os.path.exists(value):
+        return value
+    raise DifyConfigurationError(
+        f"the extra 'verify' must be true, false or the path of a CA bundle that exists here, but it is {value!r}."
+    )
+
+
+def _proxies(value: Any) -> dict[str, str]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError:
+            value = ""
+    if value is None:
+        return {}
+    if isinstance(value, dict) and all(isinstance(url, str) for url in value.values()):
+        return {str(scheme): url for scheme, url in value.items()}
+    # Not shown: a proxy URL may hold a password.
+    raise DifyConfigurationError(
+        'the extra \'proxies\' must be an object such as {"https": "http://proxy.example.com:3128"}.'
+    )

@@ -1,0 +1,69 @@
+"""What Airflow knows about this provider before it imports any of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airflow_provider_dify import __version__
+
+_INTEGRATION = "Dify"
+
+# The connection form. Airflow 3 reads it from here; the hook turns the same into Airflow 2's form.
+CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
+    "timeout": {
+        "label": "Timeout (seconds)",
+        "description": "How long to wait for an answer of the API. 30 seconds if empty.",
+        "schema": {"type": ["integer", "null"], "minimum": 1},
+    },
+    "verify": {
+        "label": "Verify TLS",
+        "description": "true, false, or the path of a CA bundle on the machines that run tasks. true if empty.",
+        "schema": {"type": ["string", "null"]},
+    },
+    "proxies": {
+        "label": "Proxies",
+        "description": 'Proxy URLs by URL scheme, as JSON: {"https": "http://proxy.example.com:3128"}.',
+        "schema": {"type": ["string", "null"]},
+    },
+}
+UI_FIELD_BEHAVIOUR: dict[str, Any] = {
+    "hidden-fields": ["schema", "port", "login", "extra"],
+    "relabeling": {"host": "Base URL", "password": "API Key"},
+    "placeholders": {"host": "https://api.dify.ai/v1", "password": "API key of the Dify app"},
+}
+
+
+def get_provider_info() -> dict[str, Any]:
+    """
+    Describe the provider.
+
+    :return: a dict in the form of Airflow's ``provider_info.schema.json``.
+    """
+    return {
+        "package-name": "airflow-provider-dify",
+        "name": "Dify",
+        "description": "Wait on `Dify <https://dify.ai/>`__ workflow runs and use their outputs.",
+        "versions": [__version__],
+        "integrations": [
+            {
+                "integration-name": _INTEGRATION,
+                "external-doc-url": "https://docs.dify.ai/",
+                "tags": ["service", "ai"],
+            }
+        ],
+        "hooks": [
+            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.hooks.dify"]},
+        ],
+        "sensors": [
+            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.sensors.dify"]},
+        ],
+        "connection-types": [
+            {
+                "connection-type": "dify",
+                "hook-class-name": "airflow_provider_dify.hooks.dify.DifyHook",
+                "hook-name": "Dify",
+                "conn-fields": CONNECTION_FIELDS,
+                "ui-field-behaviour": UI_FIELD_BEHAVIOUR,
+            }
+        ],
+    }

@@ -1,0 +1,285 @@
+"""Transport to Dify's Service API: requests go out, whole HTTP answers come back. No policy, no parsing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from http.cookiejar import DefaultCookiePolicy
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+import requests
+from airflow.providers.common.compat.sdk import BaseHook
+from requests.auth import AuthBase
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
+
+from airflow_provider_dify import __version__
+from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
+from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
+from airflow_provider_dify.workflow_run import (
+    AppInfo,
+    HttpAnswer,
+    WorkflowRun,
+    canonical_workflow_run_id,
+    read_app_info,
+    read_workflow_run,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from requests.models import PreparedRequest, Response
+
+USER_AGENT = f"airflow-provider-dify/{__version__}"
+DEFAULT_TIMEOUT = 30.0
+# A connection is there within seconds or not at all; only the answer may take its time.
+MAX_CONNECT_TIMEOUT = 10.0
+MAX_RETRY_DELAY = 60.0
+
+T = TypeVar("T")
+
+
+class DifyHook(BaseHook):
+    """
+    Talk to Dify's Service API with one app's API key.
+
+    A hook is also a context manager: ``with DifyHook() as hook: ...`` closes its session.
+
+    :param dify_conn_id: the Airflow connection: ``password`` is the API key, ``host`` the base URL.
+    :param timeout: seconds to wait for an answer; the connection's extra ``timeout``, or 30, by default.
+    :param retry_limit: how often a request that failed for a passing reason is sent again; 0 for never.
+    :param retry_delay: seconds before the first retry; doubled for each further one, with jitter. A server's
+        ``Retry-After`` counts where it is longer. No delay is above 60 seconds.
+    """
+
+    conn_name_attr = "dify_conn_id"
+    default_conn_name = "dify_default"
+    conn_type = "dify"
+    hook_name = "Dify"
+
+    def __init__(
+        self,
+        dify_conn_id: str = default_conn_name,
+        *,
+        timeout: float | None = None,
+        retry_limit: int = 3,
+        retry_delay: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.dify_conn_id = dify_conn_id
+        self.timeout = timeout
+        self.retry_limit = retry_limit
+        self.retry_delay = retry_delay
+        self._session: requests.Session | None = None
+
+    @classmethod
+    def get_ui_field_behaviour(cls) -> dict[str, Any]:
+        """Give the connection form's labels and hidden fields, for Airflow 2; Airflow 3 has them from the package."""
+        return {key.replace("-", "_"): value for key, value in UI_FIELD_BEHAVIOUR.items()}
+
+    @classmethod
+    def get_connection_form_widgets(cls) -> dict[str, Any]:
+        """Give the connection form's extra fields, for Airflow 2; Airflow 3 has them from the package."""
+        from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
+        from flask_babel import lazy_gettext
+        from wtforms import IntegerField, StringField
+        from wtforms.validators import Optional
+
+        return {
+            name: (IntegerField if "integer" in form_field["schema"]["type"] else StringField)(
+                lazy_gettext(form_field["label"]),
+                widget=BS3TextFieldWidget(),
+                description=form_field["description"],
+                validators=[Optional()],
+            )
+            for name, form_field in CONNECTION_FIELDS.items()
+        }
+
+    @cached_property
+    def connection(self) -> DifyConnection:
+        """
+        The connection's settings, read once.
+
+        :raises DifyConfigurationError: if the connection cannot be used.
+        """
+        return DifyConnection.from_airflow(self.get_connection(self.dify_conn_id))
+
+    def get_conn(self) -> requests.Session:
+        """
+        Give the session that this hook's requests go through.
+
+        It sends the API key to the connection's own scheme, host and port only, has the connection's timeout, TLS and
+        proxy settings, and keeps no cookies.
+
+        :return: the session; the same one until :meth:`close`.
+        :raises DifyConfigurationError: if the connection cannot be used.
+        """
+        if self._session is None:
+            self._session = _DifySession(
+                self.connection, timeout=self.timeout or self.connection.timeout or DEFAULT_TIMEOUT
+            )
+        return self._session
+
+    def close(self) -> None:
+        """Close the session and its connections; the next request opens a new one."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> DifyHook:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
+        """
+        Look a workflow run up: ``GET /workflows/run/{workflow_run_id}``.
+
+        :param workflow_run_id: the run's UUID, in any spelling that ``uuid.UUID`` takes.
+        :return: the run, whatever its status.
+        :raises DifyConfigurationError: if the id is no UUID or the connection cannot be used; nothing was sent then.
+        :raises DifyWorkflowRunNotFound: if the API key's app has no such run.
+        :raises DifyAuthenticationError: if the API key is refused.
+        :raises DifyRequestError: if the request is rejected otherwise.
+        :raises DifyConnectionError: if Dify can't be reached, fails, or something else answers, retries included.
+        """
+        run_id = canonical_workflow_run_id(workflow_run_id)
+        return self._get(
+            f"/workflows/run/{run_id}", lambda answer: read_workflow_run(answer, run_id), f"workflow run {run_id}"
+        )
+
+    def get_app_info(self) -> AppInfo:
+        """
+        Look up the app that the API key belongs to: ``GET /info``.
+
+        :return: the app's name and mode.
+        :raises DifyError: as :meth:`get_workflow_run` does.
+        """
+        return self._get("/info", read_app_info, "the app of this API key")
+
+    def test_connection(self) -> tuple[bool, str]:
+        """
+        Say whether the connection works, for Airflow's Test button.
+
+        :return: whether it does, and a sentence that names the app or the trouble.
+        """
+        hook = type(self)(self.dify_conn_id, timeout=self.timeout, retry_limit=0)
+        try:
+            with hook:
+                app = hook.get_app_info()
+        except DifyError as error:
+            return False, str(error)
+        if not app.has_workflow_runs:
+            return False, (
+                f"The API key works, but it belongs to the app {app.name!r} of mode {app.mode}, which has no workflow "
+                "runs. Use the API key of a workflow or chatflow app."
+            )
+        mode = f" ({app.mode})" if app.mode else ""
+        return True, f"Connected to {hook.connection.base_url} as the app {app.name!r}{mode}."
+
+    def _get(self, path: str, read: Callable[[HttpAnswer], T], subject: str) -> T:
+        """Send a GET, with retries, and give what ``read`` makes of the answer."""
+        retrying = Retrying(
+            retry=retry_if_exception_type(DifyConnectionError),
+            stop=stop_after_attempt(self.retry_limit + 1),
+            wait=self._retry_wait,
+            before_sleep=self._tell_retry,
+            reraise=True,
+        )
+        return retrying(lambda: read(self._send("GET", path, subject)))
+
+    def _send(self, method: str, path: str, subject: str) -> HttpAnswer:
+        url = f"{self.connection.base_url}{path}"
+        try:
+            response = self.get_conn().request(method, url)
+        except requests.RequestException as error:
+            raise DifyConnectionError(
+                f"Dify could not be reached for {subject} at {url}: {type(error).__name__}: {error}"
+            ) from error
+        return HttpAnswer(
+            status_code=response.status_code,
+            headers=response.headers,
+            body=response.content,
+            url=url,
+            conn_id=self.connection.conn_id,
+            api_key=self.connection.api_key,
+        )
+
+    def _retry_wait(self, state: RetryCallState) -> float:
+        wait = wait_exponential_jitter(initial=self.retry_delay, jitter=self.retry_delay, max=MAX_RETRY_DELAY)(state)
+        error = state.outcome.exception() if state.outcome else None
+        retry_after = error.retry_after if isinstance(error, DifyConnectionError) else None
+        return min(max(wait, retry_after or 0.0), MAX_RETRY_DELAY)
+
+    def _tell_retry(self, state: RetryCallState) -> None:
+        self.log.warning(
+            "Attempt %d of %d failed, the next one is in %.1f seconds: %s",
+            state.attempt_number,
+            self.retry_limit + 1,
+            state.upcoming_sleep,
+            state.outcome.exception() if state.outcome else None,
+        )
+
+
+class _BearerAuth(AuthBase):
+    """
+    Send the API key to the connection's own origin and nowhere else.
+
+    An auth object rather than a session header, because ``requests`` puts a ``.netrc`` entry in place of that.
+    """
+
+    def __init__(self, base_url: str, api_key: str) -> None:
+        self._origin = _origin(urlsplit(base_url))
+        self._api_key = api_key
+
+    def __call__(self, request: PreparedRequest) -> PreparedRequest:
+        if _origin(urlsplit(request.url or "")) == self._origin:
+            request.headers["Authorization"] = f"Bearer {self._api_key}"
+        return request
+
+
+class _DifySession(requests.Session):
+    """A session with one connection's settings, which leaves its origin for no redirect."""
+
+    def __init__(self, connection: DifyConnection, *, timeout: float) -> None:
+        super().__init__()
+        self.auth = _BearerAuth(connection.base_url, connection.api_key)
+        self.headers.update({"User-Agent": USER_AGENT, "Accept": "application/json"})
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._settings = {
+            "timeout": (min(timeout, MAX_CONNECT_TIMEOUT), timeout),
+            "verify": connection.verify,
+            "proxies": connection.proxies,
+        }
+
+    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> Response:
+        # Per request, because requests lets the environment override what the session says.
+        return super().request(method, url, *args, **{**self._settings, **kwargs})
+
+    def get_redirect_target(self, resp: Response) -> str | None:
+        """Follow a redirect within the origin; give any other to the caller as the answer."""
+        target = super().get_redirect_target(resp)
+        if target is None:
+            return None
+        asked = resp.request.url or ""
+        return target if _origin(urlsplit(urljoin(asked, target))) == _origin(urlsplit(asked)) else None
+
+    def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
+        """Keep the key on a redirect, which never leaves the origin; ``requests`` would look into ``.netrc``."""
+
+
+def _origin(url: SplitResult) -> tuple[str, str | None, int | None]:
+    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)

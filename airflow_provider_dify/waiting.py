@@ -1,0 +1,142 @@
+"""What a series of polls means for a wait: which trouble is waited out, which ends it, and what is worth a line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_dify.exceptions import (
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyWorkflowRunNotFound,
+)
+from airflow_provider_dify.workflow_run import Outcome, Verdict, WorkflowRun, WorkflowRunStatus, judge
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+
+@dataclass(frozen=True)
+class WaitPolicy:
+    """
+    What a wait puts up with.
+
+    :param fail_on_partial_success: whether ``partial-succeeded`` fails the wait.
+    :param not_found_grace: seconds from the first poll during which an unknown run is waited for.
+    :param run_timeout: seconds since the run's own ``created_at`` after which a run that is not over fails the wait.
+    :param max_consecutive_failures: polls in a row that may fail for a passing reason.
+    """
+
+    fail_on_partial_success: bool = False
+    not_found_grace: float = 0.0
+    run_timeout: float | None = None
+    max_consecutive_failures: int = 5
+
+
+class RunWait:
+    """
+    One wait on one workflow run: is told what each poll brought, and says whether to go on.
+
+    :param workflow_run_id: the run.
+    :param policy: what the wait puts up with.
+    :param log: where changes of status and failed polls are told.
+    :param first_poll: when the wait first polled, aware; now by default.
+    """
+
+    def __init__(
+        self,
+        workflow_run_id: str,
+        policy: WaitPolicy,
+        *,
+        log: Logger,
+        first_poll: datetime | None = None,
+    ) -> None:
+        self.workflow_run_id = workflow_run_id
+        self.policy = policy
+        self.first_poll = first_poll or datetime.now(timezone.utc)
+        self.status: WorkflowRunStatus | str | None = None
+        self.consecutive_failures = 0
+        self._log = log
+
+    def look_at(self, run: WorkflowRun) -> Verdict:
+        """
+        Take in the run that a poll brought, and tell a change of its status.
+
+        :param run: the run.
+        :return: what it means for the wait.
+        """
+        self.consecutive_failures = 0
+        verdict = judge(
+            run,
+            now=datetime.now(timezone.utc),
+            fail_on_partial_success=self.policy.fail_on_partial_success,
+            run_timeout=self.policy.run_timeout,
+        )
+        if run.status != self.status:
+            self.status = run.status
+            if verdict.is_warning:
+                self._log.warning("%s", verdict.reason)
+            elif verdict.outcome in (Outcome.WAIT, Outcome.DONE):
+                # A failure is told by the exception that it becomes.
+                self._log.info("%s", verdict.reason)
+        return verdict
+
+    def put_up_with(self, error: DifyConnectionError | DifyWorkflowRunNotFound) -> None:
+        """
+        Take in a poll that failed: return if the wait goes on, raise what ends it.
+
+        :param error: why the poll failed.
+        :raises DifyWorkflowRunNotFound: once ``not_found_grace`` is over.
+        :raises DifyConnectionError: once more than ``max_consecutive_failures`` polls in a row have failed.
+        """
+        if isinstance(error, DifyWorkflowRunNotFound):
+            self.consecutive_failures = 0
+            self._put_up_with_unknown_run(error)
+            return
+        self.consecutive_failures += 1
+        allowed = self.policy.max_consecutive_failures
+        if self.consecutive_failures > allowed:
+            raise error
+        self._log.warning(
+            "A poll of Dify workflow run %s failed, %d in a row of at most %d: %s",
+            self.workflow_run_id,
+            self.consecutive_failures,
+            allowed,
+            error,
+        )
+
+    def _put_up_with_unknown_run(self, error: DifyWorkflowRunNotFound) -> None:
+        grace = self.policy.not_found_grace
+        waited = (datetime.now(timezone.utc) - self.first_poll).total_seconds()
+        if waited >= grace:
+            if not grace:
+                raise error
+            raise DifyWorkflowRunNotFound(
+                f"{error} It was still unknown {waited:.0f} seconds after the first poll "
+                f"(not_found_grace is {grace:g} seconds).",
+                workflow_run_id=error.workflow_run_id,
+            ) from error
+        if self.status != "unknown":
+            self.status = "unknown"
+            self._log.info(
+                "Dify does not know workflow run %s yet; waiting for it until %g seconds after the first poll.",
+                self.workflow_run_id,
+                grace,
+            )
+
+
+def seconds(name: str, value: Any) -> float:
+    """
+    Check an argument that is a length of time.
+
+    :param name: the argument, for the message.
+    :param value: seconds, or a ``timedelta``.
+    :return: seconds.
+    :raises DifyConfigurationError: if it is neither, or negative.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise DifyConfigurationError(f"{name} must be a number of seconds or a timedelta, not below 0: {value!r}")
+    return float(value)

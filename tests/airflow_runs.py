@@ -1,0 +1,146 @@
+"""Run a Dag in this process with ``dag.test()`` on whichever Airflow is installed, and tell what became of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import logging
+import sys
+import textwrap
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.conftest import AIRFLOW_HOME
+
+_numbers = itertools.count(1)
+
+DAG_FILE = """
+import datetime
+
+import pendulum
+
+try:
+    from airflow.sdk import DAG, task
+except ImportError:  # Airflow 2
+    from airflow import DAG
+    from airflow.decorators import task
+
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+from tests.airflow_runs import received, raised
+
+with DAG({dag_id!r}, schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={params!r}) as dag:
+{body}
+"""
+
+# What tasks and callbacks of the Dag under test left here; they run in this process.
+_received: dict[str, Any] = {}
+_raised: dict[str, list[BaseException]] = {}
+
+
+def received(name: str, value: Any) -> None:
+    """Keep a value that a downstream task was given."""
+    _received[name] = value
+
+
+def raised(context: Any) -> None:
+    """Keep the exception that a try ended with, as a callback of the task."""
+    _raised.setdefault(context["ti"].task_id, []).append(context["exception"])
+
+
+@dataclass
+class DagRunResult:
+    """What became of a Dag run."""
+
+    state: str
+    states: dict[str, str]
+    tries: dict[str, int]
+    xcoms: dict[str, dict[str, Any]]
+    received: dict[str, Any] = field(default_factory=dict)
+    raised: dict[str, list[BaseException]] = field(default_factory=dict)
+
+
+def run_dag(body: str, *, conf: dict[str, Any] | None = None, params: dict[str, Any] | None = None) -> DagRunResult:
+    """
+    Write a Dag file, parse it and run it.
+
+    :param body: the statements below ``with DAG(...)``.
+    :param conf: the Dag run's conf.
+    :param params: the Dag's params.
+    :return: states, XComs (by task id, mapped ones as ``task_id[map_index]``) and what the tasks left.
+    """
+    dag_id = f"dag_{next(_numbers)}"
+    path = AIRFLOW_HOME / "dags" / f"{dag_id}.py"
+    path.write_text(
+        DAG_FILE.format(dag_id=dag_id, params=params or {}, body=textwrap.indent(textwrap.dedent(body), " " * 4))
+    )
+    _received.clear()
+    _raised.clear()
+    try:
+        spec = importlib.util.spec_from_file_location(dag_id, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[dag_id] = module
+        spec.loader.exec_module(module)
+        logging.getLogger("airflow.task").propagate = True  # for caplog
+        dag_run = module.dag.test(run_conf=conf or {})
+        return _result(dag_run)
+    finally:
+        path.unlink()
+        sys.modules.pop(dag_id, None)
+
+
+def run_sensor(**arguments: Any) -> DagRunResult:
+    """Run a Dag of one sensor ``wait`` with these arguments, and a task that uses its outputs."""
+    arguments = {"poke_interval": 0.05, **arguments}
+    return run_dag(
+        f"""
+        wait = DifyWorkflowRunSensor(
+            task_id="wait", on_failure_callback=raised, on_retry_callback=raised, **{arguments!r}
+        )
+
+        @task
+        def use(outputs):
+            received("outputs", outputs)
+
+        use(wait.output)
+        """
+    )
+
+
+def _result(dag_run: Any) -> DagRunResult:
+    from airflow.utils.session import create_session
+
+    try:
+        from airflow.models.xcom import XComModel
+    except ImportError:  # Airflow 2
+        from airflow.models.xcom import XCom as XComModel
+
+    with create_session() as session:
+        tis = dag_run.get_task_instances(session=session)
+        for ti in tis:
+            ti.refresh_from_db(session=session)
+        rows = session.query(XComModel).filter(XComModel.dag_id == dag_run.dag_id).all()
+        xcoms: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            xcoms.setdefault(_name(row), {})[row.key] = _xcom_value(row)
+        return DagRunResult(
+            state=str(dag_run.state.value if hasattr(dag_run.state, "value") else dag_run.state),
+            states={_name(ti): str(ti.state and getattr(ti.state, "value", ti.state)) for ti in tis},
+            tries={_name(ti): ti.try_number for ti in tis},
+            xcoms=xcoms,
+            received=dict(_received),
+            raised=dict(_raised),
+        )
+
+
+def _name(row: Any) -> str:
+    return row.task_id if row.map_index < 0 else f"{row.task_id}[{row.map_index}]"
+
+
+def _xcom_value(row: Any) -> Any:
+    value = row.value
+    if isinstance(value, bytes):
+        value = value.decode()
+    return json.loads(value) if isinstance(value, str) else value

@@ -1,0 +1,72 @@
+"""
+The tests' Airflow: a temporary home with a database of its own, made once for a whole test session.
+
+Airflow reads its settings when it is first imported, so they stand here, before anything imports it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+AIRFLOW_HOME = Path(tempfile.mkdtemp(prefix="airflow-home-"))
+atexit.register(shutil.rmtree, AIRFLOW_HOME, ignore_errors=True)
+
+AIRFLOW_SETTINGS = {
+    "AIRFLOW_HOME": str(AIRFLOW_HOME),
+    "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+    "AIRFLOW__CORE__DAGS_FOLDER": str(AIRFLOW_HOME / "dags"),
+    "AIRFLOW__CORE__UNIT_TEST_MODE": "False",
+    "AIRFLOW__CORE__FERNET_KEY": "",
+    "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{AIRFLOW_HOME}/airflow.db",
+    "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
+    "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
+    # No proxy of the machine stands between the tests and their servers.
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+for name in [name for name in os.environ if name.startswith(("AIRFLOW_", "DIFY_"))]:
+    del os.environ[name]
+os.environ.update(AIRFLOW_SETTINGS)
+(AIRFLOW_HOME / "dags").mkdir()
+
+from tests.local_dify import API_KEY, DIALECTS, LocalDify  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def airflow_db() -> Path:
+    """Airflow's database, migrated."""
+    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True)
+    return AIRFLOW_HOME / "airflow.db"
+
+
+@pytest.fixture(params=DIALECTS)
+def dialect(request: pytest.FixtureRequest) -> str:
+    """Each generation of servers in turn."""
+    return request.param
+
+
+@pytest.fixture
+def dify(request: pytest.FixtureRequest) -> Iterator[LocalDify]:
+    """A stand-in for Dify: in each dialect if the test asks for one, else as recorded."""
+    dialect = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "1.12"
+    with LocalDify(dialect) as server:
+        yield server
+
+
+@pytest.fixture
+def dify_connection(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The Airflow connection ``dify_default``, which leads to the stand-in."""
+    from airflow.models.connection import Connection
+
+    connection = Connection(conn_id="dify_default", conn_type="dify", host=dify.base_url, password=API_KEY)
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", connection.get_uri())
+    return "dify_default"

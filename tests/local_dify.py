@@ -1,0 +1,393 @@
+"""
+A stand-in for Dify's Service API on this machine. A test double: nothing of it is in the wheel, nothing of it is Dify.
+
+It replays the answers in ``recorded/``, which a real server gave, and lets runs move from status to status, one step
+a poll. It speaks in two dialects: ``1.12`` (as recorded) and ``current`` (``outputs`` an object, an unknown run a 404).
+It misbehaves on demand, over a real socket::
+
+    with LocalDify() as dify:
+        run_id = dify.add_run("running", "succeeded")
+        dify.misbehave(reset(), answer(503), times=2)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import ssl
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+RECORDED = Path(__file__).parent / "recorded" / "1.12.1"
+DIALECTS = ("1.12", "current")
+API_KEY = "app-key-of-the-local-dify"
+
+RECORDING_OF_STATUS = {
+    "running": "detail_running_t0",
+    "scheduled": "detail_running_t0",
+    "paused": "detail_paused",
+    "succeeded": "detail_succeeded_echo",
+    "partial-succeeded": "detail_partial_default",
+    "failed": "detail_failed",
+    "stopped": "detail_stopped",
+}
+
+NOT_FOUND = {"code": "not_found", "message": "Workflow run not found.", "status": 404}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One recorded answer: status, headers, body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @classmethod
+    def load(cls, name: str) -> Recording:
+        head, _, body = (RECORDED / f"{name}.http").read_bytes().partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        return cls(int(first.split(" ")[1]), headers, body)
+
+    def fields(self) -> dict[str, Any]:
+        return json.loads(self.body)
+
+    def response(self) -> web.Response:
+        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "content-length", "date")}
+        return web.Response(status=self.status, headers=kept, body=self.body)
+
+
+@dataclass
+class Run:
+    """A workflow run of the stand-in: the answers still to come, one a poll; the last one stays."""
+
+    id: str
+    answers: deque[dict[str, Any] | None]
+    polls: list[float] = field(default_factory=list)
+
+    def poll(self) -> dict[str, Any] | None:
+        self.polls.append(time.monotonic())
+        return self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request that reached the stand-in."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    at: float
+    connection: int
+
+
+Fault = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class LocalDify:
+    """
+    The stand-in, in a thread of its own, on a free port of the loopback interface.
+
+    :param dialect: ``1.12`` or ``current``.
+    :param port: port to listen on; a free one by default.
+    :param tls: server side TLS settings, for an https stand-in.
+    """
+
+    def __init__(self, dialect: str = "1.12", *, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        assert dialect in DIALECTS
+        self.dialect = dialect
+        self.port = port
+        self.tls = tls
+        self.api_keys = {API_KEY}
+        self.runs: dict[str, Run] = {}
+        self.app_info = "app_info"
+        self.seen: list[Seen] = []
+        self._faults: deque[Fault] = deque()
+        self._always: Fault | None = None
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="local-dify", daemon=True)
+        self._connections: dict[int, int] = {}
+
+    # --- life
+
+    def __enter__(self) -> LocalDify:
+        self._thread.start()
+        self._do(self._start())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._do(self._runner.cleanup())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()
+
+    def _do(self, work: Awaitable[Any]) -> Any:
+        async def await_it() -> Any:
+            return await work
+
+        return asyncio.run_coroutine_threadsafe(await_it(), self._loop).result(30)
+
+    async def _start(self) -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, keepalive_timeout=30)
+        await self._runner.setup()
+        await self._listen()
+
+    async def _listen(self) -> None:
+        self._site = web.TCPSite(
+            self._runner, "127.0.0.1", self.port, ssl_context=self.tls, reuse_address=True, backlog=2048
+        )
+        await self._site.start()
+        self.port = self._site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+
+    @property
+    def origin(self) -> str:
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.origin}/v1"
+
+    # --- what it knows
+
+    def add_run(self, *statuses: str | None, run_id: str | None = None, **fields: Any) -> str:
+        """
+        Add a workflow run.
+
+        :param statuses: a status a poll, ``None`` for "not written yet"; the last one stays. A status may also be the
+            name of a recording, such as ``detail_failed_parallel``.
+        :param run_id: its id; a new one by default.
+        :param fields: fields of the recorded answer to replace, ``outputs`` as an object.
+        :return: its id.
+        """
+        run_id = run_id or str(uuid.uuid4())
+        answers = deque(None if status is None else self._fields(status, run_id, fields) for status in statuses)
+        self.runs[run_id] = Run(run_id, answers)
+        return run_id
+
+    def _fields(self, status: str, run_id: str, replaced: dict[str, Any]) -> dict[str, Any]:
+        name = status if status.startswith("detail_") else RECORDING_OF_STATUS.get(status, "detail_running_t0")
+        recording = Recording.load(name)
+        recorded_id = recording.fields()["id"]
+        fields = json.loads(recording.body.replace(recorded_id.encode(), run_id.encode()))
+        if name != status:
+            fields["status"] = status
+        fields.update(replaced)
+        outputs = fields["outputs"]
+        if self.dialect == "1.12" and isinstance(outputs, dict) and "outputs" in replaced:
+            fields["outputs"] = json.dumps(outputs)
+        if self.dialect == "current" and (outputs is None or isinstance(outputs, str)):
+            fields["outputs"] = json.loads(outputs) if outputs else {}
+        return fields
+
+    # --- how it misbehaves
+
+    def misbehave(self, *faults: Fault, times: int = 1) -> None:
+        """Answer the next requests with these faults, in order, the whole series ``times`` times."""
+        self._faults.extend(faults * times)
+
+    def misbehave_always(self, fault: Fault | None) -> None:
+        """Answer every request with this fault, until called again with ``None``."""
+        self._always = fault
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Refuse connections for a while, and drop the open ones."""
+        self._do(self._stop_listening())
+        try:
+            yield
+        finally:
+            self._do(self._listen())
+
+    async def _stop_listening(self) -> None:
+        await self._site.stop()
+        for handler in self._runner.server.connections:  # type: ignore[union-attr]
+            if handler.transport is not None:
+                handler.transport.abort()
+
+    # --- answering
+
+    @property
+    def connections_opened(self) -> int:
+        """How many connections the requests came through."""
+        return len(self._connections)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        number = self._connections.setdefault(id(request.protocol), len(self._connections))
+        self.seen.append(Seen(request.method, request.raw_path, dict(request.headers), time.monotonic(), number))
+        fault = self._faults.popleft() if self._faults else self._always
+        if fault is not None:
+            return await fault(request)
+        return self._dify(request)
+
+    def _dify(self, request: web.Request) -> web.Response:
+        path = request.raw_path
+        if "//" in path:
+            target = path.replace("//", "/")
+            response = Recording.load("detail_double_slash").response()
+            response.headers["Location"] = f"{self.origin}{target}"
+            return response
+        if not path.startswith("/v1/"):
+            return Recording.load("detail_no_v1_prefix").response()
+        authorization = request.headers.get("Authorization", "")
+        if not authorization.startswith("Bearer "):
+            return Recording.load("auth_none").response()
+        if authorization.removeprefix("Bearer ") not in self.api_keys:
+            return Recording.load("auth_bad_key").response()
+        if path == "/v1/info":
+            return Recording.load(self.app_info).response()
+        if path == "/v1/workflows/run/":
+            return Recording.load("detail_empty_id").response()
+        if path.startswith("/v1/workflows/run/"):
+            return self._run_detail(path.removeprefix("/v1/workflows/run/"))
+        return Recording.load("detail_no_v1_prefix").response()
+
+    def _run_detail(self, run_id: str) -> web.Response:
+        try:
+            if str(uuid.UUID(run_id)) != run_id:
+                raise ValueError
+        except ValueError:
+            return Recording.load("detail_not_a_uuid").response()
+        run = self.runs.get(run_id)
+        fields = run.poll() if run else None
+        if fields is not None:
+            return web.json_response(fields)
+        if self.dialect == "current":
+            return web.json_response(NOT_FOUND, status=404)
+        return Recording.load("detail_unknown_uuid").response()
+
+
+# --- faults
+
+
+def answer(
+    status: int, body: bytes | str = b"", *, content_type: str = "application/json", headers: dict[str, str] | None = None
+) -> Fault:
+    """Answer with this status and body."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        raw = body.encode() if isinstance(body, str) else body
+        return web.Response(status=status, body=raw, headers={"Content-Type": content_type, **(headers or {})})
+
+    return fault
+
+
+def replay(name: str) -> Fault:
+    """Answer with a recording."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        return Recording.load(name).response()
+
+    return fault
+
+
+def too_many_requests(retry_after: str | None = None) -> Fault:
+    """Answer 429, with the ``Retry-After`` that proxies send."""
+    body = {"code": "too_many_requests", "message": "Too many requests. Please try again later.", "status": 429}
+    return answer(429, json.dumps(body), headers={"Retry-After": retry_after} if retry_after else {})
+
+
+def html(status: int = 200, text: str = "<html><title>Sign in</title></html>") -> Fault:
+    """Answer with a page, as a proxy or a login wall does."""
+    return answer(status, text, content_type="text/html; charset=utf-8")
+
+
+def redirect(location: str, status: int = 302) -> Fault:
+    """Redirect elsewhere."""
+    return answer(status, headers={"Location": location})
+
+
+def reset() -> Fault:
+    """Reset the connection before anything is answered."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
+
+    return fault
+
+
+def break_off(*, reset: bool, length: int = 1000) -> Fault:
+    """Announce a body, send the beginning of it, then reset or close the connection."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(length)})
+        await response.prepare(request)
+        await response.write(b'{"id": "')
+        assert request.transport is not None
+        if reset:
+            request.transport.abort()
+        else:
+            request.transport.close()
+        return response
+
+    return fault
+
+
+def stall(seconds: float) -> Fault:
+    """Take the request and say nothing for a while."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(seconds)
+        return web.Response(status=504)
+
+    return fault
+
+
+def slowly(dify: LocalDify, seconds: float, pieces: int = 10) -> Fault:
+    """Answer rightly, but in pieces over a while."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        right = dify._dify(request)
+        body = right.body
+        assert isinstance(body, bytes)
+        response = web.StreamResponse(status=right.status, headers={"Content-Type": "application/json"})
+        response.content_length = len(body)
+        await response.prepare(request)
+        step = max(1, len(body) // pieces)
+        for start in range(0, len(body), step):
+            await response.write(body[start : start + step])
+            await asyncio.sleep(seconds / pieces)
+        return response
+
+    return fault
+
+
+def retry_after_date(moment: Any) -> str:
+    """Write a moment as HTTP does."""
+    return format_datetime(moment, usegmt=True)
+
+
+def main() -> None:
+    """Serve one run that is running for a few polls and then succeeds, until ended; print where, as JSON."""
+    parser = argparse.ArgumentParser(description="A stand-in for Dify's Service API. A test double, not Dify.")
+    parser.add_argument("--dialect", choices=DIALECTS, default="1.12")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--statuses", nargs="+", default=["running", "running", "running", "succeeded"])
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    with LocalDify(arguments.dialect, port=arguments.port) as dify:
+        run_id = dify.add_run(*arguments.statuses)
+        told = {"base_url": dify.base_url, "api_key": API_KEY, "workflow_run_id": run_id}
+        print(json.dumps(told), flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
