@@ -101,9 +101,9 @@ def make_base_url(host: str | None, schema: str | None = None, port: int | None 
         url_port = url.port
     except ValueError:
         raise DifyConfigurationError(f"the host {host!r} has no valid port.") from None
-    if url_port and port and url_port != port:
+    if url_port is not None and port is not None and url_port != port:
         raise DifyConfigurationError(f"the host says port {url_port} and the port says {port}.")
-    final_port = url_port or port
+    final_port = port if url_port is None else url_port
     if final_port is not None and not 0 < final_port < 65536:
         raise DifyConfigurationError(f"{final_port} is no port.")
 
@@ -127,7 +127,7 @@ def _split(host: str) -> SplitResult:
         # Not shown: what stands before the @ is likely a secret.
         raise DifyConfigurationError("the host holds a user name or password. The API key belongs into the password.")
     try:
-        url = urlsplit(f"{scheme.lower() if separator else ''}://{rest}")
+        url = urlsplit(f"{scheme.lower()}://{rest}" if separator else f"//{rest}")
     except ValueError as error:
         raise DifyConfigurationError(f"the host {host!r} makes no URL ({error}).") from None
     if url.query or url.fragment:
@@ -137,7 +137,7 @@ def _split(host: str) -> SplitResult:
 
 def _host_in_url(url: SplitResult, host: str) -> str:
     name = url.hostname or ""
-    if ":" in name:
+    if "[" in url.netloc:
         try:
             return f"[{ipaddress.IPv6Address(name)}]"
         except ValueError:

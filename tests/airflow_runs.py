@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import logging
 import sys
 import textwrap
@@ -114,8 +113,15 @@ def _result(dag_run: Any) -> DagRunResult:
 
     try:
         from airflow.models.xcom import XComModel
-    except ImportError:  # Airflow 2
+
+        value_of = XComModel.deserialize_value
+    except ImportError:  # Airflow 2, whose rows come with their values read
+        # The table of users, which other tables point at, is in a provider that nothing has imported yet.
+        import airflow.providers.fab.auth_manager.models  # noqa: F401
         from airflow.models.xcom import XCom as XComModel
+
+        def value_of(row: Any) -> Any:
+            return row.value
 
     with create_session() as session:
         tis = dag_run.get_task_instances(session=session)
@@ -124,7 +130,7 @@ def _result(dag_run: Any) -> DagRunResult:
         rows = session.query(XComModel).filter(XComModel.dag_id == dag_run.dag_id).all()
         xcoms: dict[str, dict[str, Any]] = {}
         for row in rows:
-            xcoms.setdefault(_name(row), {})[row.key] = _xcom_value(row)
+            xcoms.setdefault(_name(row), {})[row.key] = value_of(row)
         return DagRunResult(
             state=str(dag_run.state.value if hasattr(dag_run.state, "value") else dag_run.state),
             states={_name(ti): str(ti.state and getattr(ti.state, "value", ti.state)) for ti in tis},
@@ -137,10 +143,3 @@ def _result(dag_run: Any) -> DagRunResult:
 
 def _name(row: Any) -> str:
     return row.task_id if row.map_index < 0 else f"{row.task_id}[{row.map_index}]"
-
-
-def _xcom_value(row: Any) -> Any:
-    value = row.value
-    if isinstance(value, bytes):
-        value = value.decode()
-    return json.loads(value) if isinstance(value, str) else value

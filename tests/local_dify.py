@@ -129,10 +129,17 @@ class LocalDify:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._do(self._runner.cleanup())
+        self._do(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
         self._loop.close()
+
+    async def _stop(self) -> None:
+        await self._runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     def _do(self, work: Awaitable[Any]) -> Any:
         async def await_it() -> Any:
@@ -275,7 +282,11 @@ class LocalDify:
 
 
 def answer(
-    status: int, body: bytes | str = b"", *, content_type: str = "application/json", headers: dict[str, str] | None = None
+    status: int,
+    body: bytes | str = b"",
+    *,
+    content_type: str = "application/json",
+    headers: dict[str, str] | None = None,
 ) -> Fault:
     """Answer with this status and body."""
 

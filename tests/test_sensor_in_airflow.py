@@ -74,6 +74,13 @@ def test_a_run_without_outputs_gives_an_empty_dict(dify: LocalDify, dialect: str
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
 
 
+def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: LocalDify, mode: str) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), mode=mode)
+    assert result.state == "success"
+    assert result.received["outputs"] == {"workflow_run": 1, "b": 2}
+    assert result.xcoms["wait"]["workflow_run"] == 1
+
+
 def test_multiple_outputs_can_be_turned_off(dify: LocalDify) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs=OUTPUTS), multiple_outputs=False)
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
@@ -325,9 +332,7 @@ def test_a_failed_poll_is_left_to_retries_in_reschedule_mode(dify: LocalDify) ->
 
 def test_soft_fail_does_not_hide_trouble_that_may_pass(dify: LocalDify, mode: str) -> None:
     dify.misbehave_always(answer(503))
-    result = run_sensor(
-        workflow_run_id=dify.add_run("running"), mode=mode, soft_fail=True, max_consecutive_failures=0
-    )
+    result = run_sensor(workflow_run_id=dify.add_run("running"), mode=mode, soft_fail=True, max_consecutive_failures=0)
     assert result.states["wait"] == "failed"
 
 

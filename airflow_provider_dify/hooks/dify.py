@@ -16,7 +16,8 @@ from tenacity import (
     Retrying,
     retry_if_exception_type,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from airflow_provider_dify import __version__
@@ -219,7 +220,7 @@ class DifyHook(BaseHook):
         )
 
     def _retry_wait(self, state: RetryCallState) -> float:
-        wait = wait_exponential_jitter(initial=self.retry_delay, jitter=self.retry_delay, max=MAX_RETRY_DELAY)(state)
+        wait = (wait_exponential(self.retry_delay) + wait_random(0, self.retry_delay))(state)
         error = state.outcome.exception() if state.outcome else None
         retry_after = error.retry_after if isinstance(error, DifyConnectionError) else None
         return min(max(wait, retry_after or 0.0), MAX_RETRY_DELAY)
@@ -259,11 +260,13 @@ class _DifySession(requests.Session):
         self.auth = _BearerAuth(connection.base_url, connection.api_key)
         self.headers.update({"User-Agent": USER_AGENT, "Accept": "application/json"})
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "timeout": (min(timeout, MAX_CONNECT_TIMEOUT), timeout),
-            "verify": connection.verify,
             "proxies": connection.proxies,
         }
+        # True leaves the choice of the CA bundle to the environment, as requests does.
+        if connection.verify is not True:
+            self._settings["verify"] = connection.verify
 
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> Response:
         # Per request, because requests lets the environment override what the session says.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import BaseSensorOperator, PokeReturnValue
 
+from airflow_provider_dify.airflow_versions import execute_as_sensor, first_reschedule_date
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
@@ -96,7 +97,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         :return: the run's outputs.
         """
         try:
-            return super().execute(context)  # type: ignore[no-any-return]
+            outputs: dict[str, Any] | None = execute_as_sensor(self, context)
+            return outputs
         finally:
             self.hook.close()
 
@@ -136,6 +138,4 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         # Only a grace period asks, and a rescheduled sensor has to ask Airflow's database.
         if not (self.reschedule and self.not_found_grace):
             return None
-        from airflow_provider_dify.airflow_versions import first_reschedule_date
-
         return first_reschedule_date(context)

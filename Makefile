@@ -1,0 +1,46 @@
+# make demo: see it work. make test: run the tests. Both need Python 3.10 to 3.13 and make, and install the rest.
+
+PYTHON ?= python3
+# The Airflow to use: a file in constraints/ pins it and all that comes with it.
+AIRFLOW ?= 3.3
+
+VENV := .venv/airflow-$(AIRFLOW)
+CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
+PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
+
+.PHONY: demo test lint package smoke constraints clean
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python scripts/demo.py
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed
+	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+package: $(VENV)/installed
+	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group build
+	rm -rf dist
+	$(VENV)/bin/python -m build --installer uv --outdir dist . > /dev/null
+	$(VENV)/bin/twine check --strict dist/*
+
+# Installs dist/*.whl with AIRFLOW into an environment of its own and runs the demo there, away from the sources.
+smoke:
+	PYTHON="$(PYTHON)" scripts/smoke.sh $(AIRFLOW)
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
+	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --editable . --group test
+	touch $@
+
+# Pins anew what is tested with. Looks at the package index.
+constraints:
+	scripts/pin.sh
+
+clean:
+	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,74 @@
+"""What Airflow knows of the provider: the schema it asks for, and what its own commands show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from importlib.metadata import entry_points, version
+
+import jsonschema
+import pytest
+
+from airflow_provider_dify import __version__
+from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, get_provider_info
+
+AIRFLOW_2 = version("apache-airflow").startswith("2.")
+
+
+def test_the_provider_info_is_what_airflow_asks_for() -> None:
+    schema = json.loads(resources.files("airflow").joinpath("provider_info.schema.json").read_text())
+    jsonschema.validate(get_provider_info(), schema)
+
+
+def test_the_entry_point_leads_to_the_provider_info() -> None:
+    found = {e.value: e for e in entry_points(group="apache_airflow_provider")}
+    entry_point = found["airflow_provider_dify.get_provider_info:get_provider_info"]
+    assert entry_point.load()()["package-name"] == "airflow-provider-dify"
+    assert get_provider_info()["versions"] == [__version__] == [version("airflow-provider-dify")]
+
+
+def test_every_module_it_names_is_there() -> None:
+    info = get_provider_info()
+    for kind in ("hooks", "sensors"):
+        for entry in info[kind]:
+            assert entry["integration-name"] in {i["integration-name"] for i in info["integrations"]}
+            for module in entry["python-modules"]:
+                __import__(module)
+
+
+@pytest.mark.usefixtures("airflow_db")
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["list"], ["airflow-provider-dify", "Dify", __version__]),
+        (["hooks"], ["dify", "airflow_provider_dify.hooks.dify.DifyHook", "airflow-provider-dify"]),
+        (["behaviours"], ["dify"]),
+        (["widgets"], [f"extra__dify__{name}" for name in CONNECTION_FIELDS]),
+        (["get", "airflow-provider-dify", "--full"], ["conn-fields", "Wait on"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_airflows_commands_show_the_provider(command: list[str], shown: list[str]) -> None:
+    output = "plain" if command == ["list"] else "json"
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "providers", *command, "--output", output],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for text in shown:
+        assert text in done.stdout, done.stdout + done.stderr
+    assert "airflow_provider_dify" not in done.stderr, done.stderr
+
+
+def test_the_hook_gives_airflow_2_the_same_form() -> None:
+    from airflow_provider_dify.hooks.dify import DifyHook
+
+    behaviour = DifyHook.get_ui_field_behaviour()
+    assert behaviour["relabeling"] == {"host": "Base URL", "password": "API Key"}
+    assert set(behaviour["hidden_fields"]) == {"schema", "port", "login", "extra"}
+    if AIRFLOW_2:
+        widgets = DifyHook.get_connection_form_widgets()
+        assert widgets.keys() == CONNECTION_FIELDS.keys()

@@ -1,0 +1,70 @@
+"""The API key is in nothing that a run of a Dag leaves behind, at the most talkative log level."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import AIRFLOW_HOME, AIRFLOW_SETTINGS
+from tests.local_dify import LocalDify, answer, replay
+
+# Unlike the stand-in's usual key, nothing else on the machine reads like it.
+KEY = "app-pBc7-a-key-to-search-for"
+
+DAG = """
+import pendulum
+from airflow.providers.common.compat.sdk import dag, task
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+
+@dag(schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={{"run": ""}})
+def secrecy():
+    DifyWorkflowRunSensor(task_id="wait", workflow_run_id="{{{{ params.run }}}}", poke_interval=0.1, mode="{mode}")
+
+secrecy()
+"""
+
+
+@pytest.mark.usefixtures("airflow_db")
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [("poke", "succeeded"), ("poke", "failed"), ("poke", "refused"), ("poke", "broken"), ("reschedule", "failed")],
+)
+def test_the_key_is_nowhere_after_a_run(dify: LocalDify, mode: str, ending: str, tmp_path: Path) -> None:
+    dify.api_keys = {KEY}
+    run_id = dify.add_run("running", "succeeded" if ending == "succeeded" else "failed")
+    if ending == "refused":
+        dify.misbehave_always(replay("auth_bad_key"))
+    if ending == "broken":
+        # A server that gives back what it was sent.
+        dify.misbehave(answer(500, json.dumps({"message": f"no such key: {KEY}", "code": "unknown"})))
+    (tmp_path / "secrecy.py").write_text(DAG.format(mode=mode))
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "dags", "test", "secrecy", "--conf", json.dumps({"run": run_id})],
+        env={
+            **os.environ,
+            **AIRFLOW_SETTINGS,
+            "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path),
+            "AIRFLOW__LOGGING__LOGGING_LEVEL": "DEBUG",
+            # Airflow's own masking would hide what we let through.
+            "AIRFLOW__CORE__HIDE_SENSITIVE_VAR_CONN_FIELDS": "False",
+            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps({"conn_type": "dify", "host": dify.base_url, "password": KEY}),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # The one line that is Airflow's own: its in-process runner tells at DEBUG what it was asked to mask.
+    said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "MaskSecret(" not in line)
+    assert len(dify.seen) >= (1 if ending == "refused" else 2), said[-3000:]
+    assert dify.seen[0].headers["Authorization"] == f"Bearer {KEY}"
+    assert "DEBUG" in said.upper()
+    assert run_id in said
+    assert KEY not in said
+    for path in [*AIRFLOW_HOME.rglob("*"), *tmp_path.rglob("*")]:
+        if path.is_file():
+            assert KEY.encode() not in path.read_bytes(), path
