@@ -6,8 +6,21 @@ import inspect
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from airflow import __version__ as airflow_version
+
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import BaseSensorOperator, Context
+
+
+# Seconds by which a trigger's own deadline comes before Airflow's, which tells less of what happened.
+TRIGGER_TIMEOUT_MARGIN = 120.0
+
+_AIRFLOW = tuple(int(part) for part in airflow_version.split(".")[:2])
+
+# Whether a trigger may end its task and push its XComs. Goes with Airflow 2.11.
+CAN_END_FROM_TRIGGER = _AIRFLOW >= (3, 0)
+# Whether templates are rendered where a task starts on the triggerer. Goes with Airflow 3.2.
+CAN_START_FROM_TRIGGER = _AIRFLOW >= (3, 3)
 
 
 def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
@@ -24,6 +37,16 @@ def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
     from airflow.providers.common.compat.sdk import BaseSensorOperator
 
     return inspect.unwrap(BaseSensorOperator.execute)(sensor, context)
+
+
+def is_deferral_timeout(next_kwargs: dict[str, Any] | None) -> bool:
+    """
+    Say whether a task that resumes because its deferral failed does so because the deferral's time was over.
+
+    :param next_kwargs: what the task resumes with. Airflow 3 has an exception for it; goes with Airflow 2.11.
+    :return: whether it was.
+    """
+    return (next_kwargs or {}).get("error") in ("Trigger timeout", "Trigger/execution timeout")
 
 
 def first_reschedule_date(context: Context) -> datetime | None:

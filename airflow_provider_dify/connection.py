@@ -1,4 +1,7 @@
-"""What an Airflow connection of type ``dify`` says: where Dify is and how to talk to it. No transport."""
+"""What an Airflow connection of type ``dify`` says: where Dify is and how to talk to it. No transport.
+
+Every HTTP client of this package takes its settings from here, so that they talk alike.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,23 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
-from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify import __version__
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError
+from airflow_provider_dify.workflow_run import HttpAnswer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from airflow.providers.common.compat.sdk import Connection
 
 DEFAULT_BASE_URL = "https://api.dify.ai/v1"
+DEFAULT_TIMEOUT = 30.0
+# A connection is there within seconds or not at all; only the answer may take its time.
+MAX_CONNECT_TIMEOUT = 10.0
+# No server's Retry-After delays anything further than this many seconds.
+MAX_RETRY_DELAY = 60.0
+HEADERS = {"User-Agent": f"airflow-provider-dify/{__version__}", "Accept": "application/json"}
+
 # Dify Cloud and a default self-hosted Dify both serve the API here.
 DEFAULT_PATH = "/v1"
 
@@ -45,7 +59,7 @@ class DifyConnection:
     timeout: float | None = None
     verify: bool | str = True
     # A proxy URL may hold a password.
-    proxies: dict[str, str] = field(default_factory=dict, repr=False)
+    proxies: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     @classmethod
     def from_airflow(cls, connection: Connection) -> DifyConnection:
@@ -60,7 +74,7 @@ class DifyConnection:
         """
         conn_id = connection.conn_id
         try:
-            extra = connection.extra_dejson if isinstance(connection.extra_dejson, dict) else {}
+            extra = _extra(connection.extra)
             return cls(
                 conn_id=conn_id,
                 base_url=make_base_url(connection.host, connection.schema, connection.port),
@@ -71,6 +85,41 @@ class DifyConnection:
             )
         except DifyConfigurationError as error:
             raise DifyConfigurationError(f"Connection {conn_id!r} cannot be used: {error}") from None
+
+    def timeouts(self, timeout: float | None = None) -> tuple[float, float]:
+        """
+        Give the seconds to wait for a connection and for an answer.
+
+        :param timeout: seconds that take the place of the connection's own.
+        :return: both.
+        """
+        seconds = timeout or self.timeout or DEFAULT_TIMEOUT
+        return min(seconds, MAX_CONNECT_TIMEOUT), seconds
+
+    def answered(self, url: str, status_code: int, headers: Mapping[str, str], body: bytes) -> HttpAnswer:
+        """Give what a client received as an answer that can be read."""
+        return HttpAnswer(status_code, headers, body, url, self.conn_id, self.api_key)
+
+    def unreachable(self, subject: str, url: str, error: Exception) -> DifyConnectionError:
+        """Give the error for a request that got no answer, whatever its client calls that."""
+        reason = str(error)
+        return DifyConnectionError(
+            f"Dify could not be reached for {subject} at {url}: {type(error).__name__}{f': {reason}' if reason else ''}"
+        )
+
+    def owns(self, url: str) -> bool:
+        """
+        Say whether a URL is on the connection's own server: the only one that the API key may be sent to.
+
+        :param url: an absolute URL.
+        :return: whether scheme, host and port are the connection's.
+        """
+        return _origin(url) == _origin(self.base_url)
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def make_base_url(host: str | None, schema: str | None = None, port: int | None = None) -> str:
@@ -161,6 +210,17 @@ def _api_key(password: str | None) -> str:
             "its password holds white space or characters that no API key has. Copy the app's API key again."
         )
     return api_key
+
+
+def _extra(text: str | None) -> dict[str, Any]:
+    # Not extra_dejson, which some Airflows let block the triggerer's event loop to mask what it holds.
+    try:
+        extra = json.loads(text) if text else {}
+    except ValueError:
+        extra = None
+    if not isinstance(extra, dict):
+        raise DifyConfigurationError("its extra is no JSON object.")
+    return extra
 
 
 def _timeout(value: Any) -> float | None:

@@ -7,7 +7,7 @@ answer. The others leave Airflow its retries. Every exception pickles with its a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
@@ -17,6 +17,30 @@ if TYPE_CHECKING:
 
 class DifyError(AirflowException):
     """Base of every error of this provider."""
+
+    def to_event(self) -> dict[str, Any]:
+        """
+        Give the error as a trigger's event can carry it: what is in it, but no workflow run.
+
+        :return: JSON-ready values, for :meth:`from_event`.
+        """
+        attributes = {name: value for name, value in vars(self).items() if name != "run"}
+        return {"type": type(self).__name__, "text": str(self), "attributes": attributes}
+
+    @staticmethod
+    def from_event(told: dict[str, Any]) -> DifyError:
+        """
+        Make the error again from what :meth:`to_event` gave.
+
+        :param told: what it gave, maybe in another version of this package.
+        :return: the error; a plain :class:`DifyError` where the type is not known here.
+        """
+        kind = globals().get(told.get("type", ""))
+        error = kind(told.get("text", "")) if isinstance(kind, type) and issubclass(kind, DifyError) else None
+        if error is None:
+            return DifyError(told.get("text", ""))
+        vars(error).update(told.get("attributes") or {})
+        return error
 
 
 class DifyConfigurationError(DifyError, AirflowFailException, ValueError):

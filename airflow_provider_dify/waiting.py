@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.exceptions import (
@@ -25,13 +27,21 @@ class WaitPolicy:
     :param fail_on_partial_success: whether ``partial-succeeded`` fails the wait.
     :param not_found_grace: seconds from the first poll during which an unknown run is waited for.
     :param run_timeout: seconds since the run's own ``created_at`` after which a run that is not over fails the wait.
-    :param max_consecutive_failures: polls in a row that may fail for a passing reason.
+    :param max_consecutive_failures: polls in a row that may fail for a passing reason; ``None`` for any number.
     """
 
     fail_on_partial_success: bool = False
     not_found_grace: float = 0.0
     run_timeout: float | None = None
-    max_consecutive_failures: int = 5
+    max_consecutive_failures: int | None = 5
+
+
+class WaitEnd(str, Enum):
+    """How a wait on the triggerer ended, as its event tells the worker."""
+
+    RUN_IS_OVER = "run_is_over"
+    TIMED_OUT = "timed_out"
+    FAILED = "failed"
 
 
 class RunWait:
@@ -56,6 +66,7 @@ class RunWait:
         self.policy = policy
         self.first_poll = first_poll or datetime.now(timezone.utc)
         self.status: WorkflowRunStatus | str | None = None
+        self.status_since: datetime | None = None
         self.consecutive_failures = 0
         self._log = log
 
@@ -73,8 +84,7 @@ class RunWait:
             fail_on_partial_success=self.policy.fail_on_partial_success,
             run_timeout=self.policy.run_timeout,
         )
-        if run.status != self.status:
-            self.status = run.status
+        if self._is_new(run.status):
             if verdict.is_warning:
                 self._log.warning("%s", verdict.reason)
             elif verdict.outcome in (Outcome.WAIT, Outcome.DONE):
@@ -96,15 +106,35 @@ class RunWait:
             return
         self.consecutive_failures += 1
         allowed = self.policy.max_consecutive_failures
-        if self.consecutive_failures > allowed:
+        if allowed is not None and self.consecutive_failures > allowed:
             raise error
         self._log.warning(
-            "A poll of Dify workflow run %s failed, %d in a row of at most %d: %s",
+            "A poll of Dify workflow run %s failed, %d in a row%s: %s",
             self.workflow_run_id,
             self.consecutive_failures,
-            allowed,
+            "" if allowed is None else f" of at most {allowed}",
             error,
         )
+
+    def last_seen(self) -> str:
+        """
+        Say how the run stood when it was last seen, for a wait that ends before the run does.
+
+        :return: a sentence with the run, its status and since when that was seen.
+        """
+        if self.status is None or self.status_since is None:
+            return f"Dify workflow run {self.workflow_run_id} was never seen: no poll was answered."
+        return (
+            f"Dify workflow run {self.workflow_run_id} was not over: its last status was {self.status}, "
+            f"seen since {self.status_since.isoformat(timespec='seconds')}."
+        )
+
+    def _is_new(self, status: WorkflowRunStatus | str) -> bool:
+        if status == self.status:
+            return False
+        self.status = status
+        self.status_since = datetime.now(timezone.utc)
+        return True
 
     def _put_up_with_unknown_run(self, error: DifyWorkflowRunNotFound) -> None:
         grace = self.policy.not_found_grace
@@ -117,13 +147,29 @@ class RunWait:
                 f"(not_found_grace is {grace:g} seconds).",
                 workflow_run_id=error.workflow_run_id,
             ) from error
-        if self.status != "unknown":
-            self.status = "unknown"
+        if self._is_new("unknown to Dify"):
             self._log.info(
                 "Dify does not know workflow run %s yet; waiting for it until %g seconds after the first poll.",
                 self.workflow_run_id,
                 grace,
             )
+
+
+def spread(interval: float, polls: int, *, exponential_backoff: bool = False, max_wait: float | None = None) -> float:
+    """
+    Say how long to wait between two polls.
+
+    :param interval: seconds between polls.
+    :param polls: polls so far.
+    :param exponential_backoff: double the interval with each poll, with jitter, as Airflow's sensors do.
+    :param max_wait: seconds that a doubled interval is cut at.
+    :return: seconds.
+    """
+    if not exponential_backoff:
+        return interval
+    # From half the interval, as Airflow counts; the exponent is bounded only so that it can't overflow.
+    doubled = interval * 2.0 ** (min(polls, 64) - 2) * random.uniform(1, 2)  # noqa: S311
+    return doubled if max_wait is None else min(doubled, max_wait)
 
 
 def seconds(name: str, value: Any) -> float:

@@ -106,6 +106,20 @@ class WorkflowRun:
             "elapsed_time": self.elapsed_time,
         }
 
+    def xcoms(self, multiple_outputs: bool) -> dict[str, Any]:
+        """
+        Give what the XComs of a task that waited on this run are.
+
+        :param multiple_outputs: whether each output is an XCom of its own.
+        :return: values by key; the return value is the outputs, ``{}`` where there are none.
+        """
+        outputs = self.outputs or {}
+        return {
+            "workflow_run": self.without_payload(),
+            **(outputs if multiple_outputs else {}),
+            "return_value": outputs,
+        }
+
 
 @dataclass(frozen=True)
 class AppInfo:
@@ -200,6 +214,16 @@ def canonical_workflow_run_id(workflow_run_id: object) -> str:
     )
 
 
+def workflow_run_subject(workflow_run_id: str) -> str:
+    """Give the words for a run in the middle of a message."""
+    return f"workflow run {workflow_run_id}"
+
+
+def workflow_run_path(workflow_run_id: str) -> str:
+    """Give the route of a run's detail, below the base URL."""
+    return f"/workflows/run/{workflow_run_id}"
+
+
 def read_workflow_run(answer: HttpAnswer, workflow_run_id: str) -> WorkflowRun:
     """
     Read the answer to ``GET /workflows/run/{workflow_run_id}``.
@@ -212,7 +236,7 @@ def read_workflow_run(answer: HttpAnswer, workflow_run_id: str) -> WorkflowRun:
     :raises DifyRequestError: on any other rejection.
     :raises DifyConnectionError: on what may pass, and on an answer that is not Dify's.
     """
-    subject = f"workflow run {workflow_run_id}"
+    subject = workflow_run_subject(workflow_run_id)
     # A 404 without a body is some gateway's way to say the same; one with HTML is a wrong base URL.
     if answer.status_code == 404 and (not answer.body.strip() or _is_dify_error(answer.json_object())):
         _raise_not_found(answer, workflow_run_id)

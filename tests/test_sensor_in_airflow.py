@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import re
 from typing import Any
 
 import pytest
 
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -25,26 +28,39 @@ pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_ret
 OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}, "nothing": None}
 
 
-@pytest.fixture(params=["poke", "reschedule"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return request.param
+# Each way to wait, as the arguments that ask for it. Starting on the triggerer takes a scheduler: see test_cluster.py.
+WAYS = {
+    "poke": {"mode": "poke"},
+    "reschedule": {"mode": "reschedule"},
+    "deferrable": {"deferrable": True},
+    "end_from_trigger": {"end_from_trigger": True},
+}
+if not CAN_END_FROM_TRIGGER:
+    del WAYS["end_from_trigger"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return WAYS[request.param]
 
 
 @pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the hook's retries follow each other at once."""
+    """Let retries and failed polls follow each other at once."""
     from airflow_provider_dify.hooks.dify import DifyHook
 
     assert DifyHook.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
 
 
-def test_a_succeeded_run_hands_its_outputs_to_the_next_task(dify: LocalDify, dialect: str, mode: str) -> None:
+def test_a_succeeded_run_hands_its_outputs_to_the_next_task(dify: LocalDify, dialect: str, way: dict[str, Any]) -> None:
     run_id = dify.add_run("running", "paused", "scheduled", "running", "succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, mode=mode)
+    result = run_sensor(workflow_run_id=run_id, **way)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
-    assert len(dify.runs[run_id].polls) == 5
+    # A deferred wait reads the finished run once more.
+    assert len(dify.runs[run_id].polls) in (5, 6)
     recorded = Recording.load("detail_succeeded_echo").fields()
     workflow_run = result.xcoms["wait"].pop("workflow_run")
     assert workflow_run == {
@@ -74,8 +90,8 @@ def test_a_run_without_outputs_gives_an_empty_dict(dify: LocalDify, dialect: str
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
 
 
-def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: LocalDify, mode: str) -> None:
-    result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), mode=mode)
+def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: LocalDify, way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), **way)
     assert result.state == "success"
     assert result.received["outputs"] == {"workflow_run": 1, "b": 2}
     assert result.xcoms["wait"]["workflow_run"] == 1
@@ -86,10 +102,10 @@ def test_multiple_outputs_can_be_turned_off(dify: LocalDify) -> None:
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
 
 
-def test_nothing_is_pushed_without_xcom_push(dify: LocalDify, mode: str) -> None:
+def test_nothing_is_pushed_without_xcom_push(dify: LocalDify, way: dict[str, Any]) -> None:
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_dag(
-        f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={run_id!r}, do_xcom_push=False, mode={mode!r})"
+        f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={run_id!r}, do_xcom_push=False, **{way!r})"
     )
     assert result.state == "success"
     assert result.xcoms == {}
@@ -113,7 +129,7 @@ def test_one_output_can_be_taken_by_its_name(dify: LocalDify) -> None:
     assert result.received == {"answer": OUTPUTS["answer"], "tokens": 0}
 
 
-def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: LocalDify, mode: str) -> None:
+def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: LocalDify, way: dict[str, Any]) -> None:
     runs = [dify.add_run("running", "succeeded", outputs={"n": n}) for n in range(3)]
     result = run_dag(
         f"""
@@ -122,7 +138,7 @@ def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: LocalDi
             return {runs!r}
 
         wait = DifyWorkflowRunSensor.partial(
-            task_id="wait", poke_interval=0.05, mode={mode!r}, run_timeout=datetime.timedelta(days=1e4)
+            task_id="wait", poke_interval=0.05, **{way!r}, run_timeout=datetime.timedelta(days=1e4)
         ).expand(workflow_run_id=start())
 
         @task
@@ -185,7 +201,7 @@ FAILURES = [
 def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
     dify: LocalDify,
     dialect: str,
-    mode: str,
+    way: dict[str, Any],
     statuses: list[str | None],
     arguments: dict[str, Any],
     exception: type[Exception],
@@ -194,7 +210,7 @@ def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
     # Created long ago for every one that is not over.
     created = {} if statuses[-1] not in ("running", "paused") else {"created_at": 1_700_000_000}
     run_id = dify.add_run(*statuses, **created)
-    result = run_sensor(workflow_run_id=run_id, mode=mode, retries=2, retry_delay=0, **arguments)
+    result = run_sensor(workflow_run_id=run_id, **way, retries=2, retry_delay=0, **arguments)
     assert result.states == {"wait": "failed", "use": "upstream_failed"}
     assert result.tries["wait"] == 1
     (error,) = result.raised["wait"]
@@ -211,9 +227,9 @@ def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
 @pytest.mark.parametrize("skip", ["soft_fail", "never_fail"])
 @pytest.mark.parametrize("status", ["failed", None])
 def test_soft_fail_and_never_fail_skip_on_a_run_that_cannot_succeed(
-    dify: LocalDify, mode: str, skip: str, status: str | None
+    dify: LocalDify, way: dict[str, Any], skip: str, status: str | None
 ) -> None:
-    result = run_sensor(workflow_run_id=dify.add_run(status), mode=mode, retries=2, retry_delay=0, **{skip: True})
+    result = run_sensor(workflow_run_id=dify.add_run(status), **way, retries=2, retry_delay=0, **{skip: True})
     assert result.states["wait"] == "skipped"
     assert result.tries["wait"] == 1
 
@@ -228,9 +244,9 @@ def test_a_partial_success_is_a_success_with_a_warning(
     assert _logged("partial-succeeded", caplog, capfd)
 
 
-def test_an_unknown_run_is_waited_for_during_the_grace(dify: LocalDify, dialect: str, mode: str) -> None:
+def test_an_unknown_run_is_waited_for_during_the_grace(dify: LocalDify, dialect: str, way: dict[str, Any]) -> None:
     run_id = dify.add_run(None, None, "running", "succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, mode=mode, not_found_grace=60)
+    result = run_sensor(workflow_run_id=run_id, **way, not_found_grace=60)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
@@ -270,26 +286,74 @@ REJECTIONS = [
 
 @pytest.mark.parametrize(("recording", "exception", "message"), REJECTIONS)
 def test_a_rejected_request_fails_the_task_without_retry(
-    dify: LocalDify, mode: str, recording: str, exception: type[Exception], message: str
+    dify: LocalDify, way: dict[str, Any], recording: str, exception: type[Exception], message: str
 ) -> None:
+    dify.misbehave(dify_answer(dify))
     dify.misbehave_always(replay(recording))
-    result = run_sensor(workflow_run_id=dify.add_run("running"), mode=mode, retries=2, retry_delay=0)
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, retries=2, retry_delay=0)
     assert result.states["wait"] == "failed"
     assert result.tries["wait"] == 1
     (error,) = result.raised["wait"]
     assert type(error) is exception
     assert re.search(message, str(error))
-    assert len(dify.seen) == 1
+    assert isinstance(error, DifyRequestError)
+    assert error.status_code in (400, 401, 403)
+    assert error.code
+    assert error.message
+    assert len(dify.seen) == 2
 
 
 @pytest.mark.parametrize("rendered", ["", "None", "{{ none }}", "../../info", "not-a-uuid"])
-def test_a_run_id_that_is_none_fails_before_any_request(dify: LocalDify, mode: str, rendered: str) -> None:
-    result = run_sensor(workflow_run_id=rendered, mode=mode, retries=2, retry_delay=0)
+def test_a_run_id_that_is_none_fails_before_any_request(dify: LocalDify, way: dict[str, Any], rendered: str) -> None:
+    result = run_sensor(workflow_run_id=rendered, **way, retries=2, retry_delay=0)
     assert result.states["wait"] == "failed"
     assert result.tries["wait"] == 1
     assert isinstance(result.raised["wait"][0], DifyConfigurationError)
     assert repr("None" if "none" in rendered else rendered) in str(result.raised["wait"][0])
     assert dify.seen == []
+
+
+@pytest.mark.parametrize("deferrable", [{"deferrable": True}, WAYS.get("end_from_trigger")])
+def test_failed_polls_are_waited_out_on_the_triggerer(
+    dify: LocalDify, dialect: str, deferrable: dict[str, Any] | None
+) -> None:
+    if deferrable is None:
+        pytest.skip("this Airflow cannot end a task from its trigger")
+    run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
+    dify.misbehave(dify_answer(dify), answer(503), html(502), answer(429), answer(500), answer(408))
+    dify.misbehave(dify_answer(dify))
+    dify.misbehave(answer(504), times=5)
+    result = run_sensor(workflow_run_id=run_id, retries=0, **deferrable)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+
+
+def test_one_failed_poll_too_many_on_the_triggerer_ends_the_try_and_leaves_it_to_retries(dify: LocalDify) -> None:
+    dify.misbehave(dify_answer(dify), answer(503), answer(503), answer(503))
+    run_id = dify.add_run("running", "succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, deferrable=True, max_consecutive_failures=2, retries=1, retry_delay=0)
+    assert result.state == "success"
+    assert result.tries["wait"] == 2
+    (error,) = result.raised["wait"]
+    assert type(error) is DifyConnectionError
+    assert error.status_code == 503
+
+
+def test_a_rotated_key_does_not_end_a_wait(
+    dify: LocalDify, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
+
+    async def rotate(request: Any) -> Any:
+        dify.api_keys = {"the-next-key"}
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": "the-next-key"}
+        os.environ["AIRFLOW_CONN_DIFY_DEFAULT"] = json.dumps(connection)
+        return dify._dify(request)
+
+    dify.misbehave(dify_answer(dify), rotate)
+    result = run_sensor(workflow_run_id=run_id, **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
 
 
 def test_failed_polls_are_waited_out_in_poke_mode(dify: LocalDify, dialect: str) -> None:
@@ -330,25 +394,28 @@ def test_a_failed_poll_is_left_to_retries_in_reschedule_mode(dify: LocalDify) ->
     assert result.tries["wait"] == 2
 
 
-def test_soft_fail_does_not_hide_trouble_that_may_pass(dify: LocalDify, mode: str) -> None:
+def test_soft_fail_does_not_hide_trouble_that_may_pass(dify: LocalDify, way: dict[str, Any]) -> None:
+    dify.misbehave(dify_answer(dify))
     dify.misbehave_always(answer(503))
-    result = run_sensor(workflow_run_id=dify.add_run("running"), mode=mode, soft_fail=True, max_consecutive_failures=0)
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, soft_fail=True, max_consecutive_failures=0)
     assert result.states["wait"] == "failed"
 
 
-def test_silent_fail_waits_on_whatever_the_failed_polls(dify: LocalDify, mode: str) -> None:
+def test_silent_fail_waits_on_whatever_the_failed_polls(dify: LocalDify, way: dict[str, Any]) -> None:
     dify.misbehave(answer(503), times=8)
-    result = run_sensor(
-        workflow_run_id=dify.add_run("succeeded"), mode=mode, silent_fail=True, max_consecutive_failures=0
-    )
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded"), **way, silent_fail=True, max_consecutive_failures=0)
     assert result.state == "success"
 
 
-def test_the_sensor_times_out_as_any_sensor(dify: LocalDify, mode: str) -> None:
-    result = run_sensor(workflow_run_id=dify.add_run("running"), mode=mode, timeout=0.3)
+def test_the_sensor_times_out_as_any_sensor(dify: LocalDify, way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, timeout=0.3)
     assert result.states["wait"] == "failed"
-    assert type(result.raised["wait"][0]).__name__ == "AirflowSensorTimeout"
-    result = run_sensor(workflow_run_id=dify.add_run("running"), mode=mode, timeout=0.3, soft_fail=True)
+    (error,) = result.raised["wait"]
+    assert type(error).__name__ == "AirflowSensorTimeout"
+    assert re.search(
+        r"timed out after 0.3 seconds. Dify workflow run \S+ was not over: its last status was running", str(error)
+    )
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, timeout=0.3, soft_fail=True)
     assert result.states["wait"] == "skipped"
 
 

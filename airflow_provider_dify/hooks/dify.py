@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
 from http.cookiejar import DefaultCookiePolicy
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 from airflow.providers.common.compat.sdk import BaseHook
@@ -20,9 +19,8 @@ from tenacity import (
     wait_random,
 )
 
-from airflow_provider_dify import __version__
-from airflow_provider_dify.connection import DifyConnection
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
+from airflow_provider_dify.connection import HEADERS, MAX_RETRY_DELAY, DifyConnection
+from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError, DifyError
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
 from airflow_provider_dify.workflow_run import (
     AppInfo,
@@ -31,18 +29,14 @@ from airflow_provider_dify.workflow_run import (
     canonical_workflow_run_id,
     read_app_info,
     read_workflow_run,
+    workflow_run_path,
+    workflow_run_subject,
 )
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from requests.models import PreparedRequest, Response
-
-USER_AGENT = f"airflow-provider-dify/{__version__}"
-DEFAULT_TIMEOUT = 30.0
-# A connection is there within seconds or not at all; only the answer may take its time.
-MAX_CONNECT_TIMEOUT = 10.0
-MAX_RETRY_DELAY = 60.0
 
 T = TypeVar("T")
 
@@ -78,6 +72,7 @@ class DifyHook(BaseHook):
         self.timeout = timeout
         self.retry_limit = retry_limit
         self.retry_delay = retry_delay
+        self._connection: DifyConnection | None = None
         self._session: requests.Session | None = None
 
     @classmethod
@@ -103,14 +98,16 @@ class DifyHook(BaseHook):
             for name, form_field in CONNECTION_FIELDS.items()
         }
 
-    @cached_property
+    @property
     def connection(self) -> DifyConnection:
         """
-        The connection's settings, read once.
+        The connection's settings, as last read.
 
         :raises DifyConfigurationError: if the connection cannot be used.
         """
-        return DifyConnection.from_airflow(self.get_connection(self.dify_conn_id))
+        if self._connection is None:
+            self._connection = DifyConnection.from_airflow(self.get_connection(self.dify_conn_id))
+        return self._connection
 
     def get_conn(self) -> requests.Session:
         """
@@ -123,9 +120,7 @@ class DifyHook(BaseHook):
         :raises DifyConfigurationError: if the connection cannot be used.
         """
         if self._session is None:
-            self._session = _DifySession(
-                self.connection, timeout=self.timeout or self.connection.timeout or DEFAULT_TIMEOUT
-            )
+            self._session = _DifySession(self.connection, self.connection.timeouts(self.timeout))
         return self._session
 
     def close(self) -> None:
@@ -159,7 +154,7 @@ class DifyHook(BaseHook):
         """
         run_id = canonical_workflow_run_id(workflow_run_id)
         return self._get(
-            f"/workflows/run/{run_id}", lambda answer: read_workflow_run(answer, run_id), f"workflow run {run_id}"
+            workflow_run_path(run_id), lambda answer: read_workflow_run(answer, run_id), workflow_run_subject(run_id)
         )
 
     def get_app_info(self) -> AppInfo:
@@ -200,24 +195,32 @@ class DifyHook(BaseHook):
             before_sleep=self._tell_retry,
             reraise=True,
         )
-        return retrying(lambda: read(self._send("GET", path, subject)))
+        try:
+            return retrying(lambda: read(self._send("GET", path, subject)))
+        except DifyAuthenticationError:
+            if not self._connection_has_changed():
+                raise
+            return retrying(lambda: read(self._send("GET", path, subject)))
+
+    def _connection_has_changed(self) -> bool:
+        """Read the connection again, after its key was refused: a key that was rotated must not end a long wait."""
+        refused = self.connection
+        self._connection = None
+        if self.connection == refused:
+            return False
+        self.log.info(
+            "The API key of connection %r was refused and has changed since; using the new one.", refused.conn_id
+        )
+        self.close()
+        return True
 
     def _send(self, method: str, path: str, subject: str) -> HttpAnswer:
         url = f"{self.connection.base_url}{path}"
         try:
             response = self.get_conn().request(method, url)
         except requests.RequestException as error:
-            raise DifyConnectionError(
-                f"Dify could not be reached for {subject} at {url}: {type(error).__name__}: {error}"
-            ) from error
-        return HttpAnswer(
-            status_code=response.status_code,
-            headers=response.headers,
-            body=response.content,
-            url=url,
-            conn_id=self.connection.conn_id,
-            api_key=self.connection.api_key,
-        )
+            raise self.connection.unreachable(subject, url, error) from error
+        return self.connection.answered(url, response.status_code, response.headers, response.content)
 
     def _retry_wait(self, state: RetryCallState) -> float:
         wait = (wait_exponential(self.retry_delay) + wait_random(0, self.retry_delay))(state)
@@ -242,28 +245,25 @@ class _BearerAuth(AuthBase):
     An auth object rather than a session header, because ``requests`` puts a ``.netrc`` entry in place of that.
     """
 
-    def __init__(self, base_url: str, api_key: str) -> None:
-        self._origin = _origin(urlsplit(base_url))
-        self._api_key = api_key
+    def __init__(self, connection: DifyConnection) -> None:
+        self._connection = connection
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
-        if _origin(urlsplit(request.url or "")) == self._origin:
-            request.headers["Authorization"] = f"Bearer {self._api_key}"
+        if self._connection.owns(request.url or ""):
+            request.headers["Authorization"] = f"Bearer {self._connection.api_key}"
         return request
 
 
 class _DifySession(requests.Session):
-    """A session with one connection's settings, which leaves its origin for no redirect."""
+    """A session with one connection's settings, which leaves its server for no redirect."""
 
-    def __init__(self, connection: DifyConnection, *, timeout: float) -> None:
+    def __init__(self, connection: DifyConnection, timeouts: tuple[float, float]) -> None:
         super().__init__()
-        self.auth = _BearerAuth(connection.base_url, connection.api_key)
-        self.headers.update({"User-Agent": USER_AGENT, "Accept": "application/json"})
+        self._connection = connection
+        self.auth = _BearerAuth(connection)
+        self.headers.update(HEADERS)
         self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._settings: dict[str, Any] = {
-            "timeout": (min(timeout, MAX_CONNECT_TIMEOUT), timeout),
-            "proxies": connection.proxies,
-        }
+        self._settings: dict[str, Any] = {"timeout": timeouts, "proxies": connection.proxies}
         # True leaves the choice of the CA bundle to the environment, as requests does.
         if connection.verify is not True:
             self._settings["verify"] = connection.verify
@@ -273,16 +273,9 @@ class _DifySession(requests.Session):
         return super().request(method, url, *args, **{**self._settings, **kwargs})
 
     def get_redirect_target(self, resp: Response) -> str | None:
-        """Follow a redirect within the origin; give any other to the caller as the answer."""
+        """Follow a redirect within the connection's server; give any other to the caller as the answer."""
         target = super().get_redirect_target(resp)
-        if target is None:
-            return None
-        asked = resp.request.url or ""
-        return target if _origin(urlsplit(urljoin(asked, target))) == _origin(urlsplit(asked)) else None
+        return target if target and self._connection.owns(urljoin(resp.request.url or "", target)) else None
 
     def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
         """Keep the key on a redirect, which never leaves the origin; ``requests`` would look into ``.netrc``."""
-
-
-def _origin(url: SplitResult) -> tuple[str, str | None, int | None]:
-    return url.scheme, url.hostname, url.port or {"http": 80, "https": 443}.get(url.scheme)

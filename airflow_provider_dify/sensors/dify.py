@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from airflow.providers.common.compat.sdk import BaseSensorOperator, PokeReturnValue
+from airflow.providers.common.compat.sdk import (
+    AirflowException,
+    AirflowSensorTimeout,
+    AirflowSkipException,
+    BaseSensorOperator,
+    PokeReturnValue,
+    conf,
+)
 
-from airflow_provider_dify.airflow_versions import execute_as_sensor, first_reschedule_date
+from airflow_provider_dify.airflow_versions import (
+    CAN_END_FROM_TRIGGER,
+    CAN_START_FROM_TRIGGER,
+    TRIGGER_TIMEOUT_MARGIN,
+    execute_as_sensor,
+    first_reschedule_date,
+    is_deferral_timeout,
+)
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
+    DifyError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.waiting import RunWait, WaitPolicy, seconds
+from airflow_provider_dify.waiting import RunWait, WaitEnd, WaitPolicy, seconds
 from airflow_provider_dify.workflow_run import Outcome
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_dify.hooks.dify import DifyHook
+
+TRIGGER = "airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger"
 
 
 class DifyWorkflowRunSensor(BaseSensorOperator):
@@ -43,10 +61,18 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         for; for servers that write runs late. 0 by default: an unknown run fails the task at once.
     :param run_timeout: seconds (or a ``timedelta``) since the run's own creation after which a run that is not over
         fails the task; for runs that Dify leaves ``running`` for ever. No limit by default.
-    :param max_consecutive_failures: polls in a row that may fail for a passing reason (transport, 5xx, 429) in poke
-        mode. In reschedule mode a failed poll is left to Airflow's retries.
+    :param max_consecutive_failures: polls in a row that may fail for a passing reason (transport, 5xx, 429). In
+        reschedule mode a failed poll is left to Airflow's retries.
     :param poke_interval: seconds (or a ``timedelta``) between polls.
     :param multiple_outputs: whether each output is an XCom of its own too.
+    :param deferrable: look once on the worker, then wait on the triggerer, which takes no worker slot; ``mode`` has no
+        meaning then. Airflow's ``[operators] default_deferrable`` by default.
+    :param end_from_trigger: let the triggerer end the task when the run succeeded, so that no worker starts again
+        (Airflow 3.0 and later; implies ``deferrable``). The outputs then go to Airflow's database as they are, past a
+        custom XCom backend: for small outputs that no downstream task is mapped over.
+    :param start_from_trigger: start on the triggerer, so that the wait never touches a worker (Airflow 3.3 and later;
+        implies ``deferrable``). ``workflow_run_id`` may be a literal, a template of ``params`` or ``dag_run.conf``, or
+        an upstream task's output; the sensor cannot be mapped.
     :raises DifyWorkflowRunFailed: if the run failed or was stopped.
     :raises DifyWorkflowRunTimeout: if ``run_timeout`` is over.
     :raises DifyWorkflowRunNotFound: if there is no such run.
@@ -67,6 +93,9 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         max_consecutive_failures: int = 5,
         poke_interval: timedelta | float = 10,
         multiple_outputs: bool = True,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        end_from_trigger: bool = False,
+        start_from_trigger: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(poke_interval=poke_interval, multiple_outputs=multiple_outputs, **kwargs)
@@ -80,11 +109,26 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 f"max_consecutive_failures must be a whole number, not below 0: {max_consecutive_failures!r}"
             )
         self.max_consecutive_failures = max_consecutive_failures
+        if end_from_trigger and not CAN_END_FROM_TRIGGER:
+            raise DifyConfigurationError("end_from_trigger=True needs Airflow 3.0 or later. Use deferrable=True.")
+        self.end_from_trigger = end_from_trigger
+        self.deferrable = deferrable or end_from_trigger or start_from_trigger
         self._wait: RunWait | None = None
+        self._deadline: float | None = None
+        self._ended_with: Exception | None = None
+        if start_from_trigger:
+            self._start_from_trigger()
+
+    @classmethod
+    def partial(cls, **kwargs: Any) -> Any:
+        """Map the sensor, as Airflow does; not with ``start_from_trigger``, which Airflow cannot map."""
+        if kwargs.get("start_from_trigger"):
+            raise DifyConfigurationError(_MAPPED_START)
+        return super().partial(**kwargs)
 
     @cached_property
     def hook(self) -> DifyHook:
-        """The hook that the polls go through."""
+        """The hook that the worker's polls go through."""
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
         from airflow_provider_dify.hooks.dify import DifyHook
 
@@ -96,18 +140,51 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
 
         :return: the run's outputs.
         """
+        return self._execute(context)
+
+    def execute_complete(
+        self, context: Context, event: Any = None, deadline: float | None = None
+    ) -> dict[str, Any] | None:
+        """
+        Go on after the triggerer's wait: read the finished run once more, or fail as the wait did.
+
+        :param event: what the trigger told.
+        :param deadline: epoch seconds at which the wait was to give up.
+        :return: the run's outputs.
+        """
+        self._deadline = deadline
+        self._ended_with = self._error_of(event)
+        return self._execute(context)
+
+    def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
+        """
+        Go on after a deferral, with ``soft_fail`` and ``never_fail`` meaning what they mean while poking.
+
+        Airflow's own sensors take every failure after a deferral for one to skip on, passing trouble included, and
+        Airflow 2 forgets ``never_fail`` there.
+        """
         try:
-            outputs: dict[str, Any] | None = execute_as_sensor(self, context)
-            return outputs
-        finally:
-            self.hook.close()
+            return super(BaseSensorOperator, self).resume_execution(next_method, next_kwargs, context)
+        except AirflowException as error:
+            if next_method != "__fail__":
+                raise
+            # The wait was lost: no triggerer lived to see its deadline, or the trigger could not be loaded.
+            self._ended_with = (
+                AirflowSensorTimeout(self._timed_out("No triggerer told of the run."))
+                if is_deferral_timeout(next_kwargs)
+                else error
+            )
+            return self._execute(context)
 
     def poke(self, context: Context) -> PokeReturnValue:
         """
-        Look at the run once.
+        Look at the run once. In deferrable mode, leave the rest of the wait to the triggerer.
 
         :return: whether the run is over, and its outputs then.
         """
+        if self._ended_with is not None:
+            # Raised here, where Airflow's sensors apply soft_fail, never_fail and silent_fail.
+            raise self._ended_with
         if self._wait is None:
             self._wait = RunWait(
                 self.workflow_run_id, self._policy(), log=self.log, first_poll=self._first_poll(context)
@@ -116,26 +193,118 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             run = self.hook.get_workflow_run(self.workflow_run_id)
         except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
             self._wait.put_up_with(error)
-            return PokeReturnValue(False)
+            return self._not_yet(self._wait)
         verdict = self._wait.look_at(run)
         if verdict.outcome is Outcome.WAIT:
-            return PokeReturnValue(False)
+            return self._not_yet(self._wait)
         if self.do_xcom_push:
             context["ti"].xcom_push(key="workflow_run", value=run.without_payload())
         verdict.raise_if_failed(run)
         return PokeReturnValue(True, xcom_value=run.outputs or {})
 
+    def _execute(self, context: Context) -> dict[str, Any] | None:
+        try:
+            outputs: dict[str, Any] | None = execute_as_sensor(self, context)
+            return outputs
+        except (AirflowSensorTimeout, AirflowSkipException) as error:
+            # Without a cause it is Airflow's own word on the sensor's timeout, which doesn't know of the run.
+            if self._wait is None or error is self._ended_with or error.__cause__ is not None:
+                raise
+            raise type(error)(self._timed_out(self._wait.last_seen())) from None
+        finally:
+            self.hook.close()
+
+    def _not_yet(self, wait: RunWait) -> PokeReturnValue:
+        return self._defer(wait) if self.deferrable else PokeReturnValue(False)
+
+    def _defer(self, wait: RunWait) -> NoReturn:
+        from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
+
+        if self._deadline is None:
+            self._deadline = time.time() + self.timeout
+        self.defer(
+            trigger=DifyWorkflowRunTrigger(
+                **self._trigger_arguments(self.workflow_run_id, self.dify_conn_id),
+                deadline=self._deadline,
+                first_poll=wait.first_poll.timestamp(),
+            ),
+            method_name="execute_complete",
+            kwargs={"deadline": self._deadline},
+            timeout=timedelta(seconds=max(0.0, self._deadline - time.time()) + TRIGGER_TIMEOUT_MARGIN),
+        )
+
+    def _start_from_trigger(self) -> None:
+        if not CAN_START_FROM_TRIGGER:
+            raise DifyConfigurationError("start_from_trigger=True needs Airflow 3.3 or later. Use deferrable=True.")
+        if getattr(self, "_BaseOperator__from_mapped", False):
+            raise DifyConfigurationError(_MAPPED_START)
+        from airflow.triggers.base import StartTriggerArgs
+
+        from airflow_provider_dify.start_from_trigger import argument_for_triggerer
+
+        self.start_from_trigger = True
+        self.start_trigger_args = StartTriggerArgs(
+            trigger_cls=TRIGGER,
+            trigger_kwargs=self._trigger_arguments(
+                *(argument_for_triggerer(name, getattr(self, name)) for name in ("workflow_run_id", "dify_conn_id"))
+            ),
+            next_method="execute_complete",
+            timeout=timedelta(seconds=self.timeout + TRIGGER_TIMEOUT_MARGIN),
+        )
+
+    def _trigger_arguments(self, workflow_run_id: str, dify_conn_id: str) -> dict[str, Any]:
+        policy = self._policy()
+        return {
+            "workflow_run_id": workflow_run_id,
+            "dify_conn_id": dify_conn_id,
+            "poll_interval": self.poke_interval,
+            "fail_on_partial_success": policy.fail_on_partial_success,
+            "not_found_grace": policy.not_found_grace,
+            "run_timeout": policy.run_timeout,
+            "max_consecutive_failures": policy.max_consecutive_failures,
+            "exponential_backoff": self.exponential_backoff,
+            "max_wait": self.max_wait.total_seconds() if self.max_wait else None,
+            "end_from_trigger": self.end_from_trigger,
+            "do_xcom_push": self.do_xcom_push,
+            "multiple_outputs": self.multiple_outputs,
+        }
+
     def _policy(self) -> WaitPolicy:
+        failures: int | None = self.max_consecutive_failures
+        if self.deferrable:
+            # What silent_fail does to a failed poke.
+            failures = None if self.silent_fail else failures
+        elif self.reschedule:
+            # A rescheduled sensor remembers nothing between polls; Airflow counts its retries instead.
+            failures = 0
         return WaitPolicy(
             fail_on_partial_success=self.fail_on_partial_success,
             not_found_grace=self.not_found_grace,
             run_timeout=self.run_timeout,
-            # A rescheduled sensor remembers nothing between polls; Airflow counts its retries instead.
-            max_consecutive_failures=0 if self.reschedule else self.max_consecutive_failures,
+            max_consecutive_failures=failures,
         )
 
     def _first_poll(self, context: Context) -> datetime | None:
         # Only a grace period asks, and a rescheduled sensor has to ask Airflow's database.
-        if not (self.reschedule and self.not_found_grace):
+        if self.deferrable or not (self.reschedule and self.not_found_grace):
             return None
         return first_reschedule_date(context)
+
+    def _error_of(self, event: Any) -> Exception | None:
+        """Give the error that a trigger's event stands for; ``None`` if the run is over and to be read again."""
+        # What is no dict is the event that ends a task, which only a test run hands to its task.
+        if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
+            return None
+        message = str(event.get("message"))
+        if event.get("end") == WaitEnd.TIMED_OUT:
+            return AirflowSensorTimeout(self._timed_out(message))
+        return DifyError.from_event(event.get("error") or {"text": message})
+
+    def _timed_out(self, last_seen: str) -> str:
+        return f"The sensor has timed out after {self.timeout:g} seconds. {last_seen}"
+
+
+_MAPPED_START = (
+    "start_from_trigger=True does not go with a mapped sensor: Airflow renders no mapped argument on the triggerer. "
+    "Use deferrable=True, with end_from_trigger=True if no worker should start again."
+)

@@ -1,0 +1,209 @@
+"""
+Transport to Dify's Service API on an event loop: what :mod:`airflow_provider_dify.hooks.dify` does, awaited.
+
+All hooks of one event loop with the same settings share one client session, so that a thousand waits on one triggerer
+poll over a few kept-alive connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import ssl
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin
+from weakref import WeakKeyDictionary
+
+import aiohttp
+import requests
+from airflow.providers.common.compat.connection import get_async_connection
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
+
+from airflow_provider_dify.connection import HEADERS, DifyConnection
+from airflow_provider_dify.exceptions import DifyAuthenticationError
+from airflow_provider_dify.workflow_run import (
+    HttpAnswer,
+    WorkflowRun,
+    canonical_workflow_run_id,
+    read_workflow_run,
+    workflow_run_path,
+    workflow_run_subject,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+# More at once gain nothing, and a server that stalls must not be given all the sockets of a triggerer.
+MAX_REQUESTS_AT_ONCE = 100
+# Longer than polls are usually apart; most servers and proxies close earlier, which costs nothing.
+KEEPALIVE_SECONDS = 75.0
+MAX_REDIRECTS = 5
+
+
+class DifyAsyncHook:
+    """
+    Look workflow runs up on an event loop, with one app's API key. Never blocks the loop, never retries by itself.
+
+    To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and gives back its share of the session.
+
+    :param dify_conn_id: the Airflow connection, as for :class:`airflow_provider_dify.hooks.dify.DifyHook`.
+    """
+
+    def __init__(self, dify_conn_id: str = "dify_default") -> None:
+        self.dify_conn_id = dify_conn_id
+        self._connection: DifyConnection | None = None
+        self._session: _SharedSession | None = None
+
+    async def __aenter__(self) -> DifyAsyncHook:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Give the share of the session back; the last one out closes it."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.leave()
+
+    async def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
+        """
+        Look a workflow run up: ``GET /workflows/run/{workflow_run_id}``. One request, or two if the key was rotated.
+
+        :param workflow_run_id: the run's UUID, in any spelling that ``uuid.UUID`` takes.
+        :return: the run, whatever its status.
+        :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
+        """
+        run_id = canonical_workflow_run_id(workflow_run_id)
+        if self._connection is None or self._session is None:
+            await self._connect()
+        try:
+            return read_workflow_run(await self._send(run_id), run_id)
+        except DifyAuthenticationError:
+            refused = self._connection
+            await self._connect()
+            if self._connection == refused:
+                raise
+            return read_workflow_run(await self._send(run_id), run_id)
+
+    async def _connect(self) -> None:
+        """Read the connection, and take a share of the session that goes with it."""
+        connection = DifyConnection.from_airflow(await get_async_connection(self.dify_conn_id))
+        if self._session is None or connection != self._connection:
+            await self.close()
+            self._session = _SharedSession.join(connection)
+            self._connection = connection
+
+    async def _send(self, run_id: str) -> HttpAnswer:
+        assert self._connection is not None  # noqa: S101
+        assert self._session is not None  # noqa: S101
+        return await self._session.get(workflow_run_path(run_id), workflow_run_subject(run_id))
+
+
+@dataclass(eq=False)
+class _SharedSession:
+    """
+    A client session, and how many share it. It is opened at the first request and closed when the last one leaves.
+
+    Joining and leaving count without an ``await`` in between, so that no cancellation can fall between the count and
+    what it stands for.
+    """
+
+    connection: DifyConnection
+    users: int = 0
+    slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_REQUESTS_AT_ONCE))
+    client: aiohttp.ClientSession | None = None
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    proxy: str | None = None
+
+    @classmethod
+    def join(cls, connection: DifyConnection) -> _SharedSession:
+        sessions = _sessions.setdefault(asyncio.get_running_loop(), {})
+        shared = sessions.setdefault(connection, cls(connection))
+        shared.users += 1
+        return shared
+
+    async def leave(self) -> None:
+        self.users -= 1
+        if self.users:
+            return
+        sessions = _sessions.get(asyncio.get_running_loop(), {})
+        # Out of reach before the first await: who comes now opens a session of its own.
+        if sessions.get(self.connection) is self:
+            del sessions[self.connection]
+        client, self.client = self.client, None
+        if client is not None:
+            # Shielded, because a cancelled trigger must not leave its sockets behind.
+            await asyncio.shield(client.close())
+
+    async def get(self, path: str, subject: str) -> HttpAnswer:
+        """Send a GET and give the whole answer; redirects are followed within the connection's server only."""
+        first_url = url = f"{self.connection.base_url}{path}"
+        for _ in range(MAX_REDIRECTS):
+            answer = await self._get_once(url, subject)
+            location = answer.header("Location")
+            if not (300 <= answer.status_code < 400 and location):
+                break
+            url = urljoin(url, location)
+            if not self.connection.owns(url):
+                break
+        return self.connection.answered(first_url, answer.status_code, answer.headers, answer.body)
+
+    async def _get_once(self, url: str, subject: str) -> HttpAnswer:
+        # The wait for a slot is outside the timeout: that others are slow is no failure of this poll.
+        async with self.slots:
+            client = self.client or await self._open()
+            try:
+                try:
+                    return await self._request(client, url)
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+                    # Most likely a kept-alive connection that the server closed just now; a new one tells.
+                    return await self._request(client, url)
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+                raise self.connection.unreachable(subject, url, error) from error
+
+    async def _request(self, client: aiohttp.ClientSession, url: str) -> HttpAnswer:
+        headers = {"Authorization": f"Bearer {self.connection.api_key}"}
+        async with client.get(url, headers=headers, allow_redirects=False, proxy=self.proxy) as response:
+            return self.connection.answered(url, response.status, response.headers, await response.read())
+
+    async def _open(self) -> aiohttp.ClientSession:
+        async with self.opening:
+            if self.client is None:
+                # In a thread: certificates are read from disk, and the environment is asked for a proxy.
+                self.proxy, tls = await asyncio.to_thread(_proxy_and_tls, self.connection)
+                connect, read = self.connection.timeouts()
+                self.client = aiohttp.ClientSession(
+                    connector=aiohttp.TCPConnector(
+                        limit=MAX_REQUESTS_AT_ONCE, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls
+                    ),
+                    timeout=aiohttp.ClientTimeout(total=4 * read, sock_connect=connect, sock_read=read),
+                    headers=HEADERS,
+                    cookie_jar=aiohttp.DummyCookieJar(),
+                )
+            return self.client
+
+
+_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[DifyConnection, _SharedSession]] = WeakKeyDictionary()
+
+
+def _proxy_and_tls(connection: DifyConnection) -> tuple[str | None, ssl.SSLContext | bool]:
+    """Say which proxy and which certificates ``requests`` would use, so that both clients go the same way."""
+    with requests.Session() as session:
+        verify = None if connection.verify is True else connection.verify
+        settings = session.merge_environment_settings(
+            connection.base_url, dict(connection.proxies), stream=None, verify=verify, cert=None
+        )
+    proxy = select_proxy(connection.base_url, settings["proxies"])
+    if settings["verify"] is False:
+        return proxy, False
+    bundle = settings["verify"] if isinstance(settings["verify"], str) else DEFAULT_CA_BUNDLE_PATH
+    if os.path.isdir(bundle):
+        return proxy, ssl.create_default_context(capath=bundle)
+    return proxy, ssl.create_default_context(cafile=bundle)
