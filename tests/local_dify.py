@@ -47,6 +47,9 @@ RECORDING_OF_STATUS = {
 NOT_FOUND = {"code": "not_found", "message": "Workflow run not found.", "status": 404}
 
 
+Fault = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
 @dataclass(frozen=True)
 class Recording:
     """One recorded answer: status, headers, body."""
@@ -76,6 +79,7 @@ class Run:
 
     id: str
     answers: deque[dict[str, Any] | None]
+    fault_after_first: Fault | None = None
     polls: list[float] = field(default_factory=list)
 
     def poll(self) -> dict[str, Any] | None:
@@ -92,9 +96,6 @@ class Seen:
     headers: dict[str, str]
     at: float
     connection: int
-
-
-Fault = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class LocalDify:
@@ -119,7 +120,7 @@ class LocalDify:
         self._always: Fault | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="local-dify", daemon=True)
-        self._connections: dict[int, int] = {}
+        self._connections: dict[tuple[str, int], int] = {}
 
     # --- life
 
@@ -171,19 +172,26 @@ class LocalDify:
 
     # --- what it knows
 
-    def add_run(self, *statuses: str | None, run_id: str | None = None, **fields: Any) -> str:
+    def add_run(
+        self,
+        *statuses: str | None,
+        run_id: str | None = None,
+        fault_after_first: Fault | None = None,
+        **fields: Any,
+    ) -> str:
         """
         Add a workflow run.
 
         :param statuses: a status a poll, ``None`` for "not written yet"; the last one stays. A status may also be the
             name of a recording, such as ``detail_failed_parallel``.
         :param run_id: its id; a new one by default.
+        :param fault_after_first: how to misbehave at each poll of this run but the first.
         :param fields: fields of the recorded answer to replace, ``outputs`` as an object.
         :return: its id.
         """
         run_id = run_id or str(uuid.uuid4())
         answers = deque(None if status is None else self._fields(status, run_id, fields) for status in statuses)
-        self.runs[run_id] = Run(run_id, answers)
+        self.runs[run_id] = Run(run_id, answers, fault_after_first)
         return run_id
 
     def _fields(self, status: str, run_id: str, replaced: dict[str, Any]) -> dict[str, Any]:
@@ -234,12 +242,14 @@ class LocalDify:
         return len(self._connections)
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
-        number = self._connections.setdefault(id(request.protocol), len(self._connections))
+        assert request.transport is not None
+        number = self._connections.setdefault(request.transport.get_extra_info("peername"), len(self._connections))
         self.seen.append(Seen(request.method, request.raw_path, dict(request.headers), time.monotonic(), number))
         fault = self._faults.popleft() if self._faults else self._always
-        if fault is not None:
-            return await fault(request)
-        return self._dify(request)
+        if fault is None:
+            run = self.runs.get(request.path.rpartition("/")[2])
+            fault = run.fault_after_first if run and run.polls else None
+        return self._dify(request) if fault is None else await fault(request)
 
     def _dify(self, request: web.Request) -> web.Response:
         path = request.raw_path

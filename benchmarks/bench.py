@@ -1,0 +1,524 @@
+"""
+Compare waiting with this provider to waiting with others, on this machine. ``make bench`` runs this.
+
+Every row of a table is measured in the same run, against the same local TLS server, each contender in a process of its
+own on one core, the server on another. The tables are Markdown. Nothing here fails because something was slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import server
+import trustme
+import waits
+from server import Scenario
+from waits import Cost, Plan
+
+OURS, BARE, DBT = "dify", "bare", "dbt"
+NAMES = {
+    BARE: "bare aiohttp loop",
+    OURS: "**`DifyWorkflowRunTrigger`**",
+    DBT: "dbt Cloud's `DbtCloudRunJobTrigger`",
+    "http": "`HttpSensorTrigger`",
+    "anthropic": "`AnthropicBatchTrigger` (a thread per poll)",
+}
+# Waits, and seconds between the polls of each.
+LOADS = ((200, 1.0), (1000, 2.0))
+SENSORS = {
+    OURS: ("`airflow_provider_dify.sensors.dify`", "airflow_provider_dify.sensors.dify"),
+    DBT: ("dbt Cloud's sensor", "airflow.providers.dbt.cloud.sensors.dbt"),
+    "http": ("HTTP sensor", "airflow.providers.http.sensors.http"),
+    "anthropic": ("Anthropic's batch sensor", "airflow.providers.anthropic.sensors.batch"),
+}
+IMPORTS = 7
+# What every Dag file has imported already is not counted.
+IMPORT_PROBE = """
+import sys, time
+from airflow.sdk import DAG, task
+modules, start = len(sys.modules), time.perf_counter()
+import {module}
+print((time.perf_counter() - start) * 1000, len(sys.modules) - modules)
+"""
+# How far from the interval a gap between two polls may be, as a share of it.
+ON_TIME = 0.1
+# Runs together in the table of faults, where nothing is timed; no two of the heavy ones.
+FAULT_GROUPS = ((BARE, OURS, "http"), (DBT, "anthropic"))
+FAULT_WAITS, FAULT_INTERVAL, FAULT_FINISH, FAULT_SECONDS = 200, 1.0, 10.0, 30.0
+# Our trigger's own; the others are left at their defaults. Shorter than the server stalls.
+FAULT_TIMEOUT = 2
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """
+    What all measurements share.
+
+    :param place: a temporary folder, with ``server.pem`` and ``log``.
+    :param contender_core: the core of the contenders; ``None`` where the system can't keep a process on one.
+    :param server_core: the core of the server.
+    """
+
+    place: Path
+    contender_core: int | None
+    server_core: int | None
+
+    @property
+    def log(self) -> Path:
+        return self.place / "log"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """
+    One contender under one load.
+
+    :param cost: what the contender told.
+    :param scenario: what the server played.
+    :param plan: what the contender was to do.
+    :param connections: connections that the server accepted.
+    :param polls: by wait: when the server saw its polls.
+    """
+
+    cost: Cost
+    scenario: Scenario
+    plan: Plan
+    connections: int
+    polls: dict[int, list[float]]
+
+    @property
+    def polls_counted(self) -> int:
+        """Polls that the server saw while CPU time was counted."""
+        return sum(self.cost.cpu_from <= at < self.cost.cpu_until for polls in self.polls.values() for at in polls)
+
+    @property
+    def cpu_per_poll(self) -> float:
+        """Milliseconds of CPU time for each poll."""
+        return self.cost.cpu_seconds * 1000 / max(1, self.polls_counted)
+
+    @property
+    def on_time(self) -> float:
+        """Share of polls, once the waits have settled, that came one interval after the same wait's last one."""
+        gaps = [
+            later - earlier
+            for polls in self.polls.values()
+            for earlier, later in zip(polls[1:], polls[2:], strict=False)
+            if earlier >= self.plan.cpu_from and later < self.plan.lag_until
+        ]
+        interval = self.plan.interval
+        return sum(abs(gap - interval) <= ON_TIME * interval for gap in gaps) / max(1, len(gaps))
+
+    @property
+    def finish_to_event(self) -> float:
+        """Median seconds from the end of a run to the event that tells it; infinite if there was none."""
+        delays = [
+            at - self.scenario.finish_of(wait) for wait, (at, ended_well, _) in self.cost.ends.items() if ended_well
+        ]
+        return statistics.median(delays) if delays else float("inf")
+
+    @property
+    def survived(self) -> int:
+        """Waits that saw their run succeed."""
+        return sum(ended_well for _, ended_well, _ in self.cost.ends.values())
+
+
+# --- processes
+
+
+@contextlib.contextmanager
+def process(target: Any, *arguments: Any) -> Iterator[Connection]:
+    """
+    Run a function in a process of its own, ended with the block.
+
+    :param target: the function; its last argument is the other end of the pipe.
+    :param arguments: the ones before.
+    :return: this end of the pipe.
+    """
+    here, there = SPAWN.Pipe()
+    child: BaseProcess = SPAWN.Process(target=target, args=(*arguments, there), daemon=True)
+    child.start()
+    there.close()
+    try:
+        yield here
+    finally:
+        child.terminate()
+        child.join()
+
+
+@contextlib.contextmanager
+def environment(port: int, timeout: float | None) -> Iterator[None]:
+    """
+    Set what the contenders started in the block find their connections in.
+
+    :param port: the server's port.
+    :param timeout: the timeout of our connection; the default if ``None``.
+    """
+    origin = f"https://127.0.0.1:{port}"
+    connections: dict[str, dict[str, Any]] = {
+        "dify": {"host": f"{origin}/v1", "extra": {"timeout": timeout} if timeout else {}},
+        "dbt": {"host": f"127.0.0.1:{port}", "login": "1"},
+        "http": {"host": origin},
+        "anthropic": {"host": origin},
+    }
+    for kind, fields in connections.items():
+        connection = {"conn_type": kind, **fields}
+        if kind != "http":
+            connection["password"] = "none"  # noqa: S105
+        os.environ[f"AIRFLOW_CONN_{kind.upper()}_BENCH"] = json.dumps(connection)
+    yield
+
+
+@contextlib.contextmanager
+def contender(
+    bench: Bench, name: str, *, pinned: bool, timeout: float | None = None
+) -> Iterator[tuple[Connection, str]]:
+    """
+    Start a contender, and a server for it alone.
+
+    :param bench: what is shared.
+    :param name: the contender.
+    :param pinned: whether both stay on a core of their own.
+    :param timeout: the timeout of our connection; the default if ``None``.
+    :return: the contender's end of a pipe, loaded and waiting for its plan; the URL to control the server.
+    """
+    cores = (bench.contender_core, bench.server_core) if pinned else (None, None)
+    with process(server.main, cores[1], bench.place / "server.pem", bench.log) as from_server:
+        port, control_port = from_server.recv()
+        with environment(port, timeout), process(waits.main, name, cores[0], bench.log) as from_contender:
+            from_contender.recv()
+            yield from_contender, f"http://127.0.0.1:{control_port}"
+
+
+def ask(url: str, told: Any = None) -> Any:
+    """
+    Ask the server's control port.
+
+    :param url: the URL.
+    :param told: what to tell, as JSON; nothing if ``None``.
+    :return: the JSON that it answered.
+    """
+    data = None if told is None else json.dumps(told).encode()
+    with urllib.request.urlopen(url, data, timeout=30) as answer:  # noqa: S310
+        return json.load(answer)
+
+
+# --- measurements
+
+
+def measure(bench: Bench, name: str, count: int, interval: float) -> Measured:
+    """
+    Measure one contender under one load.
+
+    :param bench: what is shared.
+    :param name: the contender.
+    :param count: how many waits.
+    :param interval: seconds between the polls of a wait.
+    :return: what was measured.
+    """
+    with contender(bench, name, pinned=True) as (pipe, control):
+        start = time.monotonic() + 0.2
+        # One interval in which the waits start, one in which they settle, and a second for what is loaded at the first.
+        settled = start + 2 * interval + 1
+        plan = Plan(
+            waits=count,
+            interval=interval,
+            start=start,
+            cpu_from=settled,
+            lag_from=settled + 4,
+            lag_until=settled + 6,
+            give_up_at=settled + 6 + 2 * interval + 10,
+        )
+        scenario = Scenario(finish_at=plan.lag_until, finish_over=interval)
+        return run(pipe, control, plan, scenario)
+
+
+def run(pipe: Connection, control: str, plan: Plan, scenario: Scenario) -> Measured:
+    """
+    Tell both sides what to do, and wait for what came of it.
+
+    :param pipe: to the contender.
+    :param control: the URL to control the server.
+    :param plan: for the contender.
+    :param scenario: for the server.
+    :return: what was measured.
+    """
+    ask(f"{control}/scenario", asdict(scenario))
+    pipe.send(plan)
+    cost = pipe.recv()
+    stats = ask(f"{control}/stats")
+    polls = {int(wait): times for wait, times in stats["polls"].items()}
+    return Measured(cost, scenario, plan, stats["connections"], polls)
+
+
+def measure_faults(bench: Bench) -> dict[str, Measured]:
+    """
+    Let all contenders wait on runs of a server of which every tenth answer goes wrong.
+
+    :param bench: what is shared.
+    :return: what was measured, by contender.
+    """
+    measured = {}
+    for group in FAULT_GROUPS:
+        with contextlib.ExitStack() as stack:
+            # Not on one core: here the waits are to fail by the faults alone.
+            started = {
+                name: stack.enter_context(contender(bench, name, pinned=False, timeout=FAULT_TIMEOUT)) for name in group
+            }
+            start = time.monotonic() + 0.5
+            end = start + FAULT_SECONDS
+            plan = Plan(FAULT_WAITS, FAULT_INTERVAL, start, cpu_from=end, lag_from=end, lag_until=end, give_up_at=end)
+            scenario = Scenario(finish_at=start + FAULT_FINISH, finish_over=FAULT_INTERVAL, faulty=True)
+            for pipe, control in started.values():
+                ask(f"{control}/scenario", asdict(scenario))
+                pipe.send(plan)
+            for name, (pipe, control) in started.items():
+                measured[name] = Measured(pipe.recv(), scenario, plan, ask(f"{control}/stats")["connections"], {})
+    return measured
+
+
+def measure_imports(bench: Bench) -> dict[str, tuple[float, int]]:
+    """
+    Import each sensor's module in fresh processes.
+
+    :param bench: what is shared.
+    :return: median milliseconds and number of modules, by sensor.
+    """
+    took: dict[str, list[float]] = {name: [] for name in SENSORS}
+    modules = {}
+    # One round more, the first, for the compiled files and the disk's cache.
+    for round_ in range(IMPORTS + 1):
+        for name, (_, module) in SENSORS.items():
+            done = subprocess.run(  # noqa: S603
+                [sys.executable, "-c", IMPORT_PROBE.format(module=module)],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            milliseconds, count = done.stdout.split()[-2:]
+            modules[name] = int(count)
+            if round_:
+                took[name].append(float(milliseconds))
+    return {name: (statistics.median(took[name]), modules[name]) for name in SENSORS}
+
+
+# --- tables
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """
+    Print a Markdown table; all columns but the first are numbers.
+
+    :param head: the names of the columns.
+    :param rows: their cells.
+    """
+    cells = [list(head), *map(list, rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    for row in cells:
+        aligned = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        print(f"| {' | '.join(aligned)} |", flush=True)
+
+
+def print_loads(measured: dict[tuple[str, int], Measured]) -> None:
+    """
+    Print what waiting costs.
+
+    :param measured: what was measured, by contender and number of waits.
+    """
+    print("\n### What waiting costs\n")
+    rows = []
+    for count, interval in LOADS:
+        for name in NAMES:
+            row = measured[name, count]
+            cpu = row.cpu_per_poll
+            rows.append(
+                [
+                    NAMES[name],
+                    f"{count:,} every {interval:g} s",
+                    f"{cpu:.2f} ms",
+                    f"{cpu / measured[BARE, count].cpu_per_poll:.2f}",
+                    f"{cpu / measured[DBT, count].cpu_per_poll:.2f}",
+                    f"{row.connections:,}",
+                    f"{row.cost.worst_lag * 1000:.0f} ms",
+                    f"{row.on_time:.1%}",
+                    f"{row.finish_to_event:.2f} s",
+                    f"{row.survived:,}",
+                ]
+            )
+    head = ["waiting with", "waits", "CPU per poll", "to bare", "to dbt Cloud's", "connections", "worst loop lag"]
+    print_table([*head, "polls on time", "finish to event", "waits that succeeded"], rows)
+
+
+def print_imports(imports: dict[str, tuple[float, int]]) -> None:
+    """
+    Print what naming a sensor costs a Dag file.
+
+    :param imports: what :func:`measure_imports` gave.
+    """
+    print("\n### What importing the sensor costs a Dag file\n")
+    print_table(
+        ["importing", "time", "to dbt Cloud's", "modules loaded"],
+        [
+            [SENSORS[name][0], f"{took:.0f} ms", f"{took / imports[DBT][0]:.3f}", f"{modules:,}"]
+            for name, (took, modules) in imports.items()
+        ],
+    )
+
+
+def print_faults(faults: dict[str, Measured]) -> None:
+    """
+    Print who survives a bad server.
+
+    :param faults: what :func:`measure_faults` gave.
+    """
+    print("\n### Waits that survive when every tenth answer is a 503, a connection reset or a stall of 3 s\n")
+    rows = []
+    for name in NAMES:
+        ends = faults[name].cost.ends
+        lost = Counter(
+            said.partition(":")[0].partition(",")[0][:40] for _, ended_well, said in ends.values() if not ended_well
+        )
+        why = f"{lost.most_common(1)[0][0]}" if lost else ""
+        survived = f"{faults[name].survived} of {FAULT_WAITS}"
+        rows.append([NAMES[name], survived, f"{lost.total()}", f"{FAULT_WAITS - len(ends)}", why])
+    print_table(["waiting with", "survived", "lost", f"not over after {FAULT_SECONDS:g} s", "mostly lost to"], rows)
+
+
+def print_targets(
+    measured: dict[tuple[str, int], Measured],
+    imports: dict[str, tuple[float, int]],
+    faults: dict[str, Measured],
+) -> None:
+    """
+    Print what was aimed at and whether it was met; what was not measured is left out.
+
+    :param measured: what was measured, by contender and number of waits.
+    :param imports: what :func:`measure_imports` gave.
+    :param faults: what :func:`measure_faults` gave.
+    """
+    rows = []
+
+    def target(what: str, aim: str, got: str, met: bool) -> None:
+        rows.append([what, aim, got, "met" if met else "**not met**"])
+
+    for count, interval in LOADS if measured else ():
+        load = f"{count:,} waits every {interval:g} s"
+        ours = measured[OURS, count]
+        for other, most in ((BARE, 1.3), (DBT, 0.35)):
+            ratio = ours.cpu_per_poll / measured[other, count].cpu_per_poll
+            of = "the bare loop" if other == BARE else "dbt Cloud's"
+            target(f"{load}: CPU per poll, to {of}", f"at most {most:g}", f"{ratio:.2f}", ratio <= most)
+        target(f"{load}: connections", f"at most {count // 10}", f"{ours.connections}", ours.connections <= count // 10)
+        if count == LOADS[-1][0]:
+            lag = ours.cost.worst_lag * 1000
+            target(f"{load}: polls on time", "at least 95 %", f"{ours.on_time:.1%}", ours.on_time >= 0.95)
+            target(f"{load}: worst loop lag", "under 100 ms", f"{lag:.0f} ms", lag < 100)
+        target(f"{load}: waits lost", "none", f"{count - ours.survived}", ours.survived == count)
+    if imports:
+        ratio = imports[OURS][0] / imports[DBT][0]
+        target("import of the sensor, to dbt Cloud's", "at most 0.1", f"{ratio:.3f}", ratio <= 0.1)
+    if faults:
+        lost = FAULT_WAITS - faults[OURS].survived
+        target("bad server: waits lost", "none", f"{lost}", not lost)
+    print("\n### Targets of this provider\n")
+    print_table(["target", "aim", "measured", ""], rows)
+
+
+def prepare(place: Path) -> Bench:
+    """
+    Make certificates, and the environment that all contenders find.
+
+    :param place: a temporary folder.
+    :return: what all measurements share.
+    """
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(str(place / "ca.pem"))
+    ca.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(place / "server.pem"))
+    for name in [*os.environ]:
+        if name.lower().endswith("_proxy") or name.startswith(("AIRFLOW_", "ANTHROPIC_")):
+            del os.environ[name]
+    os.environ.update(
+        {
+            "AIRFLOW_HOME": str(place / "airflow"),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            # What the clients, in their different ways, take their certificates from.
+            "SSL_CERT_FILE": str(place / "ca.pem"),
+            "REQUESTS_CA_BUNDLE": str(place / "ca.pem"),
+        }
+    )
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return Bench(place, cores[0], cores[1]) if len(cores) > 1 else Bench(place, None, None)
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    parser = argparse.ArgumentParser(description="Compare waiting with this provider to waiting with others.")
+    parts = ("loads", "imports", "faults")
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"what to measure: {', '.join(parts)}; all by default")
+    wanted = set(parser.parse_args().parts) or set(parts)
+    if wanted - set(parts):
+        parser.error(f"no such part: {', '.join(wanted - set(parts))}")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        bench = prepare(Path(folder))
+        packages = (
+            "apache-airflow",
+            "aiohttp",
+            *(f"apache-airflow-providers-{each}" for each in ("dbt-cloud", "http", "anthropic")),
+        )
+        print(
+            f"Python {platform.python_version()} on {platform.system()} {platform.machine()}, "
+            f"{', '.join(f'{each} {version(each)}' for each in packages)}. "
+            + (
+                "Each contender on one core, the server on another."
+                if bench.server_core is not None
+                else "Processes share all cores."
+            ),
+            flush=True,
+        )
+        try:
+            measured = {
+                (name, count): measure(bench, name, count, interval)
+                for count, interval in (LOADS if "loads" in wanted else ())
+                for name in NAMES
+            }
+            if measured:
+                print_loads(measured)
+            imports = measure_imports(bench) if "imports" in wanted else {}
+            if imports:
+                print_imports(imports)
+            faults = measure_faults(bench) if "faults" in wanted else {}
+            if faults:
+                print_faults(faults)
+        except EOFError:
+            sys.exit(f"A process ended early. It wrote:\n{bench.log.read_text()}")
+        print_targets(measured, imports, faults)
+    print(f"\nTook {time.monotonic() - began:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

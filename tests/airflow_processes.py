@@ -1,0 +1,138 @@
+"""Airflow as its users run it: scheduler, Dag processor, API server and triggerer as processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+AIRFLOW_2 = version("apache-airflow").startswith("2.")
+
+
+def free_port() -> int:
+    """Give a port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class AirflowProcesses:
+    """
+    A whole Airflow in a temporary folder, with SQLite: enough for a few dozen tasks.
+
+    :param home: the folder.
+    :param environment: further settings, such as connections.
+    """
+
+    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+        self.home = home
+        self.dags = home / "dags"
+        self.dags.mkdir()
+        api = free_port()
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")},
+            "AIRFLOW_HOME": str(home),
+            "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
+            "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+            # Airflow 2 runs nothing side by side on SQLite.
+            "AIRFLOW__CORE__EXECUTOR": "SequentialExecutor" if AIRFLOW_2 else "LocalExecutor",
+            "AIRFLOW__CORE__PARALLELISM": "4",
+            "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "64",
+            "AIRFLOW__CORE__DAGS_ARE_PAUSED_AT_CREATION": "False",
+            "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{api}/execution/",
+            "AIRFLOW__API__PORT": str(api),
+            "AIRFLOW__API__HOST": "127.0.0.1",
+            "AIRFLOW__API_AUTH__JWT_SECRET": "of-this-test-alone-and-long-enough-for-it",
+            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
+            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
+            "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+            "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
+            **environment,
+        }
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def commands(self) -> list[str]:
+        """The processes that make an Airflow of this version."""
+        return ["scheduler", "triggerer"] if AIRFLOW_2 else ["api-server", "dag-processor", "scheduler", "triggerer"]
+
+    def run(self, *arguments: str) -> str:
+        """Run an Airflow command to its end."""
+        done = subprocess.run(
+            [sys.executable, "-m", "airflow", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout
+
+    def start(self, command: str) -> None:
+        """Start one process; its output goes to a file of its name."""
+        with (self.home / f"{command}.out").open("ab") as output:
+            self.processes[command] = subprocess.Popen(
+                [sys.executable, "-m", "airflow", command],
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def stop(self, command: str, how: signal.Signals = signal.SIGTERM) -> None:
+        """Stop one process and what it started."""
+        process = self.processes.pop(command)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, how)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(20)
+
+    def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Ask Airflow's database."""
+        with contextlib.closing(sqlite3.connect(f"file:{self.home}/airflow.db?mode=ro", uri=True, timeout=30)) as db:
+            return db.execute(sql, values).fetchall()
+
+    def wait_for(self, met: Callable[[], bool], seconds: float) -> None:
+        """Wait until something is so; fails with what the processes said if it never is."""
+        until = time.monotonic() + seconds
+        while not met():
+            dead = {name: process.poll() for name, process in self.processes.items() if process.poll() is not None}
+            if dead or time.monotonic() > until:
+                said = "\n".join(
+                    f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.home.glob("*.out")
+                )
+                raise AssertionError(f"It did not come to be in {seconds} s; ended processes: {dead}\n{said}")
+            time.sleep(0.5)
+
+    def everything_written(self) -> Iterator[tuple[Path, bytes]]:
+        """Give every file that this Airflow wrote, logs and database included."""
+        for path in self.home.rglob("*"):
+            if path.is_file():
+                yield path, path.read_bytes()
+
+
+@contextlib.contextmanager
+def airflow_processes(environment: dict[str, str]) -> Iterator[AirflowProcesses]:
+    """Make a database, start all processes, and stop them in the end."""
+    with tempfile.TemporaryDirectory(prefix="airflow-processes-", ignore_cleanup_errors=True) as home:
+        airflow = AirflowProcesses(Path(home), environment)
+        airflow.run("db", "migrate")
+        try:
+            for command in airflow.commands:
+                airflow.start(command)
+            yield airflow
+        finally:
+            for command in reversed(list(airflow.processes)):
+                airflow.stop(command)

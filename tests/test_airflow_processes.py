@@ -1,0 +1,189 @@
+"""Every ending of a wait in every way to wait, with a real scheduler, real workers and a real triggerer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
+from tests.airflow_processes import airflow_processes
+from tests.local_dify import LocalDify, answer
+
+KEY = "app-zQ9-the-key-of-this-test"
+OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}}
+
+WAYS: dict[str, dict[str, Any]] = {
+    "poke": {},
+    "reschedule": {"mode": "reschedule"},
+    "deferrable": {"deferrable": True},
+}
+if CAN_END_FROM_TRIGGER:
+    WAYS["end"] = {"end_from_trigger": True}
+if CAN_START_FROM_TRIGGER:
+    WAYS["start"] = {"start_from_trigger": True}
+    WAYS["start_end"] = {"start_from_trigger": True, "end_from_trigger": True}
+
+# Statuses, sensor arguments, state of the task, exception and message.
+ENDINGS: dict[str, tuple[list[str | None], dict[str, Any], str, str, str]] = {
+    "succeeded": (["running", "running", "succeeded"], {}, "success", "", ""),
+    "failed": (["running", "failed"], {}, "failed", "DifyWorkflowRunFailed", "Connection refused"),
+    "unknown": ([None], {"not_found_grace": 2}, "failed", "DifyWorkflowRunNotFound", "still unknown"),
+    "overdue": (["running"], {"run_timeout": 60}, "failed", "DifyWorkflowRunTimeout", "orphaned"),
+    "timeout": (["running"], {"timeout": 3}, "failed", "AirflowSensorTimeout", "timed out after 3 seconds.*running"),
+    "refused": (["running"], {}, "failed", "DifyAuthenticationError", "API service has been disabled"),
+    "broken": (["running"], {"max_consecutive_failures": 0}, "failed", "DifyConnectionError", "503"),
+    "soft": (["running", "stopped"], {"soft_fail": True}, "skipped", "", ""),
+}
+FAULTS = {
+    "refused": answer(403, '{"code": "forbidden", "message": "The app\'s API service has been disabled."}'),
+    "broken": answer(503),
+}
+WITHOUT_RETRY = {"failed", "unknown", "overdue", "timeout", "refused", "soft"}
+
+DAG = """
+import json
+import pendulum
+from datetime import timedelta
+from airflow.providers.common.compat.sdk import dag, task
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+
+def tell(context):
+    with open({told!r}, "a") as file:
+        error = context["exception"]
+        file.write(json.dumps([context["ti"].task_id, type(error).__name__, str(error)]) + "\\n")
+
+@dag(schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False, params={{"run": {params_run!r}}})
+def waits():
+    for name, arguments in json.loads({tasks!r}).items():
+        DifyWorkflowRunSensor(
+            task_id=name, poke_interval=1, retries=1, retry_delay=timedelta(0), on_failure_callback=tell, **arguments
+        )
+
+    @task
+    def upstream():
+        return {upstream_run!r}
+
+    @task
+    def downstream(outputs):
+        assert outputs["answer"] == "héllo 你好 🎉", outputs
+        return outputs
+
+    run_id = upstream()
+    for name, way in json.loads({ways!r}).items():
+        wait = DifyWorkflowRunSensor(task_id=f"of_upstream-{{name}}", workflow_run_id=run_id, poke_interval=1, **way)
+        downstream.override(task_id=f"downstream_of-{{name}}")(wait.output)
+        DifyWorkflowRunSensor(
+            task_id=f"of_params-{{name}}", workflow_run_id="{{{{ params.run }}}}", poke_interval=1, **way
+        )
+
+waits()
+"""
+
+
+@dataclass
+class Task:
+    """What became of a task."""
+
+    state: str
+    try_number: int
+    ran_on_a_worker: bool
+    xcoms: dict[str, Any]
+    error: tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Iterator[dict[str, Task]]:
+    """What became of every task of the Dag; run once for all tests."""
+    with LocalDify() as dify:
+        dify.api_keys = {KEY}
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": KEY, "extra": {"timeout": 5}}
+        arguments = {}
+        for ending, (statuses, ending_arguments, *_) in ENDINGS.items():
+            for way, way_arguments in WAYS.items():
+                fields: dict[str, Any] = {"outputs": OUTPUTS} if ending == "succeeded" else {}
+                if ending == "overdue":
+                    fields["created_at"] = 1_700_000_000
+                run_id = dify.add_run(*statuses, fault_after_first=FAULTS.get(ending), **fields)
+                arguments[f"{ending}-{way}"] = {"workflow_run_id": run_id, **ending_arguments, **way_arguments}
+        upstream_run = dify.add_run("succeeded", outputs=OUTPUTS)
+        with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
+            told = airflow.home / "told.jsonl"
+            told.touch()
+            (airflow.dags / "waits.py").write_text(
+                DAG.format(
+                    told=str(told),
+                    tasks=json.dumps(arguments),
+                    upstream_run=upstream_run,
+                    params_run=upstream_run,
+                    ways=json.dumps(WAYS),
+                )
+            )
+            airflow.wait_for(
+                lambda: airflow.query("SELECT count(*) FROM dag_run WHERE state IN ('success', 'failed')") == [(1,)],
+                seconds=420,
+            )
+            for path, content in airflow.everything_written():
+                assert KEY.encode() not in content, path
+            yield _tasks(airflow, told)
+
+
+def _tasks(airflow: Any, told: Path) -> dict[str, Task]:
+    xcoms: dict[str, dict[str, Any]] = {}
+    for task_id, key, value in airflow.query("SELECT task_id, key, value FROM xcom"):
+        text = value.decode() if isinstance(value, bytes) else value
+        decoded = json.loads(text)
+        # Airflow 3 keeps JSON text in a JSON column.
+        xcoms.setdefault(task_id, {})[key] = json.loads(decoded) if _is_json(decoded) else decoded
+    errors = {name: (kind, text) for name, kind, text in map(json.loads, told.read_text().splitlines())}
+    rows = airflow.query("SELECT task_id, state, try_number, pid FROM task_instance")
+    return {
+        task_id: Task(state, tries, pid is not None, xcoms.get(task_id, {}), errors.get(task_id, ("", "")))
+        for task_id, state, tries, pid in rows
+    }
+
+
+def _is_json(value: Any) -> bool:
+    return isinstance(value, str) and value[:1] in '{["'
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: str, way: str) -> None:
+    _, _, state, exception, message = ENDINGS[ending]
+    task = tasks[f"{ending}-{way}"]
+    assert task.state == state
+    if exception:
+        assert task.error[0] == exception
+        assert re.search(message, task.error[1])
+        assert _without_numbers(task.error[1]) == _without_numbers(tasks[f"{ending}-poke"].error[1])
+    if ending in WITHOUT_RETRY:
+        assert task.try_number == 1
+    if ending == "succeeded":
+        assert task.xcoms["return_value"] == OUTPUTS
+        assert task.xcoms.keys() == {"return_value", "workflow_run", *OUTPUTS}
+        workflow_run = tasks[f"{ending}-poke"].xcoms["workflow_run"]
+        assert {**task.xcoms["workflow_run"], "id": ""} == {**workflow_run, "id": ""}
+
+
+def _without_numbers(message: str) -> str:
+    return re.sub(r"\d+", "#", re.sub(r"[0-9a-f-]{36}", "<run>", message))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_run_id_may_come_from_upstream_or_from_params_in_every_way(tasks: dict[str, Task], way: str) -> None:
+    for name in (f"of_upstream-{way}", f"downstream_of-{way}", f"of_params-{way}"):
+        assert tasks[name].state == "success"
+        assert tasks[name].xcoms["return_value"] == OUTPUTS
+
+
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a sensor on the triggerer")
+def test_a_wait_that_starts_and_ends_on_the_triggerer_takes_no_worker(tasks: dict[str, Task]) -> None:
+    for name in ("succeeded", "of_upstream", "of_params"):
+        assert not tasks[f"{name}-start_end"].ran_on_a_worker
+        assert tasks[f"{name}-start"].ran_on_a_worker
