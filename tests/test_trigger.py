@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
 from airflow_provider_dify.hooks import dify_async
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
@@ -129,6 +130,20 @@ def test_trouble_of_an_unforeseen_kind_is_one_event_too() -> None:
     payload = payload_of(trigger_of(str(uuid.uuid4()), dify_conn_id="no_such_connection"))
     assert payload["error"]["type"] == "DifyError"
     assert "no_such_connection" in payload["message"]
+
+
+def test_a_worker_ends_the_task_where_the_triggerer_cannot_push_its_outputs(dify: LocalDify) -> None:
+    # Outside a triggerer there is nothing to push through.
+    trigger = trigger_of(dify.add_run("succeeded"), end_from_trigger=True)
+    assert payload_of(trigger)["end"] == "run_is_over"
+
+
+@pytest.mark.skipif(not CAN_END_FROM_TRIGGER, reason="this Airflow cannot end a task from its trigger")
+def test_only_a_success_ends_the_task_from_the_trigger(dify: LocalDify) -> None:
+    arguments: dict[str, Any] = {"end_from_trigger": True, "do_xcom_push": False}
+    (event,) = run(events_of(trigger_of(dify.add_run("succeeded"), **arguments)))
+    assert type(event).__name__ == "TaskSuccessEvent"
+    assert payload_of(trigger_of(dify.add_run("failed"), **arguments))["end"] == "run_is_over"
 
 
 # --- serialization

@@ -68,8 +68,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     :param deferrable: look once on the worker, then wait on the triggerer, which takes no worker slot; ``mode`` has no
         meaning then. Airflow's ``[operators] default_deferrable`` by default.
     :param end_from_trigger: let the triggerer end the task when the run succeeded, so that no worker starts again
-        (Airflow 3.0 and later; implies ``deferrable``). The outputs then go to Airflow's database as they are, past a
-        custom XCom backend: for small outputs that no downstream task is mapped over.
+        (Airflow 3.0 and later; implies ``deferrable``). The triggerer, which all deferred tasks share, then carries the
+        outputs: for small ones, that no downstream task is mapped over.
     :param start_from_trigger: start on the triggerer, so that the wait never touches a worker (Airflow 3.3 and later;
         implies ``deferrable``). ``workflow_run_id`` may be a literal, a template of ``params`` or ``dag_run.conf``, or
         an upstream task's output; the sensor cannot be mapped.

@@ -151,7 +151,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 else:
                     verdict = wait.look_at(run)
                     if verdict.outcome is not Outcome.WAIT:
-                        return self._over(run, verdict.outcome, verdict.reason)
+                        if verdict.outcome is Outcome.DONE and self.end_from_trigger and await self._push(run):
+                            return _task_success()
+                        # A failure is left to a worker: there it has a log, callbacks and no retry.
+                        return self._event(WaitEnd.RUN_IS_OVER, verdict.reason, status=run.status)
                 if deadline is not None and time.time() >= deadline:
                     return self._event(WaitEnd.TIMED_OUT, wait.last_seen(), status=wait.status)
                 polls += 1
@@ -186,13 +189,39 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             timeout_after = timeout_after.replace(tzinfo=timezone.utc)
         return timeout_after.timestamp() - TRIGGER_TIMEOUT_MARGIN
 
-    def _over(self, run: WorkflowRun, outcome: Outcome, reason: str) -> TriggerEvent:
-        # A failure is left to a worker: there it has a log, callbacks and no retry.
-        if outcome is Outcome.DONE and self.end_from_trigger:
-            from airflow.triggers.base import TaskSuccessEvent
+    async def _push(self, run: WorkflowRun) -> bool:
+        """
+        Push the task's XComs as a worker would, so that the task can end here.
 
-            return TaskSuccessEvent(xcoms=run.xcoms(self.multiple_outputs) if self.do_xcom_push else None)
-        return self._event(WaitEnd.RUN_IS_OVER, reason, status=run.status)
+        Not as the ending event's own ``xcoms``: those Airflow (3.0 to 3.3) writes as JSON text within JSON, so that the
+        next task gets a text where it should get a dict.
+
+        :return: whether that worked; else a worker has to end the task.
+        """
+        if not self.do_xcom_push:
+            return True
+        from airflow.providers.common.compat.sdk import XCom
+        from asgiref.sync import sync_to_async
+
+        ti: Any = self.task_instance
+        try:
+            for key, value in run.xcoms(self.multiple_outputs).items():
+                await sync_to_async(XCom.set)(
+                    key=key,
+                    value=value,
+                    dag_id=ti.dag_id,
+                    task_id=ti.task_id,
+                    run_id=ti.run_id,
+                    map_index=ti.map_index,
+                )
+        except Exception:
+            self.log.warning(
+                "The outputs of Dify workflow run %s could not be pushed from the triggerer; a worker will do it.",
+                run.id,
+                exc_info=True,
+            )
+            return False
+        return True
 
     def _event(
         self, end: WaitEnd, message: str, *, status: object = None, error: DifyError | None = None
@@ -206,6 +235,12 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 "error": error.to_event() if error else None,
             }
         )
+
+
+def _task_success() -> TriggerEvent:
+    from airflow.triggers.base import TaskSuccessEvent  # not in every supported Airflow
+
+    return TaskSuccessEvent()
 
 
 def _load_client() -> Any:
