@@ -52,10 +52,16 @@ def get_provider_info() -> dict[str, Any]:
             }
         ],
         "hooks": [
-            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.hooks.dify"]},
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": ["airflow_provider_dify.hooks.dify", "airflow_provider_dify.hooks.dify_async"],
+            },
         ],
         "sensors": [
             {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.sensors.dify"]},
+        ],
+        "triggers": [
+            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.triggers.dify"]},
         ],
         "connection-types": [
             {

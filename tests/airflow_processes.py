@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 
@@ -41,6 +41,8 @@ class AirflowProcesses:
         api = free_port()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")},
+            # Airflow 2 starts its tasks by the command's name.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "AIRFLOW_HOME": str(home),
             "AIRFLOW__CORE__DAGS_FOLDER": str(self.dags),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
@@ -53,8 +55,6 @@ class AirflowProcesses:
             "AIRFLOW__API__PORT": str(api),
             "AIRFLOW__API__HOST": "127.0.0.1",
             "AIRFLOW__API_AUTH__JWT_SECRET": "of-this-test-alone-and-long-enough-for-it",
-            "AIRFLOW__LOGGING__TRIGGER_LOG_SERVER_PORT": str(free_port()),
-            "AIRFLOW__LOGGING__WORKER_LOG_SERVER_PORT": str(free_port()),
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
             **environment,
@@ -65,6 +65,12 @@ class AirflowProcesses:
     def commands(self) -> list[str]:
         """The processes that make an Airflow of this version."""
         return ["scheduler", "triggerer"] if AIRFLOW_2 else ["api-server", "dag-processor", "scheduler", "triggerer"]
+
+    # Their log servers would listen on every interface.
+    options: ClassVar[dict[str, list[str]]] = {
+        "scheduler": ["--skip-serve-logs"],
+        "triggerer": ["--skip-serve-logs"],
+    }
 
     def run(self, *arguments: str) -> str:
         """Run an Airflow command to its end."""
@@ -81,7 +87,7 @@ class AirflowProcesses:
         """Start one process; its output goes to a file of its name."""
         with (self.home / f"{command}.out").open("ab") as output:
             self.processes[command] = subprocess.Popen(
-                [sys.executable, "-m", "airflow", command],
+                [sys.executable, "-m", "airflow", command, *self.options.get(command, [])],
                 env=self.environment,
                 stdout=output,
                 stderr=output,

@@ -31,7 +31,7 @@ def test_the_entry_point_leads_to_the_provider_info() -> None:
 
 def test_every_module_it_names_is_there() -> None:
     info = get_provider_info()
-    for kind in ("hooks", "sensors"):
+    for kind in ("hooks", "sensors", "triggers"):
         for entry in info[kind]:
             assert entry["integration-name"] in {i["integration-name"] for i in info["integrations"]}
             for module in entry["python-modules"]:

@@ -236,7 +236,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     def _start_from_trigger(self) -> None:
         if not CAN_START_FROM_TRIGGER:
             raise DifyConfigurationError("start_from_trigger=True needs Airflow 3.3 or later. Use deferrable=True.")
-        if getattr(self, "_BaseOperator__from_mapped", False):
+        if getattr(self, "_BaseOperator__from_mapped", False) or self.get_closest_mapped_task_group():
             raise DifyConfigurationError(_MAPPED_START)
         from airflow.triggers.base import StartTriggerArgs
 
