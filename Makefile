@@ -8,7 +8,7 @@ VENV := .venv/airflow-$(AIRFLOW)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test lint package smoke constraints clean
+.PHONY: demo test lint package smoke bench constraints clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py
@@ -36,6 +36,17 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --editable . --group test
+	touch $@
+
+# Compares waiting with this provider to waiting with others. Needs Linux, Python 3.11 or later, and four minutes.
+bench: .venv/bench/installed
+	.venv/bench/bin/python benchmarks/bench.py
+
+.venv/bench/installed: pyproject.toml constraints/airflow-3.3.txt benchmarks/requirements.txt
+	$(PYTHON) -m venv --clear .venv/bench
+	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3.txt uv
+	.venv/bench/bin/uv pip install --quiet --python .venv/bench/bin/python --constraints constraints/airflow-3.3.txt \
+		--editable . --requirements benchmarks/requirements.txt
 	touch $@
 
 # Pins anew what is tested with. Looks at the package index.

@@ -330,12 +330,11 @@ def judge(
     :param run_timeout: seconds after the run's own ``created_at`` from which a run that is not over counts as failed.
     :return: the verdict.
     """
-    facts = _facts(run)
     if run.status == WorkflowRunStatus.SUCCEEDED:
-        return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{facts}.")
+        return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{_facts(run)}.")
     if run.status == WorkflowRunStatus.PARTIAL_SUCCEEDED:
         reason = (
-            f"Dify workflow run {run.id} is partial-succeeded{facts}: at least one of its nodes failed and the "
+            f"Dify workflow run {run.id} is partial-succeeded{_facts(run)}: at least one of its nodes failed and the "
             "node's error handling (default value or fail branch) took over."
         )
         if fail_on_partial_success:
@@ -344,13 +343,13 @@ def judge(
     if run.status in (WorkflowRunStatus.FAILED, WorkflowRunStatus.STOPPED):
         verb = "failed" if run.status == WorkflowRunStatus.FAILED else "was stopped"
         error = f": {run.error}" if run.error else "; Dify gave no error text."
-        return Verdict(Outcome.FAILED, f"Dify workflow run {run.id} {verb} (status {run.status}){facts}{error}")
+        return Verdict(Outcome.FAILED, f"Dify workflow run {run.id} {verb} (status {run.status}){_facts(run)}{error}")
     if run.status not in _WAITING_STATUSES and run.finished_at is not None:
         error = f": {run.error}" if run.error else "."
         return Verdict(
             Outcome.FAILED,
             f"Dify workflow run {run.id} finished with the status {str(run.status)!r}, which this version of "
-            f"airflow-provider-dify does not know{facts}{error}",
+            f"airflow-provider-dify does not know{_facts(run)}{error}",
         )
     if run_timeout is not None and run.created_at is not None:
         age = (now - run.created_at).total_seconds()

@@ -111,8 +111,10 @@ class Server:
         return place == self._faulty_answer
 
     async def set_scenario(self, request: web.Request) -> web.Response:
-        """Play what the request's JSON says."""
+        """Play what the request's JSON says, and count from zero."""
         self.scenario = Scenario(**await request.json())
+        self.connections = 0
+        self.polls.clear()
         return web.json_response(asdict(self.scenario))
 
     async def stats(self, request: web.Request) -> web.Response:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import ssl
 import time
@@ -55,14 +54,12 @@ class Cost:
     """
     What the waits cost, and how they ended.
 
-    :param cpu_seconds: CPU time of the process, user and system, from ``cpu_from`` to ``cpu_until``.
+    :param cpu: each second: the moment, and the CPU time of the process until then, user and system.
     :param worst_lag: seconds by which the event loop was late, at worst.
     :param ends: by wait: when it ended, whether it saw its run succeed, and what it said.
     """
 
-    cpu_from: float = 0.0
-    cpu_until: float = 0.0
-    cpu_seconds: float = 0.0
+    cpu: list[tuple[float, float]] = field(default_factory=list)
     worst_lag: float = 0.0
     ends: dict[int, tuple[float, bool, str]] = field(default_factory=dict)
 
@@ -189,24 +186,23 @@ async def drive(wait: Wait, plan: Plan) -> Cost:
             succeeded, said = False, f"{type(error).__name__}: {error}"
         cost.ends[number] = (time.monotonic(), succeeded, said)
 
-    async def count_cpu() -> None:
-        await sleep_until(plan.cpu_from)
-        cost.cpu_from, cpu_then = time.monotonic(), time.process_time()
-        await sleep_until(plan.lag_from)
-        cost.cpu_until, cost.cpu_seconds = time.monotonic(), time.process_time() - cpu_then
+    async def look() -> None:
+        for second in range(round(plan.lag_from - plan.cpu_from) + 1):
+            await sleep_until(plan.cpu_from + second)
+            cost.cpu.append((time.monotonic(), time.process_time()))
         while (before := time.monotonic()) < plan.lag_until:
             await asyncio.sleep(LAG_SAMPLE_SECONDS)
             cost.worst_lag = max(cost.worst_lag, time.monotonic() - before - LAG_SAMPLE_SECONDS)
 
     tasks = [asyncio.create_task(one(number)) for number in range(plan.waits)]
-    measuring = asyncio.create_task(count_cpu())
+    looking = asyncio.create_task(look())
     _, late = await asyncio.wait(tasks, timeout=plan.give_up_at - time.monotonic())
     for task in late:
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
-    measuring.cancel()
+    looking.cancel()
     with contextlib.suppress(asyncio.CancelledError):
-        await measuring
+        await looking
     return cost
 
 
@@ -221,22 +217,23 @@ async def sleep_until(moment: float) -> None:
 
 async def contend(name: str, runner: Connection) -> None:
     """
-    Load a contender, say so, take the plan, and give back what it cost.
+    Load a contender, say so, and for each plan that comes give back what it cost.
 
     :param name: the contender.
     :param runner: the other end.
     """
-    async with CONTENDERS[name]() as wait:
-        # Anything but debug messages would cost those that log each poll, and more so in a triggerer: left out.
-        logging.disable(logging.CRITICAL)
+    async with CONTENDERS[name]():
         runner.send("ready")
+    while True:
         plan = await asyncio.to_thread(runner.recv)
-        runner.send(await drive(wait, plan))
+        # Anew for each plan: no connection is to be kept from the last one.
+        async with CONTENDERS[name]() as wait:
+            runner.send(await drive(wait, plan))
 
 
 def main(name: str, core: int | None, log: Path, runner: Connection) -> None:
     """
-    Run a contender in this process.
+    Run a contender in this process, until it is terminated.
 
     :param name: the contender.
     :param core: the core to stay on; ``None`` for any.
@@ -246,5 +243,3 @@ def main(name: str, core: int | None, log: Path, runner: Connection) -> None:
     stay_on(core)
     write_to(log)
     asyncio.run(contend(name, runner))
-    # Without waiting for threads that a stalled poll still holds.
-    os._exit(0)

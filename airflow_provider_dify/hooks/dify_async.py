@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 from weakref import WeakKeyDictionary
@@ -147,13 +147,11 @@ class _SharedSession:
         first_url = url = f"{self.connection.base_url}{path}"
         for _ in range(MAX_REDIRECTS):
             answer = await self._get_once(url, subject)
-            location = answer.header("Location")
-            if not (300 <= answer.status_code < 400 and location):
+            location = answer.header("Location") if 300 <= answer.status_code < 400 else None
+            if location is None or not self.connection.owns(urljoin(url, location)):
                 break
             url = urljoin(url, location)
-            if not self.connection.owns(url):
-                break
-        return self.connection.answered(first_url, answer.status_code, answer.headers, answer.body)
+        return answer if url == first_url else replace(answer, url=first_url)
 
     async def _get_once(self, url: str, subject: str) -> HttpAnswer:
         # The wait for a slot is outside the timeout: that others are slow is no failure of this poll.
@@ -183,7 +181,9 @@ class _SharedSession:
                     connector=aiohttp.TCPConnector(
                         limit=MAX_REQUESTS_AT_ONCE, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls
                     ),
-                    timeout=aiohttp.ClientTimeout(total=4 * read, sock_connect=connect, sock_read=read),
+                    # One timer for the whole answer, where requests has one for each piece of it: a trigger's slot
+                    # must not be held by a server that sends a byte at a time.
+                    timeout=aiohttp.ClientTimeout(total=connect + read, sock_connect=connect),
                     headers=HEADERS,
                     cookie_jar=aiohttp.DummyCookieJar(),
                 )

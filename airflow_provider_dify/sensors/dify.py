@@ -197,8 +197,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         verdict = self._wait.look_at(run)
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait)
-        if self.do_xcom_push:
-            context["ti"].xcom_push(key="workflow_run", value=run.without_payload())
+        if self.do_xcom_push and (ti := context.get("ti")):
+            ti.xcom_push(key="workflow_run", value=run.without_payload())
         verdict.raise_if_failed(run)
         return PokeReturnValue(True, xcom_value=run.outputs or {})
 
