@@ -39,6 +39,8 @@ MAX_REQUESTS_AT_ONCE = 100
 # Longer than polls are usually apart; most servers and proxies close earlier, which costs nothing.
 KEEPALIVE_SECONDS = 75.0
 MAX_REDIRECTS = 5
+# A run's inputs may be megabytes, and a triggerer has many waits.
+MAX_BODY_KEPT = 32_768
 
 
 class DifyAsyncHook:
@@ -54,8 +56,19 @@ class DifyAsyncHook:
         self.dify_conn_id = dify_conn_id
         self._connection: DifyConnection | None = None
         self._session: _SharedSession | None = None
+        self._last_read: tuple[bytes, WorkflowRun] | None = None
 
     async def __aenter__(self) -> DifyAsyncHook:
+        """
+        Read the connection and open the session, if no one has.
+
+        :raises DifyConfigurationError: if the connection cannot be used.
+        """
+        try:
+            await self._connect()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -81,16 +94,22 @@ class DifyAsyncHook:
         :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
         """
         run_id = canonical_workflow_run_id(workflow_run_id)
-        if self._connection is None or self._session is None:
-            await self._connect()
         try:
-            return read_workflow_run(await self._send(run_id), run_id)
+            return self._read(await self._send(run_id), run_id)
         except DifyAuthenticationError:
             refused = self._connection
             await self._connect()
             if self._connection == refused:
                 raise
-            return read_workflow_run(await self._send(run_id), run_id)
+            return self._read(await self._send(run_id), run_id)
+
+    def _read(self, answer: HttpAnswer, run_id: str) -> WorkflowRun:
+        # While a run goes on, poll after poll brings the same bytes, and reading them is the dearest part of a poll.
+        if self._last_read is not None and answer.status_code == 200 and answer.body == self._last_read[0]:
+            return self._last_read[1]
+        run = read_workflow_run(answer, run_id)
+        self._last_read = (answer.body, run) if len(answer.body) <= MAX_BODY_KEPT else None
+        return run
 
     async def _connect(self) -> None:
         """Read the connection, and take a share of the session that goes with it."""
@@ -99,6 +118,7 @@ class DifyAsyncHook:
             await self.close()
             self._session = _SharedSession.join(connection)
             self._connection = connection
+            await self._session.open()
 
     async def _send(self, run_id: str) -> HttpAnswer:
         assert self._connection is not None  # noqa: S101
@@ -156,7 +176,7 @@ class _SharedSession:
     async def _get_once(self, url: str, subject: str) -> HttpAnswer:
         # The wait for a slot is outside the timeout: that others are slow is no failure of this poll.
         async with self.slots:
-            client = self.client or await self._open()
+            client = self.client or await self.open()
             try:
                 try:
                     return await self._request(client, url)
@@ -167,11 +187,11 @@ class _SharedSession:
                 raise self.connection.unreachable(subject, url, error) from error
 
     async def _request(self, client: aiohttp.ClientSession, url: str) -> HttpAnswer:
-        headers = {"Authorization": f"Bearer {self.connection.api_key}"}
-        async with client.get(url, headers=headers, allow_redirects=False, proxy=self.proxy) as response:
+        async with client.get(url, allow_redirects=False, proxy=self.proxy) as response:
             return self.connection.answered(url, response.status, response.headers, await response.read())
 
-    async def _open(self) -> aiohttp.ClientSession:
+    async def open(self) -> aiohttp.ClientSession:
+        """Give the client, made by the first who asks."""
         async with self.opening:
             if self.client is None:
                 # In a thread: certificates are read from disk, and the environment is asked for a proxy.
@@ -184,7 +204,8 @@ class _SharedSession:
                     # One timer for the whole answer, where requests has one for each piece of it: a trigger's slot
                     # must not be held by a server that sends a byte at a time.
                     timeout=aiohttp.ClientTimeout(total=connect + read, sock_connect=connect),
-                    headers=HEADERS,
+                    # The key may stand here: this session is one connection's, and follows no redirect by itself.
+                    headers={**HEADERS, "Authorization": f"Bearer {self.connection.api_key}"},
                     cookie_jar=aiohttp.DummyCookieJar(),
                 )
             return self.client

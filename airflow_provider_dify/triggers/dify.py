@@ -137,9 +137,9 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         hook_type = (await asyncio.to_thread(_load_client)).DifyAsyncHook
         loop = asyncio.get_running_loop()
         polls = 0
-        # Triggers that start together, after a restart say, must not poll together for ever.
-        due = loop.time() + random.uniform(0, self.poll_interval)  # noqa: S311
         async with hook_type(self.dify_conn_id) as hook:
+            # Triggers that start together, after a restart say, must not poll together for ever.
+            due = loop.time() + random.uniform(0, self.poll_interval)  # noqa: S311
             while True:
                 await self._sleep_until(due, deadline)
                 asked_to_wait = 0.0
