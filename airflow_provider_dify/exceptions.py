@@ -104,6 +104,21 @@ class DifyAuthenticationError(DifyRequestError):
     """Dify refused the API key (401) or what it may do (403). Fails without retry."""
 
 
+class DifyWorkflowRunUncertain(DifyError, AirflowFailException):
+    """
+    A request that may have started a workflow run broke off before Dify named the run.
+
+    Fails without retry, because the next try would start, and pay for, the run once more.
+
+    :param message: what happened, for the reader.
+    :param user: the ``user`` that the run was to be started as, by which Dify's log shows it.
+    """
+
+    def __init__(self, message: str = "", *, user: str | None = None) -> None:
+        super().__init__(message)
+        self.user = user
+
+
 class DifyWorkflowRunNotFound(DifyError, AirflowFailException):
     """
     The app that the API key belongs to has no such workflow run. Fails without retry.

@@ -140,6 +140,33 @@ class AppInfo:
 
 
 @dataclass(frozen=True)
+class LoggedWorkflowRun:
+    """
+    A workflow run as a row of ``GET /workflows/logs`` tells it: without inputs and outputs.
+
+    :param workflow_run_id: the run's UUID.
+    :param status: as in :class:`WorkflowRun`.
+    :param user: the ``user`` that started it through the API; ``None`` for runs started otherwise.
+    :param error: Dify's own words on why it failed.
+    :param total_steps: nodes run.
+    :param total_tokens: language model tokens used.
+    :param created_at: when it was created, in UTC.
+    :param finished_at: when it ended, in UTC.
+    :param elapsed_time: seconds it took.
+    """
+
+    workflow_run_id: str
+    status: WorkflowRunStatus | str
+    user: str | None
+    error: str | None
+    total_steps: int | None
+    total_tokens: int | None
+    created_at: DateTime | None
+    finished_at: DateTime | None
+    elapsed_time: float | None
+
+
+@dataclass(frozen=True)
 class HttpAnswer:
     """
     One whole HTTP answer, whichever client received it.
@@ -197,20 +224,31 @@ def canonical_workflow_run_id(workflow_run_id: object) -> str:
     :return: the id in lower case with hyphens.
     :raises DifyConfigurationError: if it is anything else; the message shows what it was.
     """
-    if isinstance(workflow_run_id, uuid.UUID):
-        return str(workflow_run_id)
-    if isinstance(workflow_run_id, str):
+    return canonical_uuid("workflow_run_id", workflow_run_id)
+
+
+def canonical_uuid(name: str, value: object) -> str:
+    """
+    Check an id that becomes part of a route.
+
+    :param name: the argument, for the message.
+    :param value: any spelling that ``uuid.UUID`` takes.
+    :return: the id in lower case with hyphens.
+    :raises DifyConfigurationError: if it is anything else; the message shows what it was.
+    """
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, str):
         try:
-            return str(uuid.UUID(workflow_run_id))
+            return str(uuid.UUID(value))
         except ValueError:
             pass
-    shown = repr(workflow_run_id)
+    shown = repr(value)
     if len(shown) > _EXCERPT_LENGTH:
         shown = shown[:_EXCERPT_LENGTH] + "…"
     raise DifyConfigurationError(
-        f"workflow_run_id must be the UUID of a Dify workflow run, but it is {shown} "
-        f"({type(workflow_run_id).__name__}). If it is a template or comes from an upstream task, "
-        "check what that task returned."
+        f"{name} must be the UUID that Dify gave it, but it is {shown} ({type(value).__name__}). If it is a template "
+        "or comes from an upstream task, check what that task returned."
     )
 
 
@@ -275,6 +313,74 @@ def read_app_info(answer: HttpAnswer) -> AppInfo:
         _raise_not_dify(answer, subject, "JSON without the field 'name'")
     fields = _Fields(answer, subject, payload)
     return AppInfo(name=fields.required_text("name"), mode=fields.text("mode"))
+
+
+def read_logged_workflow_runs(answer: HttpAnswer) -> list[LoggedWorkflowRun]:
+    """
+    Read the answer to ``GET /workflows/logs``.
+
+    :param answer: the whole HTTP answer.
+    :return: the rows of the page, newest first.
+    :raises DifyError: as :func:`read_workflow_run` does.
+    """
+    subject = "the app's log of workflow runs"
+    rows = _read_object(answer, subject).get("data")
+    if not isinstance(rows, list):
+        _raise_not_dify(answer, subject, "JSON without the list 'data'")
+    runs = []
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get("workflow_run"), dict):
+            _raise_not_dify(answer, subject, "a list with a row that has no 'workflow_run'")
+        fields = _Fields(answer, subject, row["workflow_run"])
+        by = row.get("created_by_end_user")
+        runs.append(
+            LoggedWorkflowRun(
+                workflow_run_id=fields.required_text("id"),
+                status=_known_status(fields.required_text("status")),
+                user=_Fields(answer, subject, by).text("session_id") if isinstance(by, dict) else None,
+                error=fields.text("error"),
+                total_steps=fields.integer("total_steps"),
+                total_tokens=fields.integer("total_tokens"),
+                created_at=fields.time("created_at"),
+                finished_at=fields.time("finished_at"),
+                elapsed_time=fields.number("elapsed_time"),
+            )
+        )
+    return runs
+
+
+def read_uploaded_file_id(answer: HttpAnswer) -> str:
+    """
+    Read the answer to ``POST /files/upload``.
+
+    :param answer: the whole HTTP answer.
+    :return: the file's id, for ``upload_file_id`` in a run's inputs.
+    :raises DifyError: as :func:`read_workflow_run` does.
+    """
+    subject = "the uploaded file"
+    return _Fields(answer, subject, _read_object(answer, subject)).required_text("id")
+
+
+def read_stop(answer: HttpAnswer) -> None:
+    """
+    Read the answer to ``POST /workflows/tasks/{task_id}/stop``; a success promises nothing.
+
+    :param answer: the whole HTTP answer.
+    :raises DifyError: as :func:`read_workflow_run` does.
+    """
+    _read_object(answer, "the stop of a workflow run")
+
+
+def raise_rejection(answer: HttpAnswer, subject: str) -> NoReturn:
+    """
+    Raise what an answer without a run means to the request that asked for one.
+
+    :param answer: the whole HTTP answer.
+    :param subject: what was asked for, in the middle of a message.
+    :raises DifyError: always; as :func:`read_workflow_run` does.
+    """
+    _read_object(answer, subject)
+    _raise_not_dify(answer, subject, "no event stream")
 
 
 class Outcome(str, Enum):

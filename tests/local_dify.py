@@ -88,6 +88,38 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Start:
+    """
+    How the stand-in answers a request to start a run.
+
+    :param recording: the stream to replay, with ids of its own.
+    :param statuses: what polls of the run's detail then find, as for :meth:`LocalDify.add_run`.
+    :param cut: after how many bytes of the stream to stop; at its end by default.
+    :param then: what comes at the cut: ``close``, ``reset``, ``stall`` or ``pings``.
+    :param piece: how many bytes to send at once.
+    :param fields: as for :meth:`LocalDify.add_run`.
+    """
+
+    recording: str = "run_streaming_echo"
+    statuses: tuple[str | None, ...] = ("succeeded",)
+    cut: int | None = None
+    then: str = "close"
+    piece: int = 100_000
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Started:
+    """A run that the stand-in was asked to start."""
+
+    workflow_run_id: str
+    task_id: str
+    user: str
+    inputs: dict[str, Any]
+    workflow_id: str | None
+
+
+@dataclass(frozen=True)
 class Seen:
     """A request that reached the stand-in."""
 
@@ -116,6 +148,12 @@ class LocalDify:
         self.runs: dict[str, Run] = {}
         self.app_info = "app_info"
         self.seen: list[Seen] = []
+        self.starts: deque[Start] = deque()
+        self.started: list[Started] = []
+        # Task ids that it was asked to stop, and by whom; the runs stop, unless they are to be orphaned.
+        self.stopped: list[tuple[str, str]] = []
+        self.stop_orphans = False
+        self.uploads: dict[str, tuple[str, bytes]] = {}
         self._faults: deque[Fault] = deque()
         self._always: Fault | None = None
         self._loop = asyncio.new_event_loop()
@@ -249,7 +287,101 @@ class LocalDify:
         if fault is None:
             run = self.runs.get(request.path.rpartition("/")[2])
             fault = run.fault_after_first if run and run.polls else None
-        return self._dify(request) if fault is None else await fault(request)
+        if fault is not None:
+            return await fault(request)
+        return await self._post(request) if request.method == "POST" else self._dify(request)
+
+    async def _post(self, request: web.Request) -> web.StreamResponse:
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        path = request.path.removeprefix("/v1")
+        if path == "/files/upload":
+            return await self._upload(request)
+        body = await request.json()
+        if path.startswith("/workflows/tasks/"):
+            return self._stop_task(path.split("/")[3], body)
+        if path == "/workflows/run" or (path.startswith("/workflows/") and path.endswith("/run")):
+            return await self._start_run(request, body, None if path == "/workflows/run" else path.split("/")[2])
+        return Recording.load("detail_no_v1_prefix").response()
+
+    async def _start_run(
+        self, request: web.Request, body: dict[str, Any], workflow_id: str | None
+    ) -> web.StreamResponse:
+        if not body.get("user"):
+            return Recording.load("run_missing_user").response()
+        start = self.starts.popleft() if self.starts else Start()
+        recording = Recording.load(start.recording)
+        if recording.status != 200:
+            return recording.response()
+        stream = recording.body
+        first = json.loads(stream.split(b"\n\n")[0].removeprefix(b"data: "))
+        run = Started(str(uuid.uuid4()), str(uuid.uuid4()), body["user"], body["inputs"], workflow_id)
+        stream = stream.replace(first["workflow_run_id"].encode(), run.workflow_run_id.encode())
+        stream = stream.replace(first["task_id"].encode(), run.task_id.encode())
+        self.add_run(*start.statuses, run_id=run.workflow_run_id, **start.fields)
+        self.started.append(run)
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        sent = stream[: start.cut]
+        # A client that hangs up is no trouble of the run.
+        with contextlib.suppress(ConnectionError):
+            for begin in range(0, len(sent), start.piece):
+                await response.write(sent[begin : begin + start.piece])
+            await self._at_the_cut(start, request, response)
+        return response
+
+    async def _at_the_cut(self, start: Start, request: web.Request, response: web.StreamResponse) -> None:
+        assert request.transport is not None
+        if start.then == "reset":
+            request.transport.abort()
+        elif start.then == "stall":
+            await asyncio.sleep(30)
+        elif start.then == "pings":
+            while True:
+                await response.write(b"event: ping\n\n")
+                await asyncio.sleep(0.1)
+        elif start.cut is not None:
+            request.transport.close()
+
+    def _stop_task(self, task_id: str, body: dict[str, Any]) -> web.Response:
+        if not body.get("user"):
+            return Recording.load("stop_no_user").response()
+        self.stopped.append((task_id, body["user"]))
+        for run in self.started:
+            if run.task_id == task_id and not self.stop_orphans:
+                self.add_run("stopped", run_id=run.workflow_run_id)
+        return Recording.load("stop_ok").response()
+
+    async def _upload(self, request: web.Request) -> web.Response:
+        form = await request.post()
+        part = form.get("file")
+        if not isinstance(part, web.FileField):
+            return Recording.load("file_upload_no_file").response()
+        file_id = str(uuid.uuid4())
+        self.uploads[file_id] = (part.filename, part.file.read())
+        return web.json_response({**Recording.load("file_upload").fields(), "id": file_id}, status=201)
+
+    def _logs(self, request: web.Request) -> web.Response:
+        asked = request.query
+        if int(asked.get("limit", 20)) > 100:
+            return Recording.load("logs_bad_limit").response()
+        recorded = Recording.load("logs").fields()
+        rows = []
+        for run in reversed(self.started):
+            now = self.runs[run.workflow_run_id].answers[0]
+            # Dify writes a run's row when the run ends.
+            if now is None or now["status"] in ("running", "scheduled"):
+                continue
+            row = json.loads(json.dumps(recorded["data"][0]))
+            kept = row["workflow_run"].keys() & now.keys()
+            row["workflow_run"].update({key: now[key] for key in kept})
+            row["created_by_end_user"]["session_id"] = run.user
+            if run.user == asked.get("created_by_end_user_session_id", run.user) and now["status"] == asked.get(
+                "status", now["status"]
+            ):
+                rows.append(row)
+        return web.json_response({**recorded, "total": len(rows), "has_more": False, "data": rows})
 
     def _dify(self, request: web.Request) -> web.Response:
         path = request.raw_path
@@ -258,13 +390,11 @@ class LocalDify:
             response = Recording.load("detail_double_slash").response()
             response.headers["Location"] = f"{self.origin}{target}"
             return response
-        if not path.startswith("/v1/"):
-            return Recording.load("detail_no_v1_prefix").response()
-        authorization = request.headers.get("Authorization", "")
-        if not authorization.startswith("Bearer "):
-            return Recording.load("auth_none").response()
-        if authorization.removeprefix("Bearer ") not in self.api_keys:
-            return Recording.load("auth_bad_key").response()
+        refused = self._refused(request)
+        if refused is not None:
+            return refused
+        if path.startswith("/v1/workflows/logs"):
+            return self._logs(request)
         if path == "/v1/info":
             return Recording.load(self.app_info).response()
         if path == "/v1/workflows/run/":
@@ -272,6 +402,16 @@ class LocalDify:
         if path.startswith("/v1/workflows/run/"):
             return self._run_detail(path.removeprefix("/v1/workflows/run/"))
         return Recording.load("detail_no_v1_prefix").response()
+
+    def _refused(self, request: web.Request) -> web.Response | None:
+        if not request.raw_path.startswith("/v1/"):
+            return Recording.load("detail_no_v1_prefix").response()
+        authorization = request.headers.get("Authorization", "")
+        if not authorization.startswith("Bearer "):
+            return Recording.load("auth_none").response()
+        if authorization.removeprefix("Bearer ") not in self.api_keys:
+            return Recording.load("auth_bad_key").response()
+        return None
 
     def _run_detail(self, run_id: str) -> web.Response:
         try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from http.cookiejar import DefaultCookiePolicy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urljoin
 
 import requests
@@ -18,25 +21,43 @@ from tenacity import (
     wait_exponential,
     wait_random,
 )
+from urllib3.exceptions import NewConnectionError
 
 from airflow_provider_dify.connection import HEADERS, MAX_RETRY_DELAY, DifyConnection
-from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError, DifyError
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunUncertain,
+)
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
+from airflow_provider_dify.workflow_events import STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.workflow_run import (
     AppInfo,
     HttpAnswer,
+    LoggedWorkflowRun,
     WorkflowRun,
+    canonical_uuid,
     canonical_workflow_run_id,
+    raise_rejection,
     read_app_info,
+    read_logged_workflow_runs,
+    read_stop,
+    read_uploaded_file_id,
     read_workflow_run,
     workflow_run_path,
     workflow_run_subject,
 )
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from types import TracebackType
 
     from requests.models import PreparedRequest, Response
+
+# The longest user that Dify takes; a longer one is a 500.
+MAX_USER_LENGTH = 255
 
 T = TypeVar("T")
 
@@ -166,6 +187,117 @@ class DifyHook(BaseHook):
         """
         return self._get("/info", read_app_info, "the app of this API key")
 
+    def start_workflow_run(
+        self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None
+    ) -> WorkflowRunStream:
+        """
+        Start a run of the app's workflow: ``POST /workflows/run``, in streaming mode.
+
+        Sent again only where nothing can have started: the server was not reached, or it had too many requests.
+
+        :param inputs: the workflow's inputs by name, JSON-ready; ``{}`` for none.
+        :param user: who starts it, up to 255 characters; Dify's log shows it and can be searched for it.
+        :param workflow_id: UUID of a published version; the current one by default.
+        :return: the started run: its ids, and its events. To be closed; the run goes on without its client.
+        :raises DifyConfigurationError: if an argument can't be sent.
+        :raises DifyRequestError: if Dify rejects the start.
+        :raises DifyWorkflowRunUncertain: if a run may have been started and can't be told of.
+        :raises DifyConnectionError: if nothing was started, retries included.
+        """
+        path = (
+            "/workflows/run" if workflow_id is None else f"/workflows/{canonical_uuid('workflow_id', workflow_id)}/run"
+        )
+        _check_user(user)
+        try:
+            body = json.dumps({"inputs": dict(inputs), "user": user, "response_mode": "streaming"}, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise DifyConfigurationError(f"inputs must be an object of JSON values: {error}") from error
+        return self._with_retries(lambda: self._start(path, body.encode(), user))
+
+    def stop_workflow_task(self, task_id: str, user: str) -> None:
+        """
+        Ask Dify to stop a running workflow: ``POST /workflows/tasks/{task_id}/stop``.
+
+        Dify answers success to any id whatever, and the run's record may stay ``running`` although it has stopped.
+
+        :param task_id: the task's UUID, which the stream of the start told; not the run's.
+        :param user: who started the run.
+        :raises DifyError: as :meth:`get_workflow_run` does.
+        """
+        _check_user(user)
+        path = f"/workflows/tasks/{canonical_uuid('task_id', task_id)}/stop"
+        subject = f"the stop of task {task_id}"
+        self._with_retries(lambda: read_stop(self._send("POST", path, subject, json={"user": user})))
+
+    def list_workflow_runs(
+        self,
+        *,
+        user: str | None = None,
+        status: str | None = None,
+        created_after: datetime | None = None,
+        page: int = 1,
+        limit: int = 20,
+    ) -> list[LoggedWorkflowRun]:
+        """
+        List the app's workflow runs: ``GET /workflows/logs``, newest first.
+
+        :param user: only runs that this user started.
+        :param status: only ``succeeded``, ``failed`` or ``stopped`` ones.
+        :param created_after: only runs created at or after this moment.
+        :param page: which page, from 1.
+        :param limit: runs a page, up to 100.
+        :return: the page's runs, without inputs and outputs.
+        :raises DifyError: as :meth:`get_workflow_run` does.
+        """
+        asked = {
+            "created_by_end_user_session_id": user,
+            "status": status,
+            "created_at__after": created_after.isoformat() if created_after else None,
+            "page": page,
+            "limit": limit,
+        }
+        params = {name: value for name, value in asked.items() if value is not None}
+        subject = "the app's log of workflow runs"
+        return self._with_retries(
+            lambda: read_logged_workflow_runs(self._send("GET", "/workflows/logs", subject, params=params))
+        )
+
+    def upload_file(
+        self,
+        file: str | os.PathLike[str] | IO[bytes],
+        user: str,
+        *,
+        file_name: str | None = None,
+        mime_type: str | None = None,
+    ) -> str:
+        """
+        Upload a file to be used in a run's inputs: ``POST /files/upload``.
+
+        In ``inputs`` it is ``{"type": "document", "transfer_method": "local_file", "upload_file_id": id}``.
+
+        :param file: a path, or a file that is open for reading bytes.
+        :param user: who uploads it: the one who starts the run.
+        :param file_name: its name, whose ending tells Dify its type; that of the file by default.
+        :param mime_type: its type; guessed from the name by Dify by default.
+        :return: the file's id.
+        :raises DifyError: as :meth:`get_workflow_run` does.
+        """
+        _check_user(user)
+        with ExitStack() as stack:
+            opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+            name = file_name or os.path.basename(str(getattr(opened, "name", "file")))
+            start = opened.tell()
+
+            def send() -> str:
+                opened.seek(start)
+                part = (name, opened, mime_type) if mime_type else (name, opened)
+                answer = self._send(
+                    "POST", "/files/upload", f"the upload of {name!r}", files={"file": part}, data={"user": user}
+                )
+                return read_uploaded_file_id(answer)
+
+            return self._with_retries(send)
+
     def test_connection(self) -> tuple[bool, str]:
         """
         Say whether the connection works, for Airflow's Test button.
@@ -188,6 +320,10 @@ class DifyHook(BaseHook):
 
     def _get(self, path: str, read: Callable[[HttpAnswer], T], subject: str) -> T:
         """Send a GET, with retries, and give what ``read`` makes of the answer."""
+        return self._with_retries(lambda: read(self._send("GET", path, subject)))
+
+    def _with_retries(self, work: Callable[[], T]) -> T:
+        """Do what a passing failure may be repeated for, and once more if the key was rotated."""
         retrying = Retrying(
             retry=retry_if_exception_type(DifyConnectionError),
             stop=stop_after_attempt(self.retry_limit + 1),
@@ -196,11 +332,11 @@ class DifyHook(BaseHook):
             reraise=True,
         )
         try:
-            return retrying(lambda: read(self._send("GET", path, subject)))
+            return retrying(work)
         except DifyAuthenticationError:
             if not self._connection_has_changed():
                 raise
-            return retrying(lambda: read(self._send("GET", path, subject)))
+            return retrying(work)
 
     def _connection_has_changed(self) -> bool:
         """Read the connection again, after its key was refused: a key that was rotated must not end a long wait."""
@@ -214,10 +350,22 @@ class DifyHook(BaseHook):
         self.close()
         return True
 
-    def _send(self, method: str, path: str, subject: str) -> HttpAnswer:
+    def _start(self, path: str, body: bytes, user: str) -> WorkflowRunStream:
+        url = f"{self.connection.base_url}{path}"
+        # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
+        # the request arrived.
+        session = _DifySession(self.connection, self.connection.timeouts(self.timeout))
+        try:
+            return WorkflowRunStream(self.connection, session, url, body, user)
+        except BaseException:
+            session.close()
+            raise
+
+    def _send(self, method: str, path: str, subject: str, **request: Any) -> HttpAnswer:
         url = f"{self.connection.base_url}{path}"
         try:
-            response = self.get_conn().request(method, url)
+            # A redirect would turn a POST into a GET.
+            response = self.get_conn().request(method, url, allow_redirects=method == "GET", **request)
         except requests.RequestException as error:
             raise self.connection.unreachable(subject, url, error) from error
         return self.connection.answered(url, response.status_code, response.headers, response.content)
@@ -235,6 +383,129 @@ class DifyHook(BaseHook):
             self.retry_limit + 1,
             state.upcoming_sleep,
             state.outcome.exception() if state.outcome else None,
+        )
+
+
+class WorkflowRunStream:
+    """
+    A workflow run that was just started, and the events that Dify tells of it.
+
+    Iterating gives the events after ``workflow_started`` up to the one that ends the stream. A stream that breaks, or
+    that is silent for longer than the timeout, is a :class:`airflow_provider_dify.exceptions.DifyConnectionError`; the
+    run goes on all the same. Made by :meth:`DifyHook.start_workflow_run`.
+
+    :ivar workflow_run_id: the run's UUID.
+    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes.
+    """
+
+    def __init__(self, connection: DifyConnection, session: requests.Session, url: str, body: bytes, user: str) -> None:
+        self._connection = connection
+        self._session = session
+        self._url = url
+        self._user = user
+        self.workflow_run_id = ""
+        self.task_id = ""
+        self._response = self._post(body)
+        self._events = self._read()
+        self._find_start()
+
+    def __iter__(self) -> Iterator[WorkflowEvent]:
+        try:
+            for event in self._events:
+                yield event
+                if event.is_ending:
+                    return
+        except _Broken as broken:
+            raise self._connection.unreachable(
+                f"the events of workflow run {self.workflow_run_id}", self._url, broken.reason
+            ) from broken.reason
+
+    def __enter__(self) -> WorkflowRunStream:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Hang up; the run goes on."""
+        self._response.close()
+        self._session.close()
+
+    def _post(self, body: bytes) -> Response:
+        subject = "the start of a workflow run"
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        try:
+            response = self._session.post(self._url, data=body, headers=headers, stream=True, allow_redirects=False)
+            if response.ok and response.headers.get("Content-Type", "").startswith("text/event-stream"):
+                return response
+            answer = self._connection.answered(self._url, response.status_code, response.headers, response.content)
+        except requests.RequestException as error:
+            if _was_never_sent(error):
+                raise self._connection.unreachable(subject, self._url, error) from error
+            self._raise_uncertain(f"{type(error).__name__}: {error}", error)
+        try:
+            raise_rejection(answer, subject)
+        except DifyConnectionError as error:
+            # Only what a server says before it starts anything is sure to have started nothing.
+            if answer.status_code < 200 or 300 <= answer.status_code < 500:
+                raise
+            self._raise_uncertain(str(error), error)
+
+    def _read(self) -> Iterator[WorkflowEvent]:
+        reader = EventStreamReader()
+        try:
+            for piece in self._response.iter_content(8192):
+                yield from reader.feed(piece)
+        except (requests.RequestException, ValueError) as error:
+            raise _Broken(error) from error
+        raise _Broken(EOFError("the stream ended before the run did"))
+
+    def _find_start(self) -> None:
+        try:
+            first = next(self._events)
+        except _Broken as broken:
+            self.close()
+            self._raise_uncertain(f"{type(broken.reason).__name__}: {broken.reason}", broken.reason)
+        if first.name != STARTED or not first.workflow_run_id or not first.task_id:
+            self.close()
+            self._raise_uncertain(f"the stream begins with the event {first.name!r}: {first.data!r:.300}", None)
+        self.workflow_run_id = first.workflow_run_id
+        self.task_id = first.task_id
+
+    def _raise_uncertain(self, reason: str, cause: Exception | None) -> NoReturn:
+        raise DifyWorkflowRunUncertain(
+            f"Dify may or may not have started a workflow run for user {self._user!r} at {self._url}: no run id came "
+            f"back ({reason}). It was not asked again, so as not to pay twice. Look for the user in the app's log in "
+            "Dify's console.",
+            user=self._user,
+        ) from cause
+
+
+class _Broken(Exception):
+    """A stream that gave out, and why."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def _was_never_sent(error: requests.RequestException) -> bool:
+    """Say whether a request failed before any of it can have reached the server."""
+    if isinstance(error, (requests.ConnectTimeout, requests.exceptions.SSLError, requests.exceptions.ProxyError)):
+        return True
+    reason = getattr(error.args[0], "reason", None) if error.args else None
+    return isinstance(error, (requests.exceptions.InvalidURL,)) or isinstance(reason, NewConnectionError)
+
+
+def _check_user(user: object) -> None:
+    if not isinstance(user, str) or not user or len(user) > MAX_USER_LENGTH:
+        raise DifyConfigurationError(
+            f"user must be text of 1 to {MAX_USER_LENGTH} characters, but it is {user!r:.300}."
         )
 
 
