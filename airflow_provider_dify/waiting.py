@@ -11,12 +11,20 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
+    DifyError,
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.workflow_run import Outcome, Verdict, WorkflowRun, WorkflowRunStatus, judge
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from airflow.providers.common.compat.sdk import Context
     from airflow.sdk.types import Logger
+
+
+# Said where the stop route was asked: it answers success to anything, and the record often stays as it was.
+STOP_ASKED = "Asked Dify to stop workflow run %s. Whether it did may not show: its record can stay running for ever."
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,40 @@ class RunWait:
                 self.workflow_run_id,
                 grace,
             )
+
+
+def hand_over(run: WorkflowRun, verdict: Verdict, context: Context, *, do_xcom_push: bool) -> dict[str, Any]:
+    """
+    End a task as its run ended.
+
+    :param run: the run, which is over.
+    :param verdict: what that means.
+    :param context: the running task's context.
+    :param do_xcom_push: whether to push the XCom ``workflow_run``.
+    :return: the task's return value: the run's outputs.
+    :raises DifyWorkflowRunFailed: if the run failed or is overdue.
+    """
+    if do_xcom_push and (ti := context.get("ti")):
+        ti.xcom_push(key="workflow_run", value=run.without_payload())
+    verdict.raise_if_failed(run)
+    return run.outputs or {}
+
+
+def error_of_event(event: Any, timed_out: Callable[[str], Exception]) -> Exception | None:
+    """
+    Give the error that a trigger's event stands for.
+
+    :param event: what the trigger told.
+    :param timed_out: makes the error for a wait whose time was over, out of what was last seen.
+    :return: the error; ``None`` if the run is over and to be read again.
+    """
+    # What is no dict is the event that ends a task, which only a test run hands to its task.
+    if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
+        return None
+    message = str(event.get("message"))
+    if event.get("end") == WaitEnd.TIMED_OUT:
+        return timed_out(message)
+    return DifyError.from_event(event.get("error") or {"text": message})
 
 
 def spread(interval: float, polls: int, *, exponential_backoff: bool = False, max_wait: float | None = None) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 STARTED = "workflow_started"
+PING = "ping"
 # After any of these the stream says no more.
 ENDINGS = frozenset({"workflow_finished", "workflow_paused", "error"})
 
@@ -61,13 +62,14 @@ class EventStreamReader:
     Cut a stream of bytes, in whatever pieces it arrives, into events.
 
     No library is used for this: the ones for ``requests`` are not part of Airflow, and what Dify sends takes a dozen
-    lines. Follows the field rules of the HTML standard's server-sent events, for the ``data`` field.
+    lines. Follows the field rules of the HTML standard's server-sent events, for ``data`` and ``event``.
     """
 
     def __init__(self) -> None:
         self._pending = bytearray()
         self._searched = 0
         self._data: list[bytes] = []
+        self._name = b""
 
     def feed(self, piece: bytes) -> list[WorkflowEvent]:
         """
@@ -86,10 +88,15 @@ class EventStreamReader:
             start = end + 1
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
-            elif not line and self._data:
-                text = b"\n".join(self._data)
-                self._data = []
-                events.append(_event(text))
+            elif line.startswith(b"event:"):
+                self._name = line[6:].strip()
+            elif not line:
+                if self._data:
+                    events.append(_event(b"\n".join(self._data)))
+                elif self._name == PING.encode():
+                    # Told on, so that who follows a run that says nothing else can look at the clock.
+                    events.append(WorkflowEvent(PING, None, None, {}))
+                self._data, self._name = [], b""
         del self._pending[:start]
         self._searched = len(self._pending)
         return events

@@ -262,6 +262,11 @@ def workflow_run_path(workflow_run_id: str) -> str:
     return f"/workflows/run/{workflow_run_id}"
 
 
+def stop_path(task_id: str) -> str:
+    """Give the route that stops a task, below the base URL."""
+    return f"/workflows/tasks/{canonical_uuid('task_id', task_id)}/stop"
+
+
 def read_workflow_run(answer: HttpAnswer, workflow_run_id: str) -> WorkflowRun:
     """
     Read the answer to ``GET /workflows/run/{workflow_run_id}``.

@@ -153,6 +153,7 @@ class LocalDify:
         # Task ids that it was asked to stop, and by whom; the runs stop, unless they are to be orphaned.
         self.stopped: list[tuple[str, str]] = []
         self.stop_orphans = False
+        self.logs_at_the_end = False
         self.uploads: dict[str, tuple[str, bytes]] = {}
         self._faults: deque[Fault] = deque()
         self._always: Fault | None = None
@@ -370,8 +371,8 @@ class LocalDify:
         rows = []
         for run in reversed(self.started):
             now = self.runs[run.workflow_run_id].answers[0]
-            # Dify writes a run's row when the run ends.
-            if now is None or now["status"] in ("running", "scheduled"):
+            # Servers since about 1.9 write a run's row when the run starts, older ones when it ends.
+            if now is None or (self.logs_at_the_end and now["status"] in ("running", "scheduled")):
                 continue
             row = json.loads(json.dumps(recorded["data"][0]))
             kept = row["workflow_run"].keys() & now.keys()

@@ -151,7 +151,7 @@ def test_only_a_success_ends_the_task_from_the_trigger(dify: LocalDify) -> None:
 
 def test_it_is_made_again_from_what_it_gives() -> None:
     trigger = DifyWorkflowRunTrigger(
-        "r", "c", 1.5, 2.5, 3.5, True, 4.5, 5.5, None, True, 6.5, True, False, False
+        "r", "c", 1.5, 2.5, 3.5, True, 4.5, 5.5, None, True, 6.5, True, False, False, "t", "u"
     )  # fmt: skip
     path, arguments = trigger.serialize()
     module, _, name = path.rpartition(".")

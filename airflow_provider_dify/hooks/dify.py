@@ -32,7 +32,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
-from airflow_provider_dify.workflow_events import STARTED, EventStreamReader, WorkflowEvent
+from airflow_provider_dify.workflow_events import PING, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.workflow_run import (
     AppInfo,
     HttpAnswer,
@@ -46,6 +46,7 @@ from airflow_provider_dify.workflow_run import (
     read_stop,
     read_uploaded_file_id,
     read_workflow_run,
+    stop_path,
     workflow_run_path,
     workflow_run_subject,
 )
@@ -225,7 +226,7 @@ class DifyHook(BaseHook):
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
         _check_user(user)
-        path = f"/workflows/tasks/{canonical_uuid('task_id', task_id)}/stop"
+        path = stop_path(task_id)
         subject = f"the stop of task {task_id}"
         self._with_retries(lambda: read_stop(self._send("POST", path, subject, json={"user": user})))
 
@@ -467,7 +468,7 @@ class WorkflowRunStream:
 
     def _find_start(self) -> None:
         try:
-            first = next(self._events)
+            first = next(event for event in self._events if event.name != PING)
         except _Broken as broken:
             self.close()
             self._raise_uncertain(f"{type(broken.reason).__name__}: {broken.reason}", broken.reason)

@@ -26,7 +26,9 @@ from airflow_provider_dify.workflow_run import (
     HttpAnswer,
     WorkflowRun,
     canonical_workflow_run_id,
+    read_stop,
     read_workflow_run,
+    stop_path,
     workflow_run_path,
     workflow_run_subject,
 )
@@ -111,6 +113,18 @@ class DifyAsyncHook:
         self._last_read = (answer.body, run) if len(answer.body) <= MAX_BODY_KEPT else None
         return run
 
+    async def stop_workflow_task(self, task_id: str, user: str) -> None:
+        """
+        Ask Dify to stop a running workflow, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.stop_workflow_task`.
+
+        :param task_id: the task's UUID, which the stream of the start told; not the run's.
+        :param user: who started the run.
+        :raises DifyError: as there.
+        """
+        assert self._session is not None  # noqa: S101
+        path = stop_path(task_id)
+        read_stop(await self._session.send("POST", path, f"the stop of task {task_id}", {"user": user}))
+
     async def _connect(self) -> None:
         """Read the connection, and take a share of the session that goes with it."""
         connection = DifyConnection.from_airflow(await get_async_connection(self.dify_conn_id))
@@ -123,7 +137,7 @@ class DifyAsyncHook:
     async def _send(self, run_id: str) -> HttpAnswer:
         assert self._connection is not None  # noqa: S101
         assert self._session is not None  # noqa: S101
-        return await self._session.get(workflow_run_path(run_id), workflow_run_subject(run_id))
+        return await self._session.send("GET", workflow_run_path(run_id), workflow_run_subject(run_id))
 
 
 @dataclass(eq=False)
@@ -162,32 +176,35 @@ class _SharedSession:
             # Shielded, because a cancelled trigger must not leave its sockets behind.
             await asyncio.shield(client.close())
 
-    async def get(self, path: str, subject: str) -> HttpAnswer:
-        """Send a GET and give the whole answer; redirects are followed within the connection's server only."""
+    async def send(self, method: str, path: str, subject: str, body: dict[str, str] | None = None) -> HttpAnswer:
+        """Send a request and give the whole answer; a GET follows redirects within the connection's server."""
         first_url = url = f"{self.connection.base_url}{path}"
         for _ in range(MAX_REDIRECTS):
-            answer = await self._get_once(url, subject)
-            location = answer.header("Location") if 300 <= answer.status_code < 400 else None
+            answer = await self._send_once(method, url, subject, body)
+            redirects = method == "GET" and 300 <= answer.status_code < 400
+            location = answer.header("Location") if redirects else None
             if location is None or not self.connection.owns(urljoin(url, location)):
                 break
             url = urljoin(url, location)
         return answer if url == first_url else replace(answer, url=first_url)
 
-    async def _get_once(self, url: str, subject: str) -> HttpAnswer:
+    async def _send_once(self, method: str, url: str, subject: str, body: dict[str, str] | None) -> HttpAnswer:
         # The wait for a slot is outside the timeout: that others are slow is no failure of this poll.
         async with self.slots:
             client = self.client or await self.open()
             try:
                 try:
-                    return await self._request(client, url)
+                    return await self._request(client, method, url, body)
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                     # Most likely a kept-alive connection that the server closed just now; a new one tells.
-                    return await self._request(client, url)
+                    return await self._request(client, method, url, body)
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
                 raise self.connection.unreachable(subject, url, error) from error
 
-    async def _request(self, client: aiohttp.ClientSession, url: str) -> HttpAnswer:
-        async with client.get(url, allow_redirects=False, proxy=self.proxy) as response:
+    async def _request(
+        self, client: aiohttp.ClientSession, method: str, url: str, body: dict[str, str] | None
+    ) -> HttpAnswer:
+        async with client.request(method, url, json=body, allow_redirects=False, proxy=self.proxy) as response:
             return self.connection.answered(url, response.status, response.headers, await response.read())
 
     async def open(self) -> aiohttp.ClientSession:

@@ -28,10 +28,9 @@ from airflow_provider_dify.airflow_versions import (
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
-    DifyError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.waiting import RunWait, WaitEnd, WaitPolicy, seconds
+from airflow_provider_dify.waiting import RunWait, WaitPolicy, error_of_event, hand_over, seconds
 from airflow_provider_dify.workflow_run import Outcome
 
 if TYPE_CHECKING:
@@ -153,7 +152,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         :return: the run's outputs.
         """
         self._deadline = deadline
-        self._ended_with = self._error_of(event)
+        self._ended_with = error_of_event(event, lambda seen: AirflowSensorTimeout(self._timed_out(seen)))
         return self._execute(context)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
@@ -197,10 +196,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         verdict = self._wait.look_at(run)
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait)
-        if self.do_xcom_push and (ti := context.get("ti")):
-            ti.xcom_push(key="workflow_run", value=run.without_payload())
-        verdict.raise_if_failed(run)
-        return PokeReturnValue(True, xcom_value=run.outputs or {})
+        return PokeReturnValue(True, xcom_value=hand_over(run, verdict, context, do_xcom_push=self.do_xcom_push))
 
     def _execute(self, context: Context) -> dict[str, Any] | None:
         try:
@@ -289,16 +285,6 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         if self.deferrable or not (self.reschedule and self.not_found_grace):
             return None
         return first_reschedule_date(context)
-
-    def _error_of(self, event: Any) -> Exception | None:
-        """Give the error that a trigger's event stands for; ``None`` if the run is over and to be read again."""
-        # What is no dict is the event that ends a task, which only a test run hands to its task.
-        if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
-            return None
-        message = str(event.get("message"))
-        if event.get("end") == WaitEnd.TIMED_OUT:
-            return AirflowSensorTimeout(self._timed_out(message))
-        return DifyError.from_event(event.get("error") or {"text": message})
 
     def _timed_out(self, last_seen: str) -> str:
         return f"The sensor has timed out after {self.timeout:g} seconds. {last_seen}"

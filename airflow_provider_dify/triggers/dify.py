@@ -13,7 +13,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
 from airflow_provider_dify.connection import MAX_RETRY_DELAY
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.waiting import RunWait, WaitEnd, WaitPolicy, spread
+from airflow_provider_dify.waiting import STOP_ASKED, RunWait, WaitEnd, WaitPolicy, spread
 from airflow_provider_dify.workflow_run import Outcome, WorkflowRun, canonical_workflow_run_id
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     :param end_from_trigger: end the task here when the run succeeded, with its outputs as XComs.
     :param do_xcom_push: whether the task pushes XComs; only looked at with ``end_from_trigger``.
     :param multiple_outputs: whether each output is an XCom of its own; only looked at with ``end_from_trigger``.
+    :param stop_task_id: Dify's id of the task to stop if a user ends the waiting task (Airflow 3.3 and later);
+        ``None`` for a run that goes on.
+    :param stop_user: the ``user`` that started the run; needed to stop it.
     """
 
     # Seconds after the first failed poll; doubled with each further one.
@@ -67,6 +70,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         end_from_trigger: bool = False,
         do_xcom_push: bool = True,
         multiple_outputs: bool = True,
+        stop_task_id: str | None = None,
+        stop_user: str | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.workflow_run_id = workflow_run_id
@@ -83,6 +88,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         self.end_from_trigger = end_from_trigger
         self.do_xcom_push = do_xcom_push
         self.multiple_outputs = multiple_outputs
+        self.stop_task_id = stop_task_id
+        self.stop_user = stop_user
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Give the class and its arguments: text, numbers, booleans and null only, and no secret."""
@@ -103,6 +110,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 "end_from_trigger": self.end_from_trigger,
                 "do_xcom_push": self.do_xcom_push,
                 "multiple_outputs": self.multiple_outputs,
+                "stop_task_id": self.stop_task_id,
+                "stop_user": self.stop_user,
             },
         )
 
@@ -118,6 +127,15 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             reason = f"The wait on Dify workflow run {self.workflow_run_id} broke: {type(error).__name__}: {error}"
             event = self._event(WaitEnd.FAILED, reason, error=DifyError(reason))
         yield event
+
+    async def on_kill(self) -> None:
+        """Ask Dify to stop the run, when a user ends the waiting task (Airflow 3.3 and later)."""
+        if self.stop_task_id is None or self.stop_user is None:
+            return
+        hook_type = (await asyncio.to_thread(_load_client)).DifyAsyncHook
+        async with hook_type(self.dify_conn_id) as hook:
+            await hook.stop_workflow_task(self.stop_task_id, self.stop_user)
+        self.log.info(STOP_ASKED, self.workflow_run_id)
 
     async def _wait(self) -> TriggerEvent:
         wait = RunWait(
