@@ -42,7 +42,7 @@ def get_provider_info() -> dict[str, Any]:
     return {
         "package-name": "airflow-provider-dify",
         "name": "Dify",
-        "description": "Wait on `Dify <https://dify.ai/>`__ workflow runs and use their outputs.",
+        "description": "Start `Dify <https://dify.ai/>`__ workflow runs, wait on them and use their outputs.",
         "versions": [__version__],
         "integrations": [
             {
@@ -56,6 +56,9 @@ def get_provider_info() -> dict[str, Any]:
                 "integration-name": _INTEGRATION,
                 "python-modules": ["airflow_provider_dify.hooks.dify", "airflow_provider_dify.hooks.dify_async"],
             },
+        ],
+        "operators": [
+            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.operators.dify"]},
         ],
         "sensors": [
             {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.sensors.dify"]},

@@ -214,6 +214,20 @@ def spread(interval: float, polls: int, *, exponential_backoff: bool = False, ma
     return doubled if max_wait is None else min(doubled, max_wait)
 
 
+def whole_number(name: str, value: Any) -> int:
+    """
+    Check an argument that counts something.
+
+    :param name: the argument, for the message.
+    :param value: a whole number, not below 0.
+    :return: the number.
+    :raises DifyConfigurationError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DifyConfigurationError(f"{name} must be a whole number, not below 0: {value!r}")
+    return value
+
+
 def seconds(name: str, value: Any) -> float:
     """
     Check an argument that is a length of time.

@@ -31,6 +31,8 @@ from airflow_provider_dify.exceptions import (
 if TYPE_CHECKING:
     from pendulum import DateTime
 
+# The longest user that Dify takes; a longer one is a 500.
+MAX_USER_LENGTH = 255
 APP_MODES_WITH_WORKFLOW_RUNS = frozenset({"workflow", "advanced-chat"})
 
 # 425 is the one other 4xx that HTTP itself defines as "the same request may succeed later".

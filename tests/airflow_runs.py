@@ -25,6 +25,7 @@ except ImportError:  # Airflow 2
     from airflow import DAG
     from airflow.decorators import task
 
+from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 from tests.airflow_runs import received, raised
 
@@ -104,6 +105,24 @@ def run_sensor(**arguments: Any) -> DagRunResult:
             received("outputs", outputs)
 
         use(wait.output)
+        """
+    )
+
+
+def run_operator(**arguments: Any) -> DagRunResult:
+    """Run a Dag of one operator ``run`` with these arguments, and a task that uses its outputs."""
+    arguments = {"poll_interval": 0.05, "inputs": {}, **arguments}
+    return run_dag(
+        f"""
+        run = DifyRunWorkflowOperator(
+            task_id="run", on_failure_callback=raised, on_retry_callback=raised, **{arguments!r}
+        )
+
+        @task
+        def use(outputs):
+            received("outputs", outputs)
+
+        use(run.output)
         """
     )
 

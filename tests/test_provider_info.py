@@ -31,7 +31,7 @@ def test_the_entry_point_leads_to_the_provider_info() -> None:
 
 def test_every_module_it_names_is_there() -> None:
     info = get_provider_info()
-    for kind in ("hooks", "sensors", "triggers"):
+    for kind in ("hooks", "operators", "sensors", "triggers"):
         for entry in info[kind]:
             assert entry["integration-name"] in {i["integration-name"] for i in info["integrations"]}
             for module in entry["python-modules"]:
@@ -46,7 +46,7 @@ def test_every_module_it_names_is_there() -> None:
         (["hooks"], ["dify", "airflow_provider_dify.hooks.dify.DifyHook", "airflow-provider-dify"]),
         (["behaviours"], ["dify"]),
         (["widgets"], [f"extra__dify__{name}" for name in CONNECTION_FIELDS]),
-        (["get", "airflow-provider-dify", "--full"], ["conn-fields", "Wait on"]),
+        (["get", "airflow-provider-dify", "--full"], ["conn-fields", "wait on them"]),
     ],
     ids=lambda value: value[0],
 )

@@ -34,6 +34,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
 from airflow_provider_dify.workflow_events import PING, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.workflow_run import (
+    MAX_USER_LENGTH,
     AppInfo,
     HttpAnswer,
     LoggedWorkflowRun,
@@ -57,8 +58,6 @@ if TYPE_CHECKING:
 
     from requests.models import PreparedRequest, Response
 
-# The longest user that Dify takes; a longer one is a 500.
-MAX_USER_LENGTH = 255
 
 T = TypeVar("T")
 

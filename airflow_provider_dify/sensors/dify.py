@@ -30,7 +30,7 @@ from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.waiting import RunWait, WaitPolicy, error_of_event, hand_over, seconds
+from airflow_provider_dify.waiting import RunWait, WaitPolicy, error_of_event, hand_over, seconds, whole_number
 from airflow_provider_dify.workflow_run import Outcome
 
 if TYPE_CHECKING:
@@ -103,11 +103,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         self.fail_on_partial_success = fail_on_partial_success
         self.not_found_grace = seconds("not_found_grace", not_found_grace)
         self.run_timeout = None if run_timeout is None else seconds("run_timeout", run_timeout)
-        if not isinstance(max_consecutive_failures, int) or max_consecutive_failures < 0:
-            raise DifyConfigurationError(
-                f"max_consecutive_failures must be a whole number, not below 0: {max_consecutive_failures!r}"
-            )
-        self.max_consecutive_failures = max_consecutive_failures
+        self.max_consecutive_failures = whole_number("max_consecutive_failures", max_consecutive_failures)
         if end_from_trigger and not CAN_END_FROM_TRIGGER:
             raise DifyConfigurationError("end_from_trigger=True needs Airflow 3.0 or later. Use deferrable=True.")
         self.end_from_trigger = end_from_trigger
