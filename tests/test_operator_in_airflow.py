@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -294,6 +295,14 @@ def test_the_detail_decides_where_the_stream_says_something_else(
     assert result.states["run"] == "failed"
     printed = capfd.readouterr()
     assert "The event stream said succeeded, the run's detail says stopped" in printed.out + printed.err + caplog.text
+
+
+def test_a_task_that_is_killed_stops_its_run(dify: LocalDify) -> None:
+    # Airflow kills a task whose execution_timeout is over.
+    dify.starts.append(start("running", then="pings", cut=2000))
+    result = run_operator(execution_timeout=timedelta(seconds=1))
+    assert result.states["run"] == "failed"
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
 
 
 # --- retries

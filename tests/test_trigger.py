@@ -428,6 +428,17 @@ def test_the_proxy_of_the_connection_is_used(
         assert dify.seen == []
 
 
+def test_a_killed_wait_stops_the_run_that_its_operator_started(dify: LocalDify) -> None:
+    task_id = str(uuid.uuid4())
+    run(trigger_of(dify.add_run("running"), stop_task_id=task_id, stop_user="airflow").on_kill())
+    assert dify.stopped == [(task_id, "airflow")]
+
+
+def test_a_killed_wait_of_a_sensor_stops_nothing(dify: LocalDify) -> None:
+    run(trigger_of(dify.add_run("running")).on_kill())
+    assert dify.seen == []
+
+
 # --- the event loop
 
 
