@@ -1,8 +1,10 @@
 """
-Wait on a Dify workflow run with real Airflow and print what the downstream task received. ``make demo`` runs this.
+Start a Dify workflow run with real Airflow, wait on it and print what the downstream task received.
 
-Without settings it starts the tests' stand-in for Dify, on this machine, with a run that is running for a few polls and
-then succeeds. With ``DIFY_BASE_URL``, ``DIFY_API_KEY`` and ``WORKFLOW_RUN_ID`` set it waits on that real run instead.
+``make demo`` runs this. Without settings it starts the tests' stand-in for Dify, on this machine, whose run is running
+for a few polls and then succeeds. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a run on that real Dify,
+with the inputs in ``DIFY_INPUTS`` (a JSON object; ``{}`` by default). With ``WORKFLOW_RUN_ID`` set as well it starts
+none, but waits on that run.
 """
 
 from __future__ import annotations
@@ -19,37 +21,63 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DAG_ID = "example_dify_workflow_run"
-REAL = ("DIFY_BASE_URL", "DIFY_API_KEY", "WORKFLOW_RUN_ID")
+STARTING = "example_dify_start_then_sensor"
+WAITING = "example_dify_workflow_run"
+SERVER = ("DIFY_BASE_URL", "DIFY_API_KEY")
+WHAT = ("DIFY_INPUTS", "WORKFLOW_RUN_ID")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A workflow run to wait on, and the outputs it is known to give; ``None`` where that is not known."""
+    """A Dify, the example Dag to run on it, and the outputs it is known to give; ``None`` where that is not known."""
 
     base_url: str
     api_key: str
-    workflow_run_id: str
+    dag_id: str
+    conf: dict[str, Any]
     outputs: dict[str, Any] | None
 
 
 @contextlib.contextmanager
 def target() -> Iterator[Target]:
-    """Give the run of the environment, or one of the stand-in's."""
-    values = [os.environ.get(name) for name in REAL]
-    if any(values):
-        if not all(values):
-            sys.exit(f"Set all of {', '.join(REAL)}, or none of them.")
-        yield Target(*[str(value) for value in values], outputs=None)
+    """Give the Dify of the environment, or the stand-in."""
+    base_url, api_key = (os.environ.get(name, "") for name in SERVER)
+    inputs, run_id = (os.environ.get(name, "") for name in WHAT)
+    if base_url and api_key:
+        if run_id:
+            yield Target(base_url, api_key, WAITING, {"workflow_run_id": run_id}, outputs=None)
+        else:
+            yield Target(base_url, api_key, STARTING, {"inputs": json_object(inputs or "{}")}, outputs=None)
         return
+    if base_url or api_key or inputs or run_id:
+        sys.exit(f"Set both {' and '.join(SERVER)}, and {' or '.join(WHAT)} if you like; or none of them.")
     sys.path.insert(0, str(ROOT))
-    from tests.local_dify import API_KEY, LocalDify
+    from tests.local_dify import API_KEY, LocalDify, Start
 
     outputs = {"text": "Hello from a workflow run — héllo 你好 🎉", "score": 0.75}
+    asked = {"query": "Hello"}
     with LocalDify() as dify:
-        run_id = dify.add_run("running", "running", "running", "succeeded", outputs=outputs, total_tokens=42)
+        dify.starts.append(
+            Start(
+                statuses=("running", "running", "running", "succeeded"),
+                fields={"outputs": outputs, "total_tokens": 42},
+            )
+        )
         print(f"A stand-in for Dify (a test double) listens at {dify.base_url}.")
-        yield Target(dify.base_url, API_KEY, run_id, outputs)
+        yield Target(dify.base_url, API_KEY, STARTING, {"inputs": asked}, outputs)
+        if [run.inputs for run in dify.started] != [asked]:
+            sys.exit(f"The stand-in was not asked for one run with the inputs {asked}, but for {dify.started}.")
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Read the inputs."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        sys.exit(f"DIFY_INPUTS is no JSON: {error}")
+    if not isinstance(value, dict):
+        sys.exit("DIFY_INPUTS must be a JSON object, the workflow's inputs by name.")
+    return value
 
 
 def airflow(*arguments: str, env: dict[str, str], quiet: bool = False) -> None:
@@ -89,7 +117,7 @@ def xcoms(env: dict[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the example Dag and check what came out of it."""
-    with tempfile.TemporaryDirectory(prefix="airflow-demo-") as home, target() as run:
+    with tempfile.TemporaryDirectory(prefix="airflow-demo-") as home, target() as dify:
         env = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")}
         env |= {
             "AIRFLOW_HOME": home,
@@ -97,24 +125,26 @@ def main() -> None:
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
             "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(
-                {"conn_type": "dify", "host": run.base_url, "password": run.api_key}
+                {"conn_type": "dify", "host": dify.base_url, "password": dify.api_key}
             ),
         }
         print("Making Airflow's database...", flush=True)
         airflow("db", "migrate", env=env, quiet=True)
-        print(f"Running the Dag {DAG_ID} on workflow run {run.workflow_run_id}:", flush=True)
-        airflow("dags", "test", DAG_ID, "--conf", json.dumps({"workflow_run_id": run.workflow_run_id}), env=env)
+        print(f"Running the Dag {dify.dag_id} with {json.dumps(dify.conf, ensure_ascii=False)}:", flush=True)
+        airflow("dags", "test", dify.dag_id, "--conf", json.dumps(dify.conf), env=env)
         returned = xcoms(env)
 
     if "wait" not in returned or "report" not in returned:
         sys.exit(f"The Dag did not get through: only {sorted(returned)} returned something.")
     print()
+    if "start" in returned:
+        print(f"The operator's XCom:  {json.dumps(returned['start'])}")
     print(f"The sensor's XCom:    {json.dumps(returned['wait'], ensure_ascii=False)}")
     print(f"The next task's XCom: {json.dumps(returned['report'], ensure_ascii=False)}")
-    if run.outputs is not None:
-        expected = {"answer": run.outputs["text"], "total_tokens": 42}
-        if returned["wait"] != run.outputs or returned["report"] != expected:
-            sys.exit(f"That is not what the run gave: {json.dumps(run.outputs, ensure_ascii=False)}")
+    if dify.outputs is not None:
+        expected = {"answer": dify.outputs["text"], "total_tokens": 42}
+        if returned["wait"] != dify.outputs or returned["report"] != expected:
+            sys.exit(f"That is not what the run gave: {json.dumps(dify.outputs, ensure_ascii=False)}")
     print("The outputs of the workflow run reached the next task.")
 
 

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
+
+import requests
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 
@@ -54,6 +57,7 @@ class AirflowProcesses:
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{api}/execution/",
             "AIRFLOW__API__PORT": str(api),
             "AIRFLOW__API__HOST": "127.0.0.1",
+            "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
             "AIRFLOW__API_AUTH__JWT_SECRET": "of-this-test-alone-and-long-enough-for-it",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
@@ -109,6 +113,19 @@ class AirflowProcesses:
         """Ask Airflow's database."""
         with contextlib.closing(sqlite3.connect(f"file:{self.home}/airflow.db?mode=ro", uri=True, timeout=30)) as db:
             return db.execute(sql, values).fetchall()
+
+    def mark_failed(self, dag_id: str, task_id: str) -> None:
+        """Mark a task as failed, as a user does in the UI (Airflow 3)."""
+        api = f"http://127.0.0.1:{self.environment['AIRFLOW__API__PORT']}"
+        token = requests.get(f"{api}/auth/token", timeout=30).json()["access_token"]
+        ((run_id,),) = self.query("SELECT run_id FROM dag_run WHERE dag_id = ?", dag_id)
+        response = requests.patch(
+            f"{api}/api/v2/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}",
+            json={"new_state": "failed"},
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=30,
+        )
+        response.raise_for_status()
 
     def wait_for(self, met: Callable[[], bool], seconds: float) -> None:
         """Wait until something is so; fails with what the processes said if it never is."""

@@ -13,7 +13,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from tests.airflow_processes import AIRFLOW_2, airflow_processes
-from tests.local_dify import LocalDify, answer
+from tests.local_dify import LocalDify, Start, answer
 
 KEY = "app-zQ9-the-key-of-this-test"
 OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}}
@@ -28,6 +28,11 @@ if CAN_END_FROM_TRIGGER:
 if CAN_START_FROM_TRIGGER:
     WAYS["start"] = {"start_from_trigger": True}
     WAYS["start_end"] = {"start_from_trigger": True, "end_from_trigger": True}
+
+# The operator's, which start a run first.
+OPERATOR_WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
+if CAN_END_FROM_TRIGGER:
+    OPERATOR_WAYS["end"] = {"end_from_trigger": True}
 
 # Statuses, sensor arguments, state of the task, exception and message.
 ENDINGS: dict[str, tuple[list[str | None], dict[str, Any], str, str, str]] = {
@@ -55,6 +60,7 @@ import json
 import pendulum
 from datetime import timedelta
 from airflow.providers.common.compat.sdk import dag, task
+from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 
 def tell(context):
@@ -84,18 +90,20 @@ def waits():
         assert outputs["answer"] == "héllo 你好 🎉", outputs
         return outputs
 
+    for name, way in json.loads({operator_ways!r}).items():
+        run = DifyRunWorkflowOperator(task_id=f"run-{{name}}", inputs={{"task": name}}, poll_interval=1, **way)
+        downstream.override(task_id=f"downstream_of_run-{{name}}")(run.output)
+
     run_id = upstream()
     for name, way in json.loads({ways!r}).items():
-        wait = DifyWorkflowRunSensor(task_id=f"of_upstream-{{name}}", workflow_run_id=run_id, poke_interval=1, **way)
+        # With a retry, because rescheduling at short intervals at times costs a try on Airflow 3.
+        way = {{**way, "poke_interval": 1, "retries": 1, "retry_delay": timedelta(0)}}
+        wait = DifyWorkflowRunSensor(task_id=f"of_upstream-{{name}}", workflow_run_id=run_id, **way)
         downstream.override(task_id=f"downstream_of-{{name}}")(wait.output)
         # One that really is deferred.
-        slow = DifyWorkflowRunSensor(
-            task_id=f"slow-{{name}}", workflow_run_id={slow_runs!r}[name], poke_interval=1, **way
-        )
+        slow = DifyWorkflowRunSensor(task_id=f"slow-{{name}}", workflow_run_id={slow_runs!r}[name], **way)
         downstream.override(task_id=f"downstream_of_slow-{{name}}")(slow.output)
-        DifyWorkflowRunSensor(
-            task_id=f"of_params-{{name}}", workflow_run_id="{{{{ params.run }}}}", poke_interval=1, **way
-        )
+        DifyWorkflowRunSensor(task_id=f"of_params-{{name}}", workflow_run_id="{{{{ params.run }}}}", **way)
 
 waits()
 """
@@ -125,6 +133,8 @@ def tasks() -> Iterator[dict[str, Task]]:
                     fields["created_at"] = 1_700_000_000
                 run_id = dify.add_run(*statuses, fault_after_first=FAULTS.get(ending), **fields)
                 arguments[f"{ending}-{way}"] = {"workflow_run_id": run_id, **ending_arguments, **way_arguments}
+        for _ in OPERATOR_WAYS:
+            dify.starts.append(Start(statuses=("running", "running", "succeeded"), fields={"outputs": OUTPUTS}))
         upstream_run = dify.add_run("succeeded", outputs=OUTPUTS)
         with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
             told = airflow.home / "told.jsonl"
@@ -137,6 +147,7 @@ def tasks() -> Iterator[dict[str, Task]]:
                     slow_runs={way: dify.add_run("running", "succeeded", outputs=OUTPUTS) for way in WAYS},
                     params_run=upstream_run,
                     ways=json.dumps(WAYS),
+                    operator_ways=json.dumps(OPERATOR_WAYS),
                 )
             )
             airflow.wait_for(
@@ -192,6 +203,15 @@ def test_the_run_id_may_come_from_upstream_or_from_params_in_every_way(tasks: di
     for name in (f"of_upstream-{way}", f"downstream_of-{way}", f"of_params-{way}", f"downstream_of_slow-{way}"):
         assert tasks[name].state == "success"
         assert tasks[name].xcoms["return_value"] == OUTPUTS
+
+
+@pytest.mark.parametrize("way", OPERATOR_WAYS)
+def test_the_operator_starts_a_run_and_hands_its_outputs_on(tasks: dict[str, Task], way: str) -> None:
+    task = tasks[f"run-{way}"]
+    assert task.state == "success"
+    assert task.xcoms["return_value"] == OUTPUTS
+    assert task.xcoms["workflow_run"]["id"] == task.xcoms["workflow_run_id"]
+    assert tasks[f"downstream_of_run-{way}"].state == "success"
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a sensor on the triggerer")

@@ -12,7 +12,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow_processes import AirflowProcesses, airflow_processes
-from tests.local_dify import LocalDify, Start
+from tests.local_dify import API_KEY, LocalDify, Start
 
 KEY = "app-zQ9-the-key-of-this-test"
 OUTPUTS = {"answer": "héllo 你好 🎉"}
@@ -94,3 +94,23 @@ def test_the_retry_goes_on_with_the_run_of_the_killed_try(
     (value,) = airflow.query("SELECT value FROM xcom WHERE task_id = ? AND key = 'return_value'", task_id)
     assert json.loads(value[0]) == OUTPUTS
     assert dify.stopped == []
+
+
+@pytest.mark.skipif(
+    not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger is not told that its task is ended"
+)
+def test_a_deferred_task_that_a_user_ends_stops_its_run() -> None:
+    with LocalDify() as dify:
+        dify.starts.append(Start(statuses=("running",)))
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
+        with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
+            (airflow.dags / "ended.py").write_text(
+                DAG.format(users={"ended": None}).replace("def killed", "def ended").replace("killed()", "ended()")
+                .replace("poll_interval=1", "poll_interval=1, deferrable=True")
+            )  # fmt: skip
+            deferred = "SELECT count(*) FROM task_instance WHERE state = 'deferred'"
+            # Until the triggerer polls it, which the worker before it does not.
+            airflow.wait_for(lambda: airflow.query(deferred) == [(1,)] and len(dify.seen) > 2, seconds=120)
+            airflow.mark_failed("ended", "ended")
+            airflow.wait_for(lambda: bool(dify.stopped), seconds=60)
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]

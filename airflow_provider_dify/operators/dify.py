@@ -55,8 +55,8 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     A run is not paid for twice: a request that may have started one is never sent twice, but looked up in Dify's log by
     its ``user``; and a retry goes on with the run that an earlier try started, while that is alive or has succeeded.
-    Without a ``user`` of your own that works on every Airflow, with one it needs Airflow 3.3. A task that is cleared
-    starts a new run.
+    Without a ``user`` of your own that works on every Airflow, as long as Dify's log shows runs that are not over yet
+    (it does since about 1.9); with one it needs Airflow 3.3. A task that is cleared starts a new run.
 
     :param inputs: the workflow's inputs by name. Templated.
     :param user: who starts the run, as Dify's log shows it, up to 255 characters; by default one that names Dag, task,
@@ -178,7 +178,9 @@ class DifyRunWorkflowOperator(BaseOperator):
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Go on after a deferral; where no triggerer saw the wait's end, end it as a timeout of the wait."""
         if next_method == "__fail__" and is_deferral_timeout(next_kwargs):
-            raise self._timed_out("No triggerer told of the run.")
+            with self.hook:
+                self._running = self._remembered(context)
+                self._give_up(self._timed_out("No triggerer told of the run."), context)
         return super().resume_execution(next_method, next_kwargs, context)
 
     def on_kill(self) -> None:
@@ -224,7 +226,8 @@ class DifyRunWorkflowOperator(BaseOperator):
             return None
         for try_number in range(ti.try_number - 1, first_try - 1, -1):
             user = default_user(ti, try_number)
-            runs = self.hook.list_workflow_runs(user=user, limit=2)
+            # Compared once more, in case a server takes no notice of what it was asked for.
+            runs = [run for run in self.hook.list_workflow_runs(user=user, limit=2) if run.user == user]
             if runs:
                 return _Running(runs[0].workflow_run_id, None, user)
         return None
