@@ -70,3 +70,14 @@ def dify_connection(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> str:
     connection = Connection(conn_id="dify_default", conn_type="dify", host=dify.base_url, password=API_KEY)
     monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", connection.get_uri())
     return "dify_default"
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries, failed polls and searches follow each other at once."""
+    from airflow_provider_dify.hooks.dify import DifyHook
+
+    assert DifyHook.__init__.__kwdefaults__ is not None
+    monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
+    monkeypatch.setattr("airflow_provider_dify.operators.dify.SEARCH_INTERVAL", 0.01)

@@ -37,17 +37,6 @@ def way(request: pytest.FixtureRequest) -> dict[str, Any]:
     return WAYS[request.param]
 
 
-@pytest.fixture
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let retries, failed polls and searches follow each other at once."""
-    from airflow_provider_dify.hooks.dify import DifyHook
-
-    assert DifyHook.__init__.__kwdefaults__ is not None
-    monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
-    monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
-    monkeypatch.setattr("airflow_provider_dify.operators.dify.SEARCH_INTERVAL", 0.01)
-
-
 def start(*statuses: str | None, **arguments: Any) -> Start:
     fields = arguments.pop("fields", {"outputs": OUTPUTS} if "succeeded" in statuses else {})
     return Start(statuses=statuses, fields=fields, **arguments)

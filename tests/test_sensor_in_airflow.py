@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_ret
 OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}, "nothing": None}
 
 
-# Each way to wait, as the arguments that ask for it. Starting on the triggerer takes a scheduler: see test_cluster.py.
+# Each way to wait, as the arguments that ask for it. Starting on the triggerer takes a scheduler, and is tried in
+# test_airflow_processes.py.
 WAYS = {
     "poke": {"mode": "poke"},
     "reschedule": {"mode": "reschedule"},
@@ -42,16 +43,6 @@ if not CAN_END_FROM_TRIGGER:
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest) -> dict[str, Any]:
     return WAYS[request.param]
-
-
-@pytest.fixture
-def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let retries and failed polls follow each other at once."""
-    from airflow_provider_dify.hooks.dify import DifyHook
-
-    assert DifyHook.__init__.__kwdefaults__ is not None
-    monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
-    monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
 
 
 def test_a_succeeded_run_hands_its_outputs_to_the_next_task(dify: LocalDify, dialect: str, way: dict[str, Any]) -> None:
