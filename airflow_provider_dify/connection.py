@@ -35,6 +35,10 @@ HEADERS = {"User-Agent": f"airflow-provider-dify/{__version__}", "Accept": "appl
 # Dify Cloud and a default self-hosted Dify both serve the API here.
 DEFAULT_PATH = "/v1"
 
+# Dify Cloud alone has its console on another host than its API.
+CLOUD_API_HOST = "api.dify.ai"
+CLOUD_CONSOLE_URL = "https://cloud.dify.ai"
+
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?", re.IGNORECASE)
 # What an HTTP header takes without encoding; anything else in a key is a slip of copy and paste.
 _API_KEY = re.compile(r"[\x21-\x7e]+")
@@ -51,6 +55,7 @@ class DifyConnection:
     :param timeout: seconds to wait for an answer; ``None`` where the connection doesn't say.
     :param verify: whether to verify TLS certificates, or the path of a CA bundle.
     :param proxies: proxy URLs by URL scheme, as ``requests`` takes them.
+    :param console_url: URL of Dify's console, without a slash at the end; ``None`` where the connection doesn't say.
     """
 
     conn_id: str
@@ -60,6 +65,7 @@ class DifyConnection:
     verify: bool | str = True
     # A proxy URL may hold a password.
     proxies: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
+    console_url: str | None = None
 
     @classmethod
     def from_airflow(cls, connection: Connection) -> DifyConnection:
@@ -67,8 +73,8 @@ class DifyConnection:
         Read an Airflow connection.
 
         :param connection: ``password`` is the API key; ``host``, ``schema`` and ``port`` make the base URL; ``extra``
-            may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle) and ``proxies``. Other
-            extras are ignored.
+            may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle), ``proxies`` and
+            ``console_url``. Other extras are ignored.
         :return: the settings.
         :raises DifyConfigurationError: if the key is missing or no URL can be made; names the connection.
         """
@@ -82,9 +88,18 @@ class DifyConnection:
                 timeout=_timeout(extra.get("timeout")),
                 verify=_verify(extra.get("verify")),
                 proxies=_proxies(extra.get("proxies")),
+                console_url=_console_url(extra.get("console_url")),
             )
         except DifyConfigurationError as error:
             raise DifyConfigurationError(f"Connection {conn_id!r} cannot be used: {error}") from None
+
+    @property
+    def console(self) -> str:
+        """The URL of Dify's console, without a slash at the end: where links for people lead."""
+        if self.console_url:
+            return self.console_url
+        url = urlsplit(self.base_url)
+        return CLOUD_CONSOLE_URL if url.hostname == CLOUD_API_HOST else f"{url.scheme}://{url.netloc}"
 
     def timeouts(self, timeout: float | None = None) -> tuple[float, float]:
         """
@@ -264,3 +279,22 @@ def _proxies(value: Any) -> dict[str, str]:
     raise DifyConfigurationError(
         'the extra \'proxies\' must be an object such as {"https": "http://proxy.example.com:3128"}.'
     )
+
+
+def _console_url(value: Any) -> str | None:
+    text = value.strip() if isinstance(value, str) else value
+    if text is None or text == "":
+        return None
+    try:
+        if not isinstance(text, str) or "://" not in text:
+            raise ValueError
+        url = _split(text)
+        port = f":{url.port}" if url.port else ""
+        path = "/".join(part for part in url.path.split("/") if part)
+        return f"{url.scheme}://{_host_in_url(url, text)}{port}{f'/{path}' if path else ''}"
+    except (DifyConfigurationError, ValueError):
+        # Not shown: what stands before an @ is likely a secret.
+        raise DifyConfigurationError(
+            "the extra 'console_url' must be an http or https URL such as https://dify.example.com, "
+            "without user name, query and fragment."
+        ) from None

@@ -25,6 +25,11 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
         "description": 'Proxy URLs by URL scheme, as JSON: {"https": "http://proxy.example.com:3128"}.',
         "schema": {"type": ["string", "null"]},
     },
+    "console_url": {
+        "label": "Console URL",
+        "description": "Where people open Dify, for links in Airflow's UI. The base URL's server if empty.",
+        "schema": {"type": ["string", "null"]},
+    },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
     "hidden-fields": ["schema", "port", "login", "extra"],
@@ -66,6 +71,7 @@ def get_provider_info() -> dict[str, Any]:
         "triggers": [
             {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.triggers.dify"]},
         ],
+        "extra-links": ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"],
         "connection-types": [
             {
                 "connection-type": "dify",

@@ -60,6 +60,7 @@ class RunWait:
     :param policy: what the wait puts up with.
     :param log: where changes of status and failed polls are told.
     :param first_poll: when the wait first polled, aware; now by default.
+    :param on_first_look: told the run once, as soon as a poll has brought it.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class RunWait:
         *,
         log: Logger,
         first_poll: datetime | None = None,
+        on_first_look: Callable[[WorkflowRun], None] | None = None,
     ) -> None:
         self.workflow_run_id = workflow_run_id
         self.policy = policy
@@ -77,6 +79,7 @@ class RunWait:
         self.status_since: datetime | None = None
         self.consecutive_failures = 0
         self._log = log
+        self._on_first_look = on_first_look
 
     def look_at(self, run: WorkflowRun) -> Verdict:
         """
@@ -86,6 +89,9 @@ class RunWait:
         :return: what it means for the wait.
         """
         self.consecutive_failures = 0
+        if self._on_first_look is not None:
+            self._on_first_look(run)
+            self._on_first_look = None
         verdict = judge(
             run,
             now=datetime.now(timezone.utc),

@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from airflow_provider_dify.workflow_run import app_id_of
+
 STARTED = "workflow_started"
 PING = "ping"
 # After any of these the stream says no more.
@@ -32,6 +34,11 @@ class WorkflowEvent:
     workflow_run_id: str | None
     task_id: str | None
     data: dict[str, Any]
+
+    @property
+    def app_id(self) -> str | None:
+        """The UUID of the run's app, which ``workflow_started`` tells; ``None`` otherwise."""
+        return app_id_of(self.data.get("inputs"))
 
     @property
     def is_ending(self) -> bool:

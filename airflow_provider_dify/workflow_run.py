@@ -89,6 +89,11 @@ class WorkflowRun:
     finished_at: DateTime | None
     elapsed_time: float | None
 
+    @property
+    def app_id(self) -> str | None:
+        """The UUID of the app that the run is of; ``None`` where the server doesn't tell."""
+        return app_id_of(self.inputs)
+
     def without_payload(self) -> dict[str, Any]:
         """
         Give everything but inputs and outputs, as values that any XCom backend takes.
@@ -213,6 +218,19 @@ class HttpAnswer:
         if len(text) > _EXCERPT_LENGTH:
             text = text[:_EXCERPT_LENGTH] + "…"
         return f"HTTP {self.status_code}, {content_type}, {repr(text) if text else 'an empty body'}"
+
+
+def app_id_of(inputs: object) -> str | None:
+    """
+    Find a run's app in what the run was started with.
+
+    :param inputs: the run's inputs, Dify's ``sys.*`` entries included.
+    :return: the app's UUID; ``None`` where they don't tell it.
+    """
+    try:
+        return canonical_uuid("sys.app_id", inputs.get("sys.app_id") if isinstance(inputs, dict) else None)
+    except DifyConfigurationError:
+        return None
 
 
 def canonical_workflow_run_id(workflow_run_id: object) -> str:

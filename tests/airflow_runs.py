@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import Any
 
+from airflow_provider_dify.links.dify import RUN_LOG_KEY
 from tests.conftest import AIRFLOW_HOME
 
 _numbers = itertools.count(1)
@@ -56,6 +57,7 @@ class DagRunResult:
     states: dict[str, str]
     tries: dict[str, int]
     xcoms: dict[str, dict[str, Any]]
+    links: dict[str, dict[str, str]]
     received: dict[str, Any] = field(default_factory=dict)
     raised: dict[str, list[BaseException]] = field(default_factory=dict)
 
@@ -67,7 +69,8 @@ def run_dag(body: str, *, conf: dict[str, Any] | None = None, params: dict[str, 
     :param body: the statements below ``with DAG(...)``.
     :param conf: the Dag run's conf.
     :param params: the Dag's params.
-    :return: states, XComs (by task id, mapped ones as ``task_id[map_index]``) and what the tasks left.
+    :return: states, XComs and links (by task id, mapped ones as ``task_id[map_index]``) and what the tasks left. The
+        links' own XComs are left out.
     """
     dag_id = f"dag_{next(_numbers)}"
     path = AIRFLOW_HOME / "dags" / f"{dag_id}.py"
@@ -85,7 +88,7 @@ def run_dag(body: str, *, conf: dict[str, Any] | None = None, params: dict[str, 
         spec.loader.exec_module(module)
         logging.getLogger("airflow.task").propagate = True  # for caplog
         dag_run = module.dag.test(run_conf=conf or {})
-        return _result(dag_run)
+        return _result(module.dag, dag_run)
     finally:
         path.unlink()
         sys.modules.pop(dag_id, None)
@@ -127,7 +130,7 @@ def run_operator(**arguments: Any) -> DagRunResult:
     )
 
 
-def _result(dag_run: Any) -> DagRunResult:
+def _result(dag: Any, dag_run: Any) -> DagRunResult:
     from airflow.utils.session import create_session
 
     try:
@@ -148,16 +151,32 @@ def _result(dag_run: Any) -> DagRunResult:
             ti.refresh_from_db(session=session)
         rows = session.query(XComModel).filter(XComModel.dag_id == dag_run.dag_id).all()
         xcoms: dict[str, dict[str, Any]] = {}
-        for row in rows:
+        for row in (row for row in rows if row.key != RUN_LOG_KEY):
             xcoms.setdefault(_name(row), {})[row.key] = value_of(row)
         return DagRunResult(
             state=str(dag_run.state.value if hasattr(dag_run.state, "value") else dag_run.state),
             states={_name(ti): str(ti.state and getattr(ti.state, "value", ti.state)) for ti in tis},
             tries={_name(ti): ti.try_number for ti in tis},
             xcoms=xcoms,
+            links=_links(dag, tis),
             received=dict(_received),
             raised=dict(_raised),
         )
+
+
+def _links(dag: Any, tis: Any) -> dict[str, dict[str, str]]:
+    """Give the links of every task that can have any as the UI does: from the serialized Dag."""
+    try:
+        from airflow.serialization.serialized_objects import DagSerialization
+    except ImportError:  # before Airflow 3.3
+        from airflow.serialization.serialized_objects import SerializedDAG as DagSerialization
+    serialized = DagSerialization.from_dict(DagSerialization.to_dict(dag))
+    links = {}
+    for ti in tis:
+        task = serialized.get_task(ti.task_id)
+        if task.extra_links:
+            links[_name(ti)] = {name: task.get_extra_links(ti, name) or "" for name in task.extra_links}
+    return links
 
 
 def _name(row: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
+from airflow_provider_dify.links.dify import RUN_LOG_KEY
 from tests.airflow_processes import AIRFLOW_2, airflow_processes
 from tests.local_dify import LocalDify, Start, answer
 
@@ -189,7 +190,8 @@ def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: s
         assert _without_numbers(told) == _without_numbers(tasks[f"{ending}-poke"].errors[0][1])
     if ending == "succeeded":
         assert task.xcoms["return_value"] == OUTPUTS
-        assert task.xcoms.keys() == {"return_value", "workflow_run", *OUTPUTS}
+        assert task.xcoms.keys() == {"return_value", "workflow_run", RUN_LOG_KEY, *OUTPUTS}
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/app/[0-9a-f-]{36}/logs", task.xcoms[RUN_LOG_KEY])
         workflow_run = tasks[f"{ending}-poke"].xcoms["workflow_run"]
         assert {**task.xcoms["workflow_run"], "id": ""} == {**workflow_run, "id": ""}
 

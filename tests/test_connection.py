@@ -145,12 +145,50 @@ def test_empty_extras_are_the_defaults(extra: dict[str, Any] | None) -> None:
         {"proxies": "http://me:secret@proxy:3128"},
         {"proxies": {"https": 5, "http": "http://me:secret@proxy:3128"}},
         {"proxies": ["http://proxy"]},
+        {"console_url": 5},
+        {"console_url": "dify.example.com"},
+        {"console_url": "//dify.example.com"},
+        {"console_url": "ftp://dify.example.com"},
+        {"console_url": "javascript://dify.example.com"},
+        {"console_url": "https://"},
+        {"console_url": "https://dify example.com"},
+        {"console_url": "https://dify.example.com:port"},
+        {"console_url": "https://dify.example.com:99999"},
+        {"console_url": "https://dify.example.com/?x=1"},
+        {"console_url": "https://dify.example.com/#x"},
+        {"console_url": "https://me:secret@dify.example.com"},
     ],
 )
 def test_a_wrong_extra_is_named(extra: dict[str, Any]) -> None:
     with pytest.raises(DifyConfigurationError, match=rf"'my_dify'.*'{next(iter(extra))}'") as caught:
         read(extra=extra)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "console"),
+    [
+        ({}, "https://cloud.dify.ai"),
+        ({"host": "https://api.dify.ai/v1"}, "https://cloud.dify.ai"),
+        ({"host": "API.dify.ai:443"}, "https://cloud.dify.ai"),
+        ({"host": "https://dify.example.com/v1"}, "https://dify.example.com"),
+        ({"host": "http://dify.example.com:8080/gateway/v1"}, "http://dify.example.com:8080"),
+        ({"host": "http://[::1]:5001"}, "http://[::1]:5001"),
+        ({"host": "https://api.dify.ai.example.com"}, "https://api.dify.ai.example.com"),
+        ({"extra": {"console_url": " https://Dify.example.com/ "}}, "https://dify.example.com"),
+        ({"extra": {"console_url": "http://dify:3000/console//"}}, "http://dify:3000/console"),
+        ({"host": "http://dify:5001", "extra": {"console_url": "http://[::1]:3000"}}, "http://[::1]:3000"),
+        ({"host": "http://dify:5001", "extra": {"console_url": " "}}, "http://dify:5001"),
+    ],
+)
+def test_a_connection_knows_its_console(fields: dict[str, Any], console: str) -> None:
+    assert read(**fields).console == console
+
+
+def test_the_extra_console_url_is_read() -> None:
+    assert read(extra={"console_url": "https://dify.example.com/"}).console_url == "https://dify.example.com"
+    assert read(extra={"console_url": ""}).console_url is None
+    assert read().console_url is None
 
 
 def test_a_base_url_ends_without_a_slash() -> None:

@@ -38,6 +38,15 @@ def test_every_module_it_names_is_there() -> None:
                 __import__(module)
 
 
+def test_every_link_it_names_is_an_operators() -> None:
+    from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+    from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+
+    named = set(get_provider_info()["extra-links"])
+    for operator in (DifyRunWorkflowOperator, DifyWorkflowRunSensor):
+        assert {f"{type(link).__module__}.{type(link).__name__}" for link in operator.operator_extra_links} == named
+
+
 @pytest.mark.usefixtures("airflow_db")
 @pytest.mark.parametrize(
     ("command", "shown"),
@@ -46,6 +55,7 @@ def test_every_module_it_names_is_there() -> None:
         (["hooks"], ["dify", "airflow_provider_dify.hooks.dify.DifyHook", "airflow-provider-dify"]),
         (["behaviours"], ["dify"]),
         (["widgets"], [f"extra__dify__{name}" for name in CONNECTION_FIELDS]),
+        (["links"], ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"]),
         (["get", "airflow-provider-dify", "--full"], ["conn-fields", "wait on them"]),
     ],
     ids=lambda value: value[0],

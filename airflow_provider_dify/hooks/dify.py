@@ -396,6 +396,7 @@ class WorkflowRunStream:
 
     :ivar workflow_run_id: the run's UUID.
     :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes.
+    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't tell.
     """
 
     def __init__(self, connection: DifyConnection, session: requests.Session, url: str, body: bytes, user: str) -> None:
@@ -405,6 +406,7 @@ class WorkflowRunStream:
         self._user = user
         self.workflow_run_id = ""
         self.task_id = ""
+        self.app_id: str | None = None
         self._response = self._post(body)
         self._events = self._read()
         self._find_start()
@@ -476,6 +478,7 @@ class WorkflowRunStream:
             self._raise_uncertain(f"the stream begins with the event {first.name!r}: {first.data!r:.300}", None)
         self.workflow_run_id = first.workflow_run_id
         self.task_id = first.task_id
+        self.app_id = first.app_id
 
     def _raise_uncertain(self, reason: str, cause: Exception | None) -> NoReturn:
         raise DifyWorkflowRunUncertain(

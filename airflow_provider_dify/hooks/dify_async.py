@@ -52,11 +52,12 @@ class DifyAsyncHook:
     To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and gives back its share of the session.
 
     :param dify_conn_id: the Airflow connection, as for :class:`airflow_provider_dify.hooks.dify.DifyHook`.
+    :ivar connection: the connection's settings, as last read; ``None`` until then.
     """
 
     def __init__(self, dify_conn_id: str = "dify_default") -> None:
         self.dify_conn_id = dify_conn_id
-        self._connection: DifyConnection | None = None
+        self.connection: DifyConnection | None = None
         self._session: _SharedSession | None = None
         self._last_read: tuple[bytes, WorkflowRun] | None = None
 
@@ -99,9 +100,9 @@ class DifyAsyncHook:
         try:
             return self._read(await self._send(run_id), run_id)
         except DifyAuthenticationError:
-            refused = self._connection
+            refused = self.connection
             await self._connect()
-            if self._connection == refused:
+            if self.connection == refused:
                 raise
             return self._read(await self._send(run_id), run_id)
 
@@ -128,14 +129,14 @@ class DifyAsyncHook:
     async def _connect(self) -> None:
         """Read the connection, and take a share of the session that goes with it."""
         connection = DifyConnection.from_airflow(await get_async_connection(self.dify_conn_id))
-        if self._session is None or connection != self._connection:
+        if self._session is None or connection != self.connection:
             await self.close()
             self._session = _SharedSession.join(connection)
-            self._connection = connection
+            self.connection = connection
             await self._session.open()
 
     async def _send(self, run_id: str) -> HttpAnswer:
-        assert self._connection is not None  # noqa: S101
+        assert self.connection is not None  # noqa: S101
         assert self._session is not None  # noqa: S101
         return await self._session.send("GET", workflow_run_path(run_id), workflow_run_subject(run_id))
 

@@ -21,6 +21,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
+from airflow_provider_dify.links.dify import DifyWorkflowRunLink, push_run_log
 from airflow_provider_dify.waiting import (
     STOP_ASKED,
     RunWait,
@@ -83,6 +84,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     template_fields: Sequence[str] = ("inputs", "user", "workflow_id", "dify_conn_id")
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
     ui_color = "#d5e0ff"
+    operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
 
     def __init__(
         self,
@@ -106,6 +108,9 @@ class DifyRunWorkflowOperator(BaseOperator):
     ) -> None:
         # Without the wait the result is the run's id, which has no outputs to be taken apart.
         super().__init__(multiple_outputs=multiple_outputs and wait_for_completion, **kwargs)
+        if not self.do_xcom_push:
+            # The link is read from an XCom, and Airflow 3 pushes each link of a task, known or not.
+            self.operator_extra_links = ()
         self.inputs = inputs
         self.user = user
         self.dify_conn_id = dify_conn_id
@@ -154,6 +159,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             with stream:
                 run = _Running(stream.workflow_run_id, stream.task_id, user)
                 self._remember(run, context)
+                push_run_log(self, context, stream.app_id)
                 self.log.info("Dify started workflow run %s for user %r.", run.workflow_run_id, user)
                 return self._go_on(run, stream, context, deadline)
 
@@ -210,6 +216,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             return None
         self.log.info("Going on with the run that an earlier try started. %s", verdict.reason)
         self._remember(found, context)
+        push_run_log(self, context, run.app_id)
         return found
 
     def _from_state(self, context: Context, first_try: int) -> _Running | None:
@@ -285,7 +292,12 @@ class DifyRunWorkflowOperator(BaseOperator):
     def _wait_here(
         self, running: _Running, stream: WorkflowRunStream | None, context: Context, deadline: float
     ) -> dict[str, Any]:
-        wait = RunWait(running.workflow_run_id, self._policy(), log=self.log)
+        wait = RunWait(
+            running.workflow_run_id,
+            self._policy(),
+            log=self.log,
+            on_first_look=lambda run: push_run_log(self, context, run.app_id),
+        )
         try:
             told = self._follow(stream, wait, deadline) if stream is not None else None
             interval = min(1.0, self.poll_interval) if told else self.poll_interval

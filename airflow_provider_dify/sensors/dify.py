@@ -30,6 +30,7 @@ from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyWorkflowRunNotFound,
 )
+from airflow_provider_dify.links.dify import DifyWorkflowRunLink, push_run_log
 from airflow_provider_dify.waiting import RunWait, WaitPolicy, error_of_event, hand_over, seconds, whole_number
 from airflow_provider_dify.workflow_run import Outcome
 
@@ -80,6 +81,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
 
     template_fields: Sequence[str] = ("workflow_run_id", "dify_conn_id")
     ui_color = "#d5e0ff"
+    operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
 
     def __init__(
         self,
@@ -98,6 +100,9 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(poke_interval=poke_interval, multiple_outputs=multiple_outputs, **kwargs)
+        if not self.do_xcom_push:
+            # The link is read from an XCom, and Airflow 3 pushes each link of a task, known or not.
+            self.operator_extra_links = ()
         self.workflow_run_id = workflow_run_id
         self.dify_conn_id = dify_conn_id
         self.fail_on_partial_success = fail_on_partial_success
@@ -182,7 +187,11 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             raise self._ended_with
         if self._wait is None:
             self._wait = RunWait(
-                self.workflow_run_id, self._policy(), log=self.log, first_poll=self._first_poll(context)
+                self.workflow_run_id,
+                self._policy(),
+                log=self.log,
+                first_poll=self._first_poll(context),
+                on_first_look=lambda run: push_run_log(self, context, run.app_id),
             )
         try:
             run = self.hook.get_workflow_run(self.workflow_run_id)

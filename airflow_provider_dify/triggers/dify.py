@@ -19,6 +19,8 @@ from airflow_provider_dify.workflow_run import Outcome, WorkflowRun, canonical_w
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from airflow_provider_dify.connection import DifyConnection
+
 
 class DifyWorkflowRunTrigger(BaseTrigger):
     """
@@ -169,7 +171,11 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 else:
                     verdict = wait.look_at(run)
                     if verdict.outcome is not Outcome.WAIT:
-                        if verdict.outcome is Outcome.DONE and self.end_from_trigger and await self._push(run):
+                        if (
+                            verdict.outcome is Outcome.DONE
+                            and self.end_from_trigger
+                            and await self._push(run, hook.connection)
+                        ):
                             return _task_success()
                         # A failure is left to a worker: there it has a log, callbacks and no retry.
                         return self._event(WaitEnd.RUN_IS_OVER, verdict.reason, status=run.status)
@@ -207,7 +213,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             timeout_after = timeout_after.replace(tzinfo=timezone.utc)
         return timeout_after.timestamp() - TRIGGER_TIMEOUT_MARGIN
 
-    async def _push(self, run: WorkflowRun) -> bool:
+    async def _push(self, run: WorkflowRun, connection: DifyConnection) -> bool:
         """
         Push the task's XComs as a worker would, so that the task can end here.
 
@@ -221,9 +227,12 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         from airflow.providers.common.compat.sdk import XCom
         from asgiref.sync import sync_to_async
 
+        from airflow_provider_dify.links.dify import run_log_xcoms
+
         ti: Any = self.task_instance
         try:
-            for key, value in run.xcoms(self.multiple_outputs).items():
+            xcoms = {**run.xcoms(self.multiple_outputs), **run_log_xcoms(connection, run.app_id)}
+            for key, value in xcoms.items():
                 await sync_to_async(XCom.set)(
                     key=key,
                     value=value,
