@@ -418,8 +418,9 @@ class WorkflowRunStream:
                 if event.is_ending:
                     return
         except _Broken as broken:
-            raise self._connection.unreachable(
-                f"the events of workflow run {self.workflow_run_id}", self._url, broken.reason
+            raise DifyConnectionError(
+                f"The events of workflow run {self.workflow_run_id} broke off at {self._url} "
+                f"({type(broken.reason).__name__}: {broken.reason}). The run goes on."
             ) from broken.reason
 
     def __enter__(self) -> WorkflowRunStream:
