@@ -146,4 +146,8 @@ class DifyWorkflowRunFailed(DifyError, AirflowFailException):
 
 
 class DifyWorkflowRunTimeout(DifyWorkflowRunFailed):
-    """The workflow run was still not over ``run_timeout`` after its creation. Fails without retry."""
+    """
+    The workflow run was still not over ``run_timeout`` after its creation, or at the end of the operator's ``timeout``.
+
+    Fails without retry. In the second case ``run`` is ``None``.
+    """
