@@ -8,7 +8,7 @@ VENV := .venv/airflow-$(AIRFLOW)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test lint package smoke bench constraints clean
+.PHONY: demo test lint docs package smoke bench constraints clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py
@@ -21,6 +21,17 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# Makes build/docs/index.html out of docs/ and the docstrings. A warning is an error.
+docs: .venv/docs/installed
+	.venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+
+.venv/docs/installed: pyproject.toml constraints/airflow-3.3-docs.txt
+	$(PYTHON) -m venv --clear .venv/docs
+	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv/docs/bin/uv pip install --quiet --python .venv/docs/bin/python \
+		--constraints constraints/airflow-3.3-docs.txt --editable . --group docs
+	touch $@
 
 package: $(VENV)/installed
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group build
@@ -54,4 +65,4 @@ constraints:
 	scripts/pin.sh
 
 clean:
-	rm -rf .venv dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache

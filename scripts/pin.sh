@@ -9,3 +9,8 @@ for airflow in 2.11.2 3.3.2; do
         --no-annotate --no-header --no-emit-index-url pyproject.toml - \
         --group test --group lint --group build --output-file "constraints/airflow-${airflow%.*}.txt"
 done
+
+# What the documentation is made with.
+echo "apache-airflow==3.3.2" | uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+    --no-annotate --no-header --no-emit-index-url pyproject.toml - --group docs \
+    --output-file constraints/airflow-3.3-docs.txt
