@@ -1,4 +1,4 @@
-"""What README and docs say is so: every Python block runs, every link leads somewhere, every message is the package's."""
+"""What README and docs say is so: each Python block runs, each link leads somewhere, each message is the package's."""
 
 from __future__ import annotations
 
@@ -121,6 +121,7 @@ def test_any_other_block_of_the_pages_runs(
 
 
 def anchors(page: Path) -> set[str]:
+    """Give the anchors that GitHub and Sphinx make of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -142,7 +143,9 @@ def test_every_link_and_image_leads_somewhere(page: Path) -> None:
 
 def test_every_page_is_in_the_order_of_pages() -> None:
     listed = re.findall(r"^\d+\. \[[^]]+\]\(([\w-]+\.md)\)", (ROOT / "docs" / "index.md").read_text(), re.M)
-    assert sorted(listed) == sorted(page.name for page in PAGES if page.parent == ROOT / "docs" and page.stem != "index")
+    assert sorted(listed) == sorted(
+        page.name for page in PAGES if page.parent == ROOT / "docs" and page.stem != "index"
+    )
 
 
 # --- messages
@@ -208,7 +211,7 @@ def begins_as(message: str, text: str) -> bool:
         if not found:
             cut = max((cut for cut in range(1, len(piece)) if rest[1:].endswith(piece[:cut])), default=0)
             # It ends in this piece, or in the place before: in other words of the package, or in Dify's.
-            in_place = rest == "…" or rest.startswith("HTTP ") or any(rest in other for other in TEXTS)
+            in_place = rest.startswith("HTTP ") or ("…" not in rest and any(rest in other for other in TEXTS))
             return named + cut >= SHORTEST and (cut > 0 or in_place)
         rest, named = after, named + len(piece)
         if not rest:
@@ -229,3 +232,16 @@ def test_a_message_of_the_package_is_in_the_table(text: str) -> None:
 def test_every_exception_is_in_the_table() -> None:
     told = set(re.findall(r"^\| `(Dify\w+)` \|", FAILURES, re.M))
     assert told == RAISING - {"DifyError", "AirflowSensorTimeout"}
+
+
+# --- contributing
+
+CONTRIBUTING = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+
+
+def test_every_module_and_every_make_target_has_its_line() -> None:
+    package = ROOT / "airflow_provider_dify"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.stem != "__init__"}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", CONTRIBUTING, re.M)) == modules
+    (targets,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert set(targets.split()) <= set(re.findall(r"^\| `make ([\w-]+)` \|", CONTRIBUTING, re.M))
