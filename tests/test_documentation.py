@@ -81,7 +81,9 @@ def dag_file(block: Block) -> Iterator[Path]:
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if is_dag(b.code)], ids=lambda block: block.name)
 @pytest.mark.usefixtures("airflow_db")
-def test_a_dag_of_the_pages_runs(block: Block, dag_file: Path, dify_of_the_pages: LocalDify) -> None:
+def test_a_dag_of_the_pages_runs(
+    block: Block, dag_file: Path, dify_of_the_pages: LocalDify, capfd: pytest.CaptureFixture[str]
+) -> None:
     bag = dag_bag(dag_file)
     if "start_from_trigger=True" in block.code and not CAN_START_FROM_TRIGGER:
         # As the block says, it is for later Airflows; this is what its reader sees on an earlier one.
@@ -90,10 +92,13 @@ def test_a_dag_of_the_pages_runs(block: Block, dag_file: Path, dify_of_the_pages
         return
     assert not bag.import_errors
     (dag,) = bag.dags.values()
-    run_id = dify_of_the_pages.add_run("succeeded", outputs=OUTPUTS, total_tokens=42)
+    # What is there for failures is run by one.
+    fails = "on_failure_callback" in block.code
+    run_id = dify_of_the_pages.add_run("failed" if fails else "succeeded", outputs=OUTPUTS, total_tokens=42)
     dag_run = dag.test(run_conf={"workflow_run_id": run_id, "query": "Who is there?"})
-    assert str(getattr(dag_run.state, "value", dag_run.state)) == "success"
+    assert str(getattr(dag_run.state, "value", dag_run.state)) == ("failed" if fails else "success")
     assert dify_of_the_pages.seen
+    assert not fails or f"Run {run_id} ended as failed: " in capfd.readouterr().out
 
 
 def dag_bag(path: Path) -> Any:
