@@ -14,9 +14,10 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import quote
 
+import psutil
 import requests
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
@@ -66,15 +67,15 @@ class AirflowProcesses:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
-    def commands(self) -> list[str]:
-        """The processes that make an Airflow of this version."""
-        return ["scheduler", "triggerer"] if AIRFLOW_2 else ["api-server", "dag-processor", "scheduler", "triggerer"]
-
-    # Their log servers would listen on every interface.
-    options: ClassVar[dict[str, list[str]]] = {
-        "scheduler": ["--skip-serve-logs"],
-        "triggerer": ["--skip-serve-logs"],
-    }
+    def commands(self) -> dict[str, list[str]]:
+        """The processes that make an Airflow of this version, by name."""
+        of_airflow_3 = {} if AIRFLOW_2 else {"api-server": ["api-server"], "dag-processor": ["dag-processor"]}
+        # Their log servers would listen on every interface.
+        return {
+            **of_airflow_3,
+            "scheduler": ["scheduler", "--skip-serve-logs"],
+            "triggerer": ["triggerer", "--skip-serve-logs"],
+        }
 
     def run(self, *arguments: str) -> str:
         """Run an Airflow command to its end."""
@@ -87,27 +88,39 @@ class AirflowProcesses:
         )
         return done.stdout
 
-    def start(self, command: str) -> None:
+    def start(self, name: str) -> None:
         """Start one process; its output goes to a file of its name."""
-        with (self.home / f"{command}.out").open("ab") as output:
-            self.processes[command] = subprocess.Popen(
-                [sys.executable, "-m", "airflow", command, *self.options.get(command, [])],
+        with (self.home / f"{name}.out").open("ab") as output:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "airflow", *self.commands[name]],
                 env=self.environment,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
 
-    def stop(self, command: str, how: signal.Signals = signal.SIGTERM) -> None:
+    def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
         """Stop one process and what it started."""
-        process = self.processes.pop(command)
+        process = self.processes.pop(name)
+        # Tasks on a worker are in process groups of their own.
+        started = []
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if how == signal.SIGKILL:
+                # So that it starts nothing while it is being looked at.
+                os.killpg(process.pid, signal.SIGSTOP)
+            started = psutil.Process(process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, how)
         try:
-            process.wait(20)
+            if how != signal.SIGKILL:
+                process.wait(20)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
+            pass
+        for left in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.kill()
+        process.wait(20)
 
     def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """Ask Airflow's database."""
@@ -116,15 +129,17 @@ class AirflowProcesses:
 
     def mark_failed(self, dag_id: str, task_id: str) -> None:
         """Mark a task as failed, as a user does in the UI (Airflow 3)."""
+        ((run_id,),) = self.query("SELECT run_id FROM dag_run WHERE dag_id = ?", dag_id)
+        self.ask_api(
+            "PATCH", f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}", {"new_state": "failed"}
+        )
+
+    def ask_api(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
+        """Send a request to Airflow's API, as the UI does (Airflow 3)."""
         api = f"http://127.0.0.1:{self.environment['AIRFLOW__API__PORT']}"
         token = requests.get(f"{api}/auth/token", timeout=30).json()["access_token"]
-        ((run_id,),) = self.query("SELECT run_id FROM dag_run WHERE dag_id = ?", dag_id)
-        response = requests.patch(
-            f"{api}/api/v2/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}",
-            json={"new_state": "failed"},
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=30,
-        )
+        headers = {"Authorization": f"Bearer {token}"}
+        response = requests.request(method, f"{api}/api/v2{path}", json=body, headers=headers, timeout=30)
         response.raise_for_status()
 
     def wait_for(self, met: Callable[[], bool], seconds: float) -> None:
@@ -145,17 +160,23 @@ class AirflowProcesses:
             if path.is_file():
                 yield path, path.read_bytes()
 
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Make the database, start all processes, and stop them in the end."""
+        self.run("db", "migrate")
+        try:
+            for name in self.commands:
+                self.start(name)
+            yield
+        finally:
+            for name in reversed(list(self.processes)):
+                self.stop(name)
+
 
 @contextlib.contextmanager
 def airflow_processes(environment: dict[str, str]) -> Iterator[AirflowProcesses]:
-    """Make a database, start all processes, and stop them in the end."""
+    """Run an Airflow in a temporary folder of its own."""
     with tempfile.TemporaryDirectory(prefix="airflow-processes-", ignore_cleanup_errors=True) as home:
         airflow = AirflowProcesses(Path(home), environment)
-        airflow.run("db", "migrate")
-        try:
-            for command in airflow.commands:
-                airflow.start(command)
+        with airflow.running():
             yield airflow
-        finally:
-            for command in reversed(list(airflow.processes)):
-                airflow.stop(command)

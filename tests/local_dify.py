@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import ssl
 import threading
 import time
@@ -75,15 +76,22 @@ class Recording:
 
 @dataclass
 class Run:
-    """A workflow run of the stand-in: the answers still to come, one a poll; the last one stays."""
+    """
+    A workflow run of the stand-in: the answers still to come, one a poll; the last one stays.
+
+    With ``lasting`` the first answer stays for so many seconds from the first poll, then comes the last one.
+    """
 
     id: str
     answers: deque[dict[str, Any] | None]
     fault_after_first: Fault | None = None
+    lasting: float | None = None
     polls: list[float] = field(default_factory=list)
 
     def poll(self) -> dict[str, Any] | None:
         self.polls.append(time.monotonic())
+        if self.lasting is not None:
+            return self.answers[-1 if self.polls[-1] - self.polls[0] >= self.lasting else 0]
         return self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
 
 
@@ -157,6 +165,8 @@ class LocalDify:
         self.uploads: dict[str, tuple[str, bytes]] = {}
         self._faults: deque[Fault] = deque()
         self._always: Fault | None = None
+        self._now_and_then: tuple[float, tuple[Fault, ...]] = (0.0, ())
+        self.misbehaved = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="local-dify", daemon=True)
         self._connections: dict[tuple[str, int], int] = {}
@@ -216,6 +226,7 @@ class LocalDify:
         *statuses: str | None,
         run_id: str | None = None,
         fault_after_first: Fault | None = None,
+        lasting: float | None = None,
         **fields: Any,
     ) -> str:
         """
@@ -225,12 +236,13 @@ class LocalDify:
             name of a recording, such as ``detail_failed_parallel``.
         :param run_id: its id; a new one by default.
         :param fault_after_first: how to misbehave at each poll of this run but the first.
+        :param lasting: seconds from the first poll after which it has the last status, until then the first.
         :param fields: fields of the recorded answer to replace, ``outputs`` as an object.
         :return: its id.
         """
         run_id = run_id or str(uuid.uuid4())
         answers = deque(None if status is None else self._fields(status, run_id, fields) for status in statuses)
-        self.runs[run_id] = Run(run_id, answers, fault_after_first)
+        self.runs[run_id] = Run(run_id, answers, fault_after_first, lasting)
         return run_id
 
     def _fields(self, status: str, run_id: str, replaced: dict[str, Any]) -> dict[str, Any]:
@@ -257,6 +269,10 @@ class LocalDify:
     def misbehave_always(self, fault: Fault | None) -> None:
         """Answer every request with this fault, until called again with ``None``."""
         self._always = fault
+
+    def misbehave_now_and_then(self, share: float, *faults: Fault) -> None:
+        """Answer this share of the requests for a run's detail with one of these faults, by chance."""
+        self._now_and_then = (share, faults)
 
     @contextlib.contextmanager
     def refusing(self) -> Iterator[None]:
@@ -288,6 +304,10 @@ class LocalDify:
         if fault is None:
             run = self.runs.get(request.path.rpartition("/")[2])
             fault = run.fault_after_first if run and run.polls else None
+            share, faults = self._now_and_then
+            if run and random.random() < share:
+                fault = random.choice(faults)
+                self.misbehaved += 1
         if fault is not None:
             return await fault(request)
         return await self._post(request) if request.method == "POST" else self._dify(request)
