@@ -225,6 +225,29 @@ def test_a_start_of_which_nothing_can_be_found_fails_without_retry(
     assert sum(seen.method == "POST" for seen in dify.seen) == 1
 
 
+@pytest.mark.parametrize("failed_requests", [5, 100])
+def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
+    dify: LocalDify, failed_requests: int
+) -> None:
+    dify.starts.append(start("succeeded", cut=10, then="reset"))
+    requests = iter(range(1000))
+
+    async def then_go_away(request: Any) -> Any:
+        if request.method == "POST" and "/run" in request.path:
+            return await dify._post(request)
+        return await answer(503)(request) if next(requests) < failed_requests else dify._dify(request)
+
+    dify.misbehave_always(then_go_away)
+    # Nothing but the user tells the runs of the tries apart in the log, and here it is the same.
+    result = run_operator(user="us", retries=2, retry_delay=0)
+    assert len(dify.started) == 1
+    assert result.tries["run"] == 1
+    if failed_requests == 5:
+        assert result.received["outputs"] == OUTPUTS
+    else:
+        assert type(result.raised["run"][0]) is DifyWorkflowRunUncertain
+
+
 def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: LocalDify) -> None:
     now = int(time.time())
     for _ in range(2):
@@ -319,6 +342,24 @@ def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: LocalDify
     assert type(result.raised["run"][0]) is DifyConnectionError
     assert len(dify.started) == 1
     assert dify.stopped == []
+    assert result.received["outputs"] == OUTPUTS
+
+
+def test_a_retry_waits_out_a_dify_that_is_away_for_longer_than_the_first_try_did(dify: LocalDify) -> None:
+    dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
+    polls = iter(range(100))
+
+    async def go_away(request: Any) -> Any:
+        # Each poll of a worker is four requests: two polls of the first try fail, and one of the retry.
+        if request.method == "GET" and next(polls) < 12:
+            return await answer(503)(request)
+        return await dify._post(request) if request.method == "POST" else dify._dify(request)
+
+    dify.misbehave_always(go_away)
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=1)
+    assert result.state == "success"
+    assert result.tries["run"] == 2
+    assert len(dify.started) == 1
     assert result.received["outputs"] == OUTPUTS
 
 

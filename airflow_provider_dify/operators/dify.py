@@ -145,7 +145,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         """
         with self.hook:
             deadline = time.time() + self.timeout
-            run = self._earlier_run(context)
+            run = self._earlier_run(context, deadline)
             if run is not None:
                 return self._go_on(run, None, context, deadline)
             user = self.user or default_user(context["ti"], context["ti"].try_number)
@@ -196,13 +196,28 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     # --- the run
 
-    def _earlier_run(self, context: Context) -> _Running | None:
+    def _earlier_run(self, context: Context, deadline: float) -> _Running | None:
         """Give the run that an earlier try of this task started, if it is alive or has succeeded."""
         ti = context["ti"]
         # After a task was cleared its tries go on counting, but what came before was to be done anew.
         first_try = (ti.max_tries or 0) - (self.retries or 0) + 1
         if ti.try_number <= first_try:
             return None
+        failures = 0
+        while True:
+            try:
+                return self._look_for_earlier_run(context, first_try)
+            except DifyConnectionError as error:  # noqa: PERF203
+                # Waited out as a failed poll is: that Dify is away is no reason to give its run up.
+                failures += 1
+                if failures > self.max_consecutive_failures or time.time() >= deadline:
+                    raise
+                self.log.warning("The run of an earlier try could not be looked up, %d in a row of at most %d: %s",
+                                 failures, self.max_consecutive_failures, error)  # fmt: skip
+                time.sleep(max(0.0, min(self.poll_interval, deadline - time.time())))
+
+    def _look_for_earlier_run(self, context: Context, first_try: int) -> _Running | None:
+        ti = context["ti"]
         found = self._from_state(context, first_try) or self._from_log(ti, first_try)
         if found is None:
             return None
@@ -245,7 +260,12 @@ class DifyRunWorkflowOperator(BaseOperator):
         for search in range(SEARCHES):
             if search:
                 time.sleep(SEARCH_INTERVAL)
-            listed = self.hook.list_workflow_runs(user=user, created_after=asked_at - CLOCK_TOLERANCE, limit=10)
+            try:
+                listed = self.hook.list_workflow_runs(user=user, created_after=asked_at - CLOCK_TOLERANCE, limit=10)
+            except DifyConnectionError as failure:
+                # Let out, it would have Airflow retry, and the retry start another run.
+                self.log.warning("%s", failure)
+                continue
             fitting = [run for run in listed if run.user == user]
             if len(fitting) == 1:
                 self.log.info("Dify's log names it: workflow run %s.", fitting[0].workflow_run_id)
