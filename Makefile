@@ -8,7 +8,7 @@ VENV := .venv/airflow-$(AIRFLOW)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test lint docs package smoke bench constraints clean
+.PHONY: demo test lint docs package smoke bench test-cluster constraints clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py
@@ -58,6 +58,19 @@ bench: .venv/bench/installed
 	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3.txt uv
 	.venv/bench/bin/uv pip install --quiet --python .venv/bench/bin/python --constraints constraints/airflow-3.3.txt \
 		--editable . --requirements benchmarks/requirements.txt
+	touch $@
+
+# Waits on a cluster (PostgreSQL, Celery on Redis, two workers, two triggerers) while its processes are killed, and counts
+# what a wait costs. Needs Linux and a quarter of an hour; as root on Debian it installs PostgreSQL and Redis if need be.
+test-cluster: .venv/cluster/installed
+	cluster/install_servers.sh
+	.venv/cluster/bin/python -m pytest --capture=no cluster
+
+.venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt cluster/requirements.txt
+	$(PYTHON) -m venv --clear .venv/cluster
+	.venv/cluster/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3-cluster.txt uv
+	.venv/cluster/bin/uv pip install --quiet --python .venv/cluster/bin/python --constraints constraints/airflow-3.3-cluster.txt \
+		--editable . --group test --requirements cluster/requirements.txt
 	touch $@
 
 # Pins anew what is tested with. Looks at the package index.

@@ -14,3 +14,8 @@ done
 echo "apache-airflow==3.3.2" | uv pip compile --quiet --upgrade --universal --python-version 3.10 \
     --no-annotate --no-header --no-emit-index-url pyproject.toml - --group docs \
     --output-file constraints/airflow-3.3-docs.txt
+
+# What cluster/ runs, around the same Airflow.
+uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url \
+    pyproject.toml cluster/requirements.txt --group test --constraints constraints/airflow-3.3.txt \
+    --output-file constraints/airflow-3.3-cluster.txt
