@@ -32,9 +32,11 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
-    "hidden-fields": ["schema", "port", "login", "extra"],
+    # Not the port and not the extra: Airflow 3.3.2's Test button fails for a connection without a port, and 2.11's does
+    # in a form without the extra.
+    "hidden-fields": ["schema", "login"],
     "relabeling": {"host": "Base URL", "password": "API Key"},
-    "placeholders": {"host": "https://api.dify.ai/v1", "password": "API key of the Dify app"},
+    "placeholders": {"host": "https://api.dify.ai/v1", "password": "API key of the Dify app", "port": "443"},
 }
 
 
