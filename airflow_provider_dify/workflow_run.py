@@ -332,7 +332,7 @@ def read_app_info(answer: HttpAnswer) -> AppInfo:
     :return: the app's name and mode.
     :raises DifyError: as :func:`read_workflow_run` does.
     """
-    subject = "the app of this API key"
+    subject = "the app's name"
     payload = _read_object(answer, subject)
     if "name" not in payload:
         _raise_not_dify(answer, subject, "JSON without the field 'name'")
@@ -543,7 +543,7 @@ def _read_object(answer: HttpAnswer, subject: str) -> dict[str, Any]:
         )
     if status_code in (401, 403):
         raise DifyAuthenticationError(
-            f"Dify refused the API key of connection {answer.conn_id!r} for {subject} ({said}). Check the "
+            f"Dify refused the API key of connection {answer.conn_id!r}, asked for {subject} ({said}). Check the "
             "connection's password: it must be an API key of the app, and the app's API access must be on.",
             status_code=status_code,
             code=code,

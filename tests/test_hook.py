@@ -373,3 +373,15 @@ def test_airflow_itself_can_press_the_button(dify: LocalDify, monkeypatch: pytes
     works, told = connection.test_connection()
     assert works, told
     assert "'echo'" in told
+
+
+@pytest.mark.parametrize(
+    ("password", "told"),
+    [("wrong", "refused the API key of the connection, "), ("", "The connection cannot be used: it has no password")],
+)
+def test_a_failed_test_does_not_name_the_id_that_airflow_made_up(connect: Connect, password: str, told: str) -> None:
+    hook = connect({"password": password})
+    works, message = hook.test_connection()
+    assert not works
+    assert told in message
+    assert hook.dify_conn_id not in message

@@ -185,7 +185,7 @@ class DifyHook(BaseHook):
         :return: the app's name and mode.
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
-        return self._get("/info", read_app_info, "the app of this API key")
+        return self._get("/info", read_app_info, "the app's name")
 
     def start_workflow_run(
         self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None
@@ -309,7 +309,9 @@ class DifyHook(BaseHook):
             with hook:
                 app = hook.get_app_info()
         except DifyError as error:
-            return False, str(error)
+            # Airflow's button tests a copy of the connection under an id of its own, which tells its reader nothing.
+            named = f"onnection {self.dify_conn_id!r}"
+            return False, str(error).replace(f"C{named}", "The connection").replace(f"c{named}", "the connection")
         if not app.has_workflow_runs:
             return False, (
                 f"The API key works, but it belongs to the app {app.name!r} of mode {app.mode}, which has no workflow "
