@@ -252,6 +252,9 @@ class LocalDify:
         fields = json.loads(recording.body.replace(recorded_id.encode(), run_id.encode()))
         if name != status:
             fields["status"] = status
+        if fields["finished_at"] is None:
+            # One that is not over has begun lately, whenever the answer was recorded.
+            fields["created_at"] = int(time.time())
         fields.update(replaced)
         outputs = fields["outputs"]
         if self.dialect == "1.12" and isinstance(outputs, dict) and "outputs" in replaced:
