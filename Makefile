@@ -8,7 +8,7 @@ VENV := .venv/airflow-$(AIRFLOW)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test lint docs package smoke bench test-cluster constraints clean
+.PHONY: demo test test-cluster test-ui lint docs package smoke bench constraints clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py
@@ -71,6 +71,18 @@ test-cluster: .venv/cluster/installed
 	.venv/cluster/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3-cluster.txt uv
 	.venv/cluster/bin/uv pip install --quiet --python .venv/cluster/bin/python --constraints constraints/airflow-3.3-cluster.txt \
 		--editable . --group test --requirements cluster/requirements.txt
+	touch $@
+
+# Goes through Airflow's UI in Debian's Chromium, and takes the documentation's screenshots on the way.
+test-ui: .venv/ui-$(AIRFLOW)/installed
+	command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
+	.venv/ui-$(AIRFLOW)/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
+
+.venv/ui-$(AIRFLOW)/installed: pyproject.toml $(CONSTRAINTS) browser/requirements.txt
+	$(PYTHON) -m venv --clear .venv/ui-$(AIRFLOW)
+	.venv/ui-$(AIRFLOW)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
+	.venv/ui-$(AIRFLOW)/bin/uv pip install --quiet --python .venv/ui-$(AIRFLOW)/bin/python --constraints $(CONSTRAINTS) \
+		--editable . --group test --requirements browser/requirements.txt
 	touch $@
 
 # Pins anew what is tested with. Looks at the package index.

@@ -414,6 +414,8 @@ class LocalDify:
             response = Recording.load("detail_double_slash").response()
             response.headers["Location"] = f"{self.origin}{target}"
             return response
+        if path.startswith("/app/"):
+            return web.Response(text="<title>A page of Dify's console</title>", content_type="text/html")
         refused = self._refused(request)
         if refused is not None:
             return refused
