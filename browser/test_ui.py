@@ -144,7 +144,7 @@ def test_the_link_leads_to_the_apps_log_in_difys_console(
         link = ui.link("Dify run log")
         expect(link).to_be_visible()
         if task_id == "wait" and not AIRFLOW_2:
-            screenshots.take("run-log-link", height=450)
+            screenshots.take("run-log-link", height=360)
         with ui.page.context.expect_page() as opened:
             link.click()
         expect(opened.value).to_have_title("A page of Dify's console")
