@@ -89,10 +89,10 @@ class AirflowProcesses:
         return done.stdout
 
     def start(self, name: str) -> None:
-        """Start one process; its output goes to a file of its name."""
+        """Start one process, or another command of Airflow's; its output goes to a file of its name."""
         with (self.home / f"{name}.out").open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "airflow", *self.commands[name]],
+                [sys.executable, "-m", "airflow", *self.commands.get(name, [name])],
                 env=self.environment,
                 stdout=output,
                 stderr=output,
