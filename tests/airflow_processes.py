@@ -21,6 +21,7 @@ import psutil
 import requests
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
+AIRFLOW_3_0 = version("apache-airflow").startswith("3.0.")
 
 
 def free_port() -> int:

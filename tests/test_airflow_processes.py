@@ -118,6 +118,7 @@ class Task:
     ran_on_a_worker: bool
     xcoms: dict[str, Any]
     errors: list[tuple[str, str]]
+    was_taken_for_dead: bool
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +168,14 @@ def _tasks(airflow: Any, told: Path) -> dict[str, Task]:
     errors: dict[str, list[tuple[str, str]]] = {}
     for name, kind, text in map(json.loads, told.read_text().splitlines()):
         errors.setdefault(name, []).append((kind, text))
+    # Airflow's own word on a task that it failed because it was resumed or rescheduled sooner than the scheduler heard
+    # of the end of the worker process before.
+    taken_for_dead = {task_id for (task_id,) in airflow.query("SELECT task_id FROM log WHERE event = 'state mismatch'")}
     rows = airflow.query("SELECT task_id, state, pid FROM task_instance")
     return {
-        task_id: Task(state, pid is not None, xcoms.get(task_id, {}), errors.get(task_id, []))
+        task_id: Task(
+            state, pid is not None, xcoms.get(task_id, {}), errors.get(task_id, []), task_id in taken_for_dead
+        )
         for task_id, state, pid in rows
     }
 
@@ -179,6 +185,8 @@ def _tasks(airflow: Any, told: Path) -> dict[str, Task]:
 def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: str, way: str) -> None:
     _, _, state, exception, message = ENDINGS[ending]
     task = tasks[f"{ending}-{way}"]
+    if task.was_taken_for_dead:
+        pytest.xfail("Airflow's scheduler took this task for dead while it went on (in its log: state mismatch)")
     assert task.state == state
     # One error for each try. The try number itself is no measure: rescheduling raises it at times on Airflow 3, which
     # then also costs a retry.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
-from tests.airflow_processes import AirflowProcesses, airflow_processes
+from tests.airflow_processes import AIRFLOW_3_0, AirflowProcesses, airflow_processes
 from tests.local_dify import API_KEY, LocalDify, Start
 
 KEY = "app-zQ9-the-key-of-this-test"
@@ -84,6 +84,7 @@ def _kill_the_next(airflow: AirflowProcesses, dify: LocalDify) -> None:
     dify.add_run("running", "running", "succeeded", run_id=run.workflow_run_id, outputs=OUTPUTS)
 
 
+@pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 does not retry a task whose process was killed")
 @pytest.mark.parametrize("task_id", USERS)
 def test_the_retry_goes_on_with_the_run_of_the_killed_try(
     killed: tuple[LocalDify, AirflowProcesses], task_id: str
