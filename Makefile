@@ -4,17 +4,35 @@ PYTHON ?= python3
 # The Airflow to use: a file in constraints/ pins it and all that comes with it.
 AIRFLOW ?= 3.3
 
-VENV := .venv/airflow-$(AIRFLOW)
+# Where pyenv keeps the Pythons, let it find each by its name.
+ifneq ($(shell command -v pyenv),)
+export PYENV_VERSION := $(shell echo "$$(pyenv version-name):$$(pyenv versions --bare | grep -E '^3\.1[0-3]\.' | paste -sd: -)")
+endif
+PYTHON_VERSION := $(shell PYENV_VERSION="$(PYENV_VERSION)" $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV := .venv/airflow-$(AIRFLOW)-python$(PYTHON_VERSION)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
+# Side by side, but real Airflow processes for themselves, because they go by time.
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses=logical --maxprocesses=4
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-cluster test-ui lint docs package smoke bench constraints clean
+.PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke bench constraints clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) --dist=worksteal -m "not airflow_processes" $(PYTEST_ARGS); without_processes=$$?; \
+	$(PYTEST) --dist=loadfile -m airflow_processes $(PYTEST_ARGS) && exit $$without_processes
+
+# Runs make test in every environment of noxfile.py, for more than an hour, and tells in the end how each went.
+# NOX_ARGS="-k 3.0" chooses some of them.
+test-matrix: .venv/nox/installed
+	.venv/nox/bin/nox $(NOX_ARGS)
+
+.venv/nox/installed:
+	$(PYTHON) -m venv --clear .venv/nox
+	.venv/nox/bin/python -m pip install --quiet --disable-pip-version-check nox
+	touch $@
 
 lint: $(VENV)/installed
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group lint

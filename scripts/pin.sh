@@ -1,21 +1,33 @@
 #!/usr/bin/env bash
-# Pins what each constraints file pins, at the newest versions that go together, for every Python that Airflow supports.
+# Pins what each constraints file pins, for every Python from the named one on that Airflow supports: the newest versions
+# that go together, but with lowest-direct the lowest that pyproject.toml declares. Run it after each change there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# Usage: pin <name of the file> <Python> <option of uv>... <<< "<further requirements>"
+pin() {
+    uv pip compile --quiet --upgrade --universal --python-version "$2" --no-annotate --no-header \
+        --no-emit-index-url pyproject.toml - --output-file "constraints/airflow-$1.txt" "${@:3}"
+}
+
 # The latest patch of each Airflow that is tested with.
-for airflow in 2.11.2 3.3.2; do
-    echo "apache-airflow==$airflow" | uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-        --no-annotate --no-header --no-emit-index-url pyproject.toml - \
-        --group test --group lint --group build --output-file "constraints/airflow-${airflow%.*}.txt"
-done
+all=(--group test --group lint --group build)
+pin 2.11 3.10 "${all[@]}" <<< "apache-airflow==2.11.2"
+# Its Cadwyn imports what FastAPI 0.118 no longer has, and PyJWT 2.11 refuses its tokens, which name no issuer.
+pin 3.0 3.10 "${all[@]}" <<< "apache-airflow==3.0.6
+fastapi<0.118
+pyjwt<2.11"
+pin 3.1 3.10 "${all[@]}" <<< "apache-airflow==3.1.8"
+# FastAPI 0.137 refuses its API's unions that a function tells apart. Airflow 3.3 says so itself.
+pin 3.2 3.10 "${all[@]}" <<< "apache-airflow==3.2.2
+fastapi<0.137"
+pin 3.3 3.10 "${all[@]}" <<< "apache-airflow==3.3.2"
+
+pin 2.11-lowest-direct 3.10 --group test --resolution lowest-direct <<< "apache-airflow"
+pin 3.3-lowest-direct 3.13 --group test --resolution lowest-direct <<< "apache-airflow==3.3.2"
 
 # What the documentation is made with.
-echo "apache-airflow==3.3.2" | uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-    --no-annotate --no-header --no-emit-index-url pyproject.toml - --group docs \
-    --output-file constraints/airflow-3.3-docs.txt
+pin 3.3-docs 3.10 --group docs <<< "apache-airflow==3.3.2"
 
 # What cluster/ runs, around the same Airflow.
-uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-annotate --no-header --no-emit-index-url \
-    pyproject.toml cluster/requirements.txt --group test --constraints constraints/airflow-3.3.txt \
-    --output-file constraints/airflow-3.3-cluster.txt
+pin 3.3-cluster 3.10 cluster/requirements.txt --group test --constraints constraints/airflow-3.3.txt < /dev/null

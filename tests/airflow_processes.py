@@ -59,9 +59,14 @@ class AirflowProcesses:
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://127.0.0.1:{api}/execution/",
             "AIRFLOW__API__PORT": str(api),
             "AIRFLOW__API__HOST": "127.0.0.1",
+            "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
             "AIRFLOW__API_AUTH__JWT_SECRET": "of-this-test-alone-and-long-enough-for-it",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
+            # How soon a new Dag file is seen.
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+            # Who finds the database locked waits longer than five seconds, for a machine under load.
+            "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db?timeout=60",
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
             **environment,
         }
@@ -128,6 +133,18 @@ class AirflowProcesses:
         with contextlib.closing(sqlite3.connect(f"file:{self.home}/airflow.db?mode=ro", uri=True, timeout=30)) as db:
             return db.execute(sql, values).fetchall()
 
+    @property
+    def api(self) -> str:
+        """The API server's address (Airflow 3)."""
+        return f"http://127.0.0.1:{self.environment['AIRFLOW__API__PORT']}"
+
+    def api_answers(self) -> bool:
+        """Say whether the API server is up (Airflow 3)."""
+        try:
+            return requests.get(f"{self.api}/api/v2/version", timeout=30).ok
+        except requests.RequestException:
+            return False
+
     def mark_failed(self, dag_id: str, task_id: str) -> None:
         """Mark a task as failed, as a user does in the UI (Airflow 3)."""
         ((run_id,),) = self.query("SELECT run_id FROM dag_run WHERE dag_id = ?", dag_id)
@@ -137,10 +154,9 @@ class AirflowProcesses:
 
     def ask_api(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         """Send a request to Airflow's API, as the UI does (Airflow 3)."""
-        api = f"http://127.0.0.1:{self.environment['AIRFLOW__API__PORT']}"
-        token = requests.get(f"{api}/auth/token", timeout=30).json()["access_token"]
+        token = requests.get(f"{self.api}/auth/token", timeout=30).json()["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
-        response = requests.request(method, f"{api}/api/v2{path}", json=body, headers=headers, timeout=30)
+        response = requests.request(method, f"{self.api}/api/v2{path}", json=body, headers=headers, timeout=30)
         response.raise_for_status()
 
     def wait_for(self, met: Callable[[], bool], seconds: float) -> None:
@@ -168,6 +184,9 @@ class AirflowProcesses:
         try:
             for name in self.commands:
                 self.start(name)
+            if "api-server" in self.processes:
+                # Airflow 3.0 fails a task that starts before it can reach the API server.
+                self.wait_for(self.api_answers, seconds=120)
             yield
         finally:
             for name in reversed(list(self.processes)):

@@ -16,6 +16,8 @@ from airflow_provider_dify.links.dify import RUN_LOG_KEY
 from tests.airflow_processes import AIRFLOW_2, airflow_processes
 from tests.local_dify import LocalDify, Start, answer
 
+pytestmark = pytest.mark.airflow_processes
+
 KEY = "app-zQ9-the-key-of-this-test"
 OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}}
 

@@ -1,0 +1,31 @@
+"""The matrix: every supported Airflow, on the lowest and the highest Python that both it and this package run on."""
+
+import nox
+
+# Airflow, as the files in constraints/ are named, and the Pythons to run it on. What is in those files is told by
+# scripts/pin.sh.
+MATRIX = {
+    "2.11": ("3.10", "3.12"),
+    "3.0": ("3.10", "3.12"),
+    "3.1": ("3.10", "3.13"),
+    "3.2": ("3.10", "3.13"),
+    "3.3": ("3.10", "3.13"),
+    # With the lowest direct dependencies that pyproject.toml declares: all of them; all but Airflow.
+    "2.11-lowest-direct": ("3.10",),
+    "3.3-lowest-direct": ("3.13",),
+}
+ENVIRONMENTS = [(airflow, python) for airflow, pythons in MATRIX.items() for python in pythons]
+
+# The environments themselves are made by the Makefile.
+nox.options.default_venv_backend = "none"
+
+
+@nox.session
+@nox.parametrize(
+    ("airflow", "python_version"),
+    ENVIRONMENTS,
+    ids=[f"airflow-{airflow}-python{python}" for airflow, python in ENVIRONMENTS],
+)
+def tests(session: nox.Session, airflow: str, python_version: str) -> None:
+    """Run the README's test command on one Airflow and one Python."""
+    session.run("make", "test", f"AIRFLOW={airflow}", f"PYTHON=python{python_version}", external=True)
