@@ -21,6 +21,8 @@ _AIRFLOW = tuple(int(part) for part in airflow_version.split(".")[:2])
 CAN_END_FROM_TRIGGER = _AIRFLOW >= (3, 0)
 # Whether templates are rendered where a task starts on the triggerer. Goes with Airflow 3.2.
 CAN_START_FROM_TRIGGER = _AIRFLOW >= (3, 3)
+# Whether an XCom may be None: Airflow 3.0 fails the task that pushes one. Goes with Airflow 3.0.
+CAN_PUSH_NONE = _AIRFLOW != (3, 0)
 
 
 def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
@@ -37,6 +39,33 @@ def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
     from airflow.providers.common.compat.sdk import BaseSensorOperator
 
     return inspect.unwrap(BaseSensorOperator.execute)(sensor, context)
+
+
+def pushable(xcoms: dict[str, Any]) -> dict[str, Any]:
+    """
+    Leave out what this Airflow can't push. Goes with Airflow 3.0.
+
+    :param xcoms: values by key.
+    :return: those of them that can be pushed.
+    """
+    return xcoms if CAN_PUSH_NONE else {key: value for key, value in xcoms.items() if value is not None}
+
+
+def push_each(outputs: dict[str, Any], context: Context) -> None:
+    """
+    Push each output as an XCom of its own where Airflow, which does so after the task, would fail at one of them.
+
+    Goes with Airflow 3.0.
+
+    :param outputs: what the task is about to return.
+    :param context: the running task's context.
+    """
+    ti: Any = context.get("ti")
+    able = pushable(outputs)
+    if ti is not None and ti.task.multiple_outputs and len(able) < len(outputs):
+        ti.task.multiple_outputs = False
+        for key, value in able.items():
+            ti.xcom_push(key=key, value=value)
 
 
 def is_deferral_timeout(next_kwargs: dict[str, Any] | None) -> bool:

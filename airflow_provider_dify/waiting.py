@@ -8,6 +8,7 @@ from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_dify.airflow_versions import push_each
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
@@ -176,14 +177,17 @@ def hand_over(run: WorkflowRun, verdict: Verdict, context: Context, *, do_xcom_p
     :param run: the run, which is over.
     :param verdict: what that means.
     :param context: the running task's context.
-    :param do_xcom_push: whether to push the XCom ``workflow_run``.
+    :param do_xcom_push: whether to push XComs.
     :return: the task's return value: the run's outputs.
     :raises DifyWorkflowRunFailed: if the run failed or is overdue.
     """
     if do_xcom_push and (ti := context.get("ti")):
         ti.xcom_push(key="workflow_run", value=run.without_payload())
     verdict.raise_if_failed(run)
-    return run.outputs or {}
+    outputs = run.outputs or {}
+    if do_xcom_push:
+        push_each(outputs, context)
+    return outputs
 
 
 def error_of_event(event: Any, timed_out: Callable[[str], Exception]) -> Exception | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_PUSH_NONE
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -65,7 +65,8 @@ def test_a_succeeded_run_hands_its_outputs_to_the_next_task(dify: LocalDify, dia
         "created_at": "2026-11-21T22:21:04+00:00",
         "finished_at": "2026-11-21T22:21:04+00:00",
     }
-    assert result.xcoms["wait"] == {"return_value": OUTPUTS, **OUTPUTS}
+    each = {key: value for key, value in OUTPUTS.items() if CAN_PUSH_NONE or value is not None}
+    assert result.xcoms["wait"] == {"return_value": OUTPUTS, **each}
 
 
 def test_a_poke_mode_wait_uses_one_connection(dify: LocalDify) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
+from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN, pushable
 from airflow_provider_dify.connection import MAX_RETRY_DELAY
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
 from airflow_provider_dify.waiting import STOP_ASKED, RunWait, WaitEnd, WaitPolicy, spread
@@ -232,7 +232,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         ti: Any = self.task_instance
         try:
             xcoms = {**run.xcoms(self.multiple_outputs), **run_log_xcoms(connection, run.app_id)}
-            for key, value in xcoms.items():
+            for key, value in pushable(xcoms).items():
                 await sync_to_async(XCom.set)(
                     key=key,
                     value=value,
