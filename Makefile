@@ -91,15 +91,17 @@ test-cluster: .venv/cluster/installed
 		--editable . --group test --requirements cluster/requirements.txt
 	touch $@
 
-# Goes through Airflow's UI in Debian's Chromium, and takes the documentation's screenshots on the way.
-test-ui: .venv/ui-$(AIRFLOW)/installed
+# Goes through the UI of Airflow 3.3 and 2.11 in Debian's Chromium, and takes the documentation's screenshots on the way.
+# Needs Python 3.10 to 3.12.
+test-ui: .venv/ui-3.3/installed .venv/ui-2.11/installed
 	command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
-	.venv/ui-$(AIRFLOW)/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
+	.venv/ui-3.3/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
+	.venv/ui-2.11/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
 
-.venv/ui-$(AIRFLOW)/installed: pyproject.toml $(CONSTRAINTS) browser/requirements.txt
-	$(PYTHON) -m venv --clear .venv/ui-$(AIRFLOW)
-	.venv/ui-$(AIRFLOW)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
-	.venv/ui-$(AIRFLOW)/bin/uv pip install --quiet --python .venv/ui-$(AIRFLOW)/bin/python --constraints $(CONSTRAINTS) \
+.venv/ui-%/installed: pyproject.toml constraints/airflow-%.txt browser/requirements.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-$*.txt uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --constraints constraints/airflow-$*.txt \
 		--editable . --group test --requirements browser/requirements.txt
 	touch $@
 

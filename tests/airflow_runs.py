@@ -67,7 +67,7 @@ class DagRunResult:
 
 
 @contextlib.contextmanager
-def _as_on_a_worker() -> Iterator[None]:
+def as_on_a_worker() -> Iterator[None]:
     """Mend where ``dag.test()`` of Airflow 3 treats a task otherwise than a worker does."""
     try:
         from airflow.sdk.api.client import TaskInstanceOperations
@@ -120,7 +120,7 @@ def run_dag(body: str, *, conf: dict[str, Any] | None = None, params: dict[str, 
         sys.modules[dag_id] = module
         spec.loader.exec_module(module)
         logging.getLogger("airflow.task").propagate = True  # for caplog
-        with _as_on_a_worker():
+        with as_on_a_worker():
             dag_run = module.dag.test(run_conf=conf or {})
         return _result(module.dag, dag_run)
     finally:

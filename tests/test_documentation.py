@@ -14,6 +14,7 @@ import pytest
 from airflow_provider_dify import exceptions
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow_processes import AIRFLOW_2
+from tests.airflow_runs import as_on_a_worker
 from tests.conftest import AIRFLOW_HOME
 from tests.local_dify import LocalDify, Start
 
@@ -95,7 +96,8 @@ def test_a_dag_of_the_pages_runs(
     # What is there for failures is run by one.
     fails = "on_failure_callback" in block.code
     run_id = dify_of_the_pages.add_run("failed" if fails else "succeeded", outputs=OUTPUTS, total_tokens=42)
-    dag_run = dag.test(run_conf={"workflow_run_id": run_id, "query": "Who is there?"})
+    with as_on_a_worker():
+        dag_run = dag.test(run_conf={"workflow_run_id": run_id, "query": "Who is there?"})
     assert str(getattr(dag_run.state, "value", dag_run.state)) == ("failed" if fails else "success")
     assert dify_of_the_pages.seen
     assert not fails or f"Run {run_id} ended as failed: " in capfd.readouterr().out

@@ -20,6 +20,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.operators.dify import default_user
+from tests.airflow_processes import AIRFLOW_3_0
 from tests.airflow_runs import run_dag, run_operator
 from tests.local_dify import LocalDify, Start, answer, replay, reset, too_many_requests
 
@@ -324,6 +325,8 @@ def test_a_task_that_is_killed_stops_its_run(dify: LocalDify) -> None:
 
 
 def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: LocalDify, way: dict[str, Any]) -> None:
+    if AIRFLOW_3_0 and way:
+        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
     # The first try loses sight of its run: all its polls fail, and the retry's start is the only other request.
     polls = iter(range(100))
@@ -364,6 +367,8 @@ def test_a_retry_waits_out_a_dify_that_is_away_for_longer_than_the_first_try_did
 
 
 def test_a_retry_starts_anew_where_the_first_trys_run_failed(dify: LocalDify, way: dict[str, Any]) -> None:
+    if AIRFLOW_3_0 and way:
+        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.extend([start("running", cut=700), start("succeeded")])
     polls = iter(range(100))
 

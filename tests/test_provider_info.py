@@ -61,6 +61,8 @@ def test_every_link_it_names_is_an_operators() -> None:
     ids=lambda value: value[0],
 )
 def test_airflows_commands_show_the_provider(command: list[str], shown: list[str]) -> None:
+    if version("apache-airflow")[:4] in {"widgets": ("3.0.", "3.1."), "behaviours": ("3.0.",)}.get(command[0], ()):
+        pytest.importorskip("flask_appbuilder", reason="without it Airflow 3.0 and 3.1 know no such thing of any hook")
     output = "plain" if command == ["list"] else "json"
     done = subprocess.run(
         [sys.executable, "-m", "airflow", "providers", *command, "--output", output],

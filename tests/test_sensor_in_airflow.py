@@ -20,6 +20,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
+from tests.airflow_processes import AIRFLOW_3_0
 from tests.airflow_runs import run_dag, run_sensor
 from tests.local_dify import LocalDify, Recording, answer, html, replay, reset
 
@@ -320,6 +321,7 @@ def test_failed_polls_are_waited_out_on_the_triggerer(
     assert result.received["outputs"] == OUTPUTS
 
 
+@pytest.mark.skipif(AIRFLOW_3_0, reason="its dag.test() takes the retry of a deferred task for its resumption")
 def test_one_failed_poll_too_many_on_the_triggerer_ends_the_try_and_leaves_it_to_retries(dify: LocalDify) -> None:
     dify.misbehave(dify_answer(dify), answer(503), answer(503), answer(503))
     run_id = dify.add_run("running", "succeeded", outputs=OUTPUTS)

@@ -98,13 +98,17 @@ class DifyHook(BaseHook):
 
     @classmethod
     def get_ui_field_behaviour(cls) -> dict[str, Any]:
-        """Give the connection form's labels and hidden fields, for Airflow 2; Airflow 3 has them from the package."""
+        """Give the form's labels and hidden fields, for Airflows before 3.2; later ones have them from the package."""
         return {key.replace("-", "_"): value for key, value in UI_FIELD_BEHAVIOUR.items()}
 
     @classmethod
     def get_connection_form_widgets(cls) -> dict[str, Any]:
-        """Give the connection form's extra fields, for Airflow 2; Airflow 3 has them from the package."""
-        from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
+        """Give the connection form's extra fields, for Airflows before 3.2; later ones have them from the package."""
+        try:
+            from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
+        except ImportError:
+            # An Airflow 3.1 without it makes no such fields, and would else drop the labels as well.
+            return {}
         from flask_babel import lazy_gettext
         from wtforms import IntegerField, StringField
         from wtforms.validators import Optional
