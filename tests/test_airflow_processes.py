@@ -183,13 +183,18 @@ def _tasks(airflow: Any, told: Path) -> dict[str, Task]:
     }
 
 
+def ended(tasks: dict[str, Task], name: str) -> Task:
+    """Give a task that ended by its own doing."""
+    if tasks[name].was_taken_for_dead:
+        pytest.xfail("Airflow's scheduler took this task for dead while it went on (in its log: state mismatch)")
+    return tasks[name]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: str, way: str) -> None:
     _, _, state, exception, message = ENDINGS[ending]
-    task = tasks[f"{ending}-{way}"]
-    if task.was_taken_for_dead:
-        pytest.xfail("Airflow's scheduler took this task for dead while it went on (in its log: state mismatch)")
+    task = ended(tasks, f"{ending}-{way}")
     assert task.state == state
     # One error for each try. The try number itself is no measure: rescheduling raises it at times on Airflow 3, which
     # then also costs a retry.
@@ -213,18 +218,19 @@ def _without_numbers(message: str) -> str:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_run_id_may_come_from_upstream_or_from_params_in_every_way(tasks: dict[str, Task], way: str) -> None:
-    for name in (f"of_upstream-{way}", f"downstream_of-{way}", f"of_params-{way}", f"downstream_of_slow-{way}"):
-        assert tasks[name].state == "success"
-        assert tasks[name].xcoms["return_value"] == OUTPUTS
+    for task_id in ("of_upstream", "downstream_of", "of_params", "slow", "downstream_of_slow"):
+        task = ended(tasks, f"{task_id}-{way}")
+        assert task.state == "success"
+        assert task.xcoms["return_value"] == OUTPUTS
 
 
 @pytest.mark.parametrize("way", OPERATOR_WAYS)
 def test_the_operator_starts_a_run_and_hands_its_outputs_on(tasks: dict[str, Task], way: str) -> None:
-    task = tasks[f"run-{way}"]
+    task = ended(tasks, f"run-{way}")
     assert task.state == "success"
     assert task.xcoms["return_value"] == OUTPUTS
     assert task.xcoms["workflow_run"]["id"] == task.xcoms["workflow_run_id"]
-    assert tasks[f"downstream_of_run-{way}"].state == "success"
+    assert ended(tasks, f"downstream_of_run-{way}").state == "success"
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a sensor on the triggerer")
