@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import logging
@@ -66,12 +67,20 @@ class DagRunResult:
     raised: dict[str, list[BaseException]] = field(default_factory=dict)
 
 
+@functools.cache
+def _api_server() -> Any:
+    # As a worker has it: one server for all tasks. Before Airflow 3.3 dag.test() makes one for each, which takes seconds.
+    from airflow.api_fastapi.execution_api.app import InProcessExecutionAPI
+
+    return InProcessExecutionAPI()
+
+
 @contextlib.contextmanager
 def as_on_a_worker() -> Iterator[None]:
     """Mend where ``dag.test()`` of Airflow 3 treats a task otherwise than a worker does."""
     try:
         from airflow.sdk.api.client import TaskInstanceOperations
-        from airflow.sdk.execution_time import task_runner
+        from airflow.sdk.execution_time import supervisor, task_runner
         from airflow.sdk.execution_time.comms import TaskRescheduleStartDate
     except ImportError:  # Airflow 2
         yield
@@ -92,6 +101,7 @@ def as_on_a_worker() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(task_runner, "finalize", finalize_with_exception)
         patch.setattr(TaskInstanceOperations, "get_reschedule_start_date", get_as_date)
+        patch.setattr(supervisor, "in_process_api_server", _api_server)
         yield
 
 
