@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -69,7 +70,7 @@ class DagRunResult:
 
 @functools.cache
 def _api_server() -> Any:
-    # As a worker has it: one server for all tasks. Before Airflow 3.3 dag.test() makes one for each, which takes seconds.
+    # One server for all tasks: before Airflow 3.3 dag.test() makes one for each, which takes seconds.
     from airflow.api_fastapi.execution_api.app import InProcessExecutionAPI
 
     return InProcessExecutionAPI()
@@ -116,26 +117,49 @@ def run_dag(body: str, *, conf: dict[str, Any] | None = None, params: dict[str, 
         links' own XComs are left out.
     """
     dag_id = f"dag_{next(_numbers)}"
-    path = AIRFLOW_HOME / "dags" / f"{dag_id}.py"
-    path.write_text(
-        DAG_FILE.format(dag_id=dag_id, params=params or {}, body=textwrap.indent(textwrap.dedent(body), " " * 4))
-    )
-    _received.clear()
-    _raised.clear()
-    try:
+    code = DAG_FILE.format(dag_id=dag_id, params=params or {}, body=textwrap.indent(textwrap.dedent(body), " " * 4))
+    with dag_file(dag_id, code) as path:
         spec = importlib.util.spec_from_file_location(dag_id, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[dag_id] = module
-        spec.loader.exec_module(module)
-        logging.getLogger("airflow.task").propagate = True  # for caplog
-        with as_on_a_worker():
-            dag_run = module.dag.test(run_conf=conf or {})
-        return _result(module.dag, dag_run)
+        try:
+            spec.loader.exec_module(module)
+            return run_parsed(module.dag, conf or {})
+        finally:
+            del sys.modules[dag_id]
+
+
+@contextlib.contextmanager
+def dag_file(name: str, code: str) -> Iterator[Path]:
+    """Put a file into the Dags folder, outside of which Airflow 3.3 runs no Dag."""
+    path = AIRFLOW_HOME / "dags" / f"{name}.py"
+    path.write_text(code, encoding="utf-8")
+    try:
+        yield path
     finally:
         path.unlink()
-        sys.modules.pop(dag_id, None)
+
+
+def dag_bag(path: Path) -> Any:
+    """Parse a file as Airflow does."""
+    try:
+        from airflow.dag_processing.dagbag import DagBag
+    except ImportError:  # Airflow 2 and 3.0
+        from airflow.models.dagbag import DagBag
+
+    return DagBag(path)
+
+
+def run_parsed(dag: Any, conf: dict[str, Any]) -> DagRunResult:
+    """Run a Dag of a file that is in the Dags folder, with this Dag run's conf."""
+    _received.clear()
+    _raised.clear()
+    logging.getLogger("airflow.task").propagate = True  # for caplog
+    with as_on_a_worker():
+        dag_run = dag.test(run_conf=conf)
+    return _result(dag, dag_run)
 
 
 def run_sensor(**arguments: Any) -> DagRunResult:
@@ -193,7 +217,8 @@ def _result(dag: Any, dag_run: Any) -> DagRunResult:
         tis = dag_run.get_task_instances(session=session)
         for ti in tis:
             ti.refresh_from_db(session=session)
-        rows = session.query(XComModel).filter(XComModel.dag_id == dag_run.dag_id).all()
+        of_this_run = (XComModel.dag_id == dag_run.dag_id, XComModel.run_id == dag_run.run_id)
+        rows = session.query(XComModel).filter(*of_this_run).all()
         xcoms: dict[str, dict[str, Any]] = {}
         for row in (row for row in rows if row.key != RUN_LOG_KEY):
             xcoms.setdefault(_name(row), {})[row.key] = value_of(row)

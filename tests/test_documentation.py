@@ -7,15 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from airflow_provider_dify import exceptions
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow_processes import AIRFLOW_2
-from tests.airflow_runs import as_on_a_worker
-from tests.conftest import AIRFLOW_HOME
+from tests.airflow_runs import dag_bag, dag_file, run_parsed
 from tests.local_dify import LocalDify, Start
 
 ROOT = Path(__file__).parent.parent
@@ -72,45 +70,25 @@ def dify_of_the_pages(
     return dify
 
 
-@pytest.fixture
-def dag_file(block: Block) -> Iterator[Path]:
-    path = AIRFLOW_HOME / "dags" / f"{block.name}.py"
-    path.write_text(block.for_this_airflow(), encoding="utf-8")
-    yield path
-    path.unlink()
-
-
 @pytest.mark.parametrize("block", [b for b in BLOCKS if is_dag(b.code)], ids=lambda block: block.name)
 @pytest.mark.usefixtures("airflow_db")
-def test_a_dag_of_the_pages_runs(
-    block: Block, dag_file: Path, dify_of_the_pages: LocalDify, capfd: pytest.CaptureFixture[str]
-) -> None:
-    bag = dag_bag(dag_file)
-    if "start_from_trigger=True" in block.code and not CAN_START_FROM_TRIGGER:
-        # As the block says, it is for later Airflows; this is what its reader sees on an earlier one.
-        assert "needs Airflow 3.3 or later" in block.code
-        assert re.search(r"_from_trigger=True needs Airflow 3\.\d or later", bag.import_errors[str(dag_file)])
-        return
-    assert not bag.import_errors
-    (dag,) = bag.dags.values()
+def test_a_dag_of_the_pages_runs(block: Block, dify_of_the_pages: LocalDify, capfd: pytest.CaptureFixture[str]) -> None:
     # What is there for failures is run by one.
     fails = "on_failure_callback" in block.code
     run_id = dify_of_the_pages.add_run("failed" if fails else "succeeded", outputs=OUTPUTS, total_tokens=42)
-    with as_on_a_worker():
-        dag_run = dag.test(run_conf={"workflow_run_id": run_id, "query": "Who is there?"})
-    assert str(getattr(dag_run.state, "value", dag_run.state)) == ("failed" if fails else "success")
+    with dag_file(block.name, block.for_this_airflow()) as path:
+        bag = dag_bag(path)
+        if "start_from_trigger=True" in block.code and not CAN_START_FROM_TRIGGER:
+            # As the block says, it is for later Airflows; this is what its reader sees on an earlier one.
+            assert "needs Airflow 3.3 or later" in block.code
+            assert re.search(r"_from_trigger=True needs Airflow 3\.\d or later", bag.import_errors[str(path)])
+            return
+        assert not bag.import_errors
+        (dag,) = bag.dags.values()
+        ran = run_parsed(dag, {"workflow_run_id": run_id, "query": "Who is there?"})
+    assert ran.state == ("failed" if fails else "success")
     assert dify_of_the_pages.seen
     assert not fails or f"Run {run_id} ended as failed: " in capfd.readouterr().out
-
-
-def dag_bag(path: Path) -> Any:
-    """Parse a file as Airflow does."""
-    try:
-        from airflow.dag_processing.dagbag import DagBag
-    except ImportError:  # Airflow 2 and 3.0
-        from airflow.models.dagbag import DagBag
-
-    return DagBag(path)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if not is_dag(b.code)], ids=lambda block: block.name)
