@@ -61,8 +61,10 @@ def test_every_link_it_names_is_an_operators() -> None:
     ids=lambda value: value[0],
 )
 def test_airflows_commands_show_the_provider(command: list[str], shown: list[str]) -> None:
-    if version("apache-airflow")[:4] in {"widgets": ("3.0.", "3.1."), "behaviours": ("3.0.",)}.get(command[0], ()):
-        pytest.importorskip("flask_appbuilder", reason="without it Airflow 3.0 and 3.1 know no such thing of any hook")
+    if command[0] in ("behaviours", "widgets") and version("apache-airflow").startswith(("3.0.", "3.1.")):
+        pytest.importorskip(
+            "flask_appbuilder", reason="without it these commands know no hook's on Airflow 3.0 and 3.1"
+        )
     output = "plain" if command == ["list"] else "json"
     done = subprocess.run(
         [sys.executable, "-m", "airflow", "providers", *command, "--output", output],
@@ -73,6 +75,31 @@ def test_airflows_commands_show_the_provider(command: list[str], shown: list[str
     for text in shown:
         assert text in done.stdout, done.stdout + done.stderr
     assert "airflow_provider_dify" not in done.stderr, done.stderr
+
+
+FORM = """
+from airflow.api_fastapi.core_api.services.ui.connections import HookMetaService
+(dify,) = [hook for hook in HookMetaService.hook_meta_data() if hook.connection_type == "dify"]
+print(dify.model_dump_json())
+"""
+
+
+@pytest.mark.skipif(AIRFLOW_2, reason="its form is made by the hook, see below")
+@pytest.mark.usefixtures("airflow_db")
+def test_airflow_3_shows_labels_and_extra_fields_in_its_form() -> None:
+    if version("apache-airflow").startswith("3.0."):
+        pytest.importorskip("flask_appbuilder", reason="without it Airflow 3.0 shows no hook's")
+    done = subprocess.run([sys.executable, "-c", FORM], check=True, capture_output=True, text=True)
+    form = json.loads(done.stdout.splitlines()[-1])
+    fields = form["standard_fields"]
+    assert {name: field["title"] for name, field in fields.items() if field and field["title"]} == {
+        "host": "Base URL",
+        "password": "API Key",
+    }
+    assert {name for name, field in fields.items() if field and field["hidden"]} == {"url_schema", "login"}
+    assert {name: field["schema"]["title"] for name, field in form["extra_fields"].items()} == {
+        name: field["label"] for name, field in CONNECTION_FIELDS.items()
+    }
 
 
 def test_the_hook_gives_airflow_2_the_same_form() -> None:

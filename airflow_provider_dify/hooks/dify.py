@@ -104,11 +104,7 @@ class DifyHook(BaseHook):
     @classmethod
     def get_connection_form_widgets(cls) -> dict[str, Any]:
         """Give the connection form's extra fields, for Airflows before 3.2; later ones have them from the package."""
-        try:
-            from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
-        except ImportError:
-            # An Airflow 3.1 without it makes no such fields, and would else drop the labels as well.
-            return {}
+        from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
         from flask_babel import lazy_gettext
         from wtforms import IntegerField, StringField
         from wtforms.validators import Optional
