@@ -14,18 +14,18 @@ MATRIX = {
     "2.11-lowest-direct": ("3.10",),
     "3.3-lowest-direct": ("3.13",),
 }
-ENVIRONMENTS = [(airflow, python) for airflow, pythons in MATRIX.items() for python in pythons]
+ENVIRONMENTS = [
+    nox.param(airflow, python, id=f"airflow-{airflow}-python{python}", tags=[airflow, f"python{python}"])
+    for airflow, pythons in MATRIX.items()
+    for python in pythons
+]
 
 # The environments themselves are made by the Makefile.
 nox.options.default_venv_backend = "none"
 
 
 @nox.session
-@nox.parametrize(
-    ("airflow", "python_version"),
-    ENVIRONMENTS,
-    ids=[f"airflow-{airflow}-python{python}" for airflow, python in ENVIRONMENTS],
-)
+@nox.parametrize(("airflow", "python_version"), ENVIRONMENTS)
 def tests(session: nox.Session, airflow: str, python_version: str) -> None:
     """Run the README's test command on one Airflow and one Python."""
     session.run("make", "test", f"AIRFLOW={airflow}", f"PYTHON=python{python_version}", external=True)
