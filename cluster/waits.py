@@ -14,9 +14,9 @@ ALL_ON_TRIGGERER = {"start_from_trigger": True, "end_from_trigger": True}
 
 # How many waits, in which way: 300 sensors, and 50 operators, which start a run of their own.
 SENSORS: dict[str, tuple[int, dict[str, Any]]] = {
-    "deferrable": (50, {"deferrable": True}),
-    "ended_by_triggerer": (70, ENDED_BY_TRIGGERER),
-    "all_on_triggerer": (180, ALL_ON_TRIGGERER),
+    "deferrable": (100, {"deferrable": True}),
+    "ended_by_triggerer": (100, ENDED_BY_TRIGGERER),
+    "all_on_triggerer": (100, ALL_ON_TRIGGERER),
 }
 OPERATORS: dict[str, tuple[int, dict[str, Any]]] = {
     "run_on_worker": (10, {}),
