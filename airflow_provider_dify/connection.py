@@ -16,12 +16,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
 from airflow_provider_dify import __version__
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError
-from airflow_provider_dify.workflow_run import HttpAnswer
+from airflow_provider_dify.exceptions import DifyConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from airflow.providers.common.compat.sdk import Connection
 
 DEFAULT_BASE_URL = "https://api.dify.ai/v1"
@@ -110,17 +107,6 @@ class DifyConnection:
         """
         seconds = timeout or self.timeout or DEFAULT_TIMEOUT
         return min(seconds, MAX_CONNECT_TIMEOUT), seconds
-
-    def answered(self, url: str, status_code: int, headers: Mapping[str, str], body: bytes) -> HttpAnswer:
-        """Give what a client received as an answer that can be read."""
-        return HttpAnswer(status_code, headers, body, url, self.conn_id, self.api_key)
-
-    def unreachable(self, subject: str, url: str, error: Exception) -> DifyConnectionError:
-        """Give the error for a request that got no answer, whatever its client calls that."""
-        reason = str(error)
-        return DifyConnectionError(
-            f"Dify could not be reached for {subject} at {url}: {type(error).__name__}{f': {reason}' if reason else ''}"
-        )
 
     def owns(self, url: str) -> bool:
         """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 if TYPE_CHECKING:
-    from airflow_provider_dify.workflow_run import WorkflowRun
+    from airflow_provider_dify.models import WorkflowRun
 
 
 class DifyError(AirflowException):

@@ -15,7 +15,8 @@ from airflow_provider_dify.exceptions import (
     DifyError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.workflow_run import Outcome, Verdict, WorkflowRun, WorkflowRunStatus, judge
+from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,7 @@ import pytest
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 from airflow_provider_dify import exceptions
-from airflow_provider_dify.workflow_run import WorkflowRun
+from airflow_provider_dify.models import WorkflowRun
 from tests.test_workflow_run import read, recorded
 
 ALL = [e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, exceptions.DifyError)]

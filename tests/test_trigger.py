@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.api import async_session
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
-from airflow_provider_dify.hooks import dify_async
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.waiting import spread
@@ -54,7 +54,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         await asyncio.sleep(0.05)
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, left
-        assert not dify_async._sessions.get(asyncio.get_running_loop())
+        assert not async_session._sessions.get(asyncio.get_running_loop())
         return result
 
     with warnings.catch_warnings():
@@ -263,9 +263,9 @@ def test_the_session_lives_as_long_as_someone_uses_it(dify: LocalDify) -> None:
             await first.get_workflow_run(run_id)
             async with DifyAsyncHook() as second:
                 await second.get_workflow_run(run_id)
-                assert len(dify_async._sessions[loop]) == 1
+                assert len(async_session._sessions[loop]) == 1
             await first.get_workflow_run(run_id)
-        assert not dify_async._sessions[loop]
+        assert not async_session._sessions[loop]
 
     run(work())
     assert dify.connections_opened == 1

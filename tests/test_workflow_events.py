@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from airflow_provider_dify.workflow_events import EventStreamReader, WorkflowEvent
+from airflow_provider_dify.api.events import EventStreamReader, WorkflowEvent
 from tests.local_dify import RECORDED, Recording
 
 STREAMS = sorted(

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.responses import HttpAnswer, read_app_info, read_workflow_run
+from airflow_provider_dify.api.routes import canonical_workflow_run_id
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -20,16 +22,8 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
-from airflow_provider_dify.workflow_run import (
-    HttpAnswer,
-    Outcome,
-    WorkflowRun,
-    WorkflowRunStatus,
-    canonical_workflow_run_id,
-    judge,
-    read_app_info,
-    read_workflow_run,
-)
+from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.verdict import Outcome, judge
 from tests.local_dify import RECORDED, Recording
 
 RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"

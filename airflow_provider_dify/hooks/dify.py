@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from http.cookiejar import DefaultCookiePolicy
-from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
-from urllib.parse import urljoin
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import requests
 from airflow.providers.common.compat.sdk import BaseHook
-from requests.auth import AuthBase
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -21,42 +18,40 @@ from tenacity import (
     wait_exponential,
     wait_random,
 )
-from urllib3.exceptions import NewConnectionError
 
-from airflow_provider_dify.connection import HEADERS, MAX_RETRY_DELAY, DifyConnection
-from airflow_provider_dify.exceptions import (
-    DifyAuthenticationError,
-    DifyConfigurationError,
-    DifyConnectionError,
-    DifyError,
-    DifyWorkflowRunUncertain,
-)
-from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
-from airflow_provider_dify.workflow_events import PING, STARTED, EventStreamReader, WorkflowEvent
-from airflow_provider_dify.workflow_run import (
-    MAX_USER_LENGTH,
-    AppInfo,
+from airflow_provider_dify.api.responses import (
     HttpAnswer,
-    LoggedWorkflowRun,
-    WorkflowRun,
-    canonical_uuid,
-    canonical_workflow_run_id,
-    raise_rejection,
+    answered,
     read_app_info,
     read_logged_workflow_runs,
     read_stop,
     read_uploaded_file_id,
     read_workflow_run,
+    unreachable,
+)
+from airflow_provider_dify.api.routes import (
+    MAX_USER_LENGTH,
+    canonical_uuid,
+    canonical_workflow_run_id,
     stop_path,
     workflow_run_path,
     workflow_run_subject,
 )
+from airflow_provider_dify.api.run_stream import WorkflowRunStream
+from airflow_provider_dify.api.session import DifySession
+from airflow_provider_dify.connection import MAX_RETRY_DELAY, DifyConnection
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyError,
+)
+from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
+from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
 
 if TYPE_CHECKING:
     from datetime import datetime
     from types import TracebackType
-
-    from requests.models import PreparedRequest, Response
 
 
 T = TypeVar("T")
@@ -141,7 +136,7 @@ class DifyHook(BaseHook):
         :raises DifyConfigurationError: if the connection cannot be used.
         """
         if self._session is None:
-            self._session = _DifySession(self.connection, self.connection.timeouts(self.timeout))
+            self._session = DifySession(self.connection, self.connection.timeouts(self.timeout))
         return self._session
 
     def close(self) -> None:
@@ -356,7 +351,7 @@ class DifyHook(BaseHook):
         url = f"{self.connection.base_url}{path}"
         # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
         # the request arrived.
-        session = _DifySession(self.connection, self.connection.timeouts(self.timeout))
+        session = DifySession(self.connection, self.connection.timeouts(self.timeout))
         try:
             return WorkflowRunStream(self.connection, session, url, body, user)
         except BaseException:
@@ -369,8 +364,8 @@ class DifyHook(BaseHook):
             # A redirect would turn a POST into a GET.
             response = self.get_conn().request(method, url, allow_redirects=method == "GET", **request)
         except requests.RequestException as error:
-            raise self.connection.unreachable(subject, url, error) from error
-        return self.connection.answered(url, response.status_code, response.headers, response.content)
+            raise unreachable(self.connection, subject, url, error) from error
+        return answered(self.connection, url, response.status_code, response.headers, response.content)
 
     def _retry_wait(self, state: RetryCallState) -> float:
         wait = (wait_exponential(self.retry_delay) + wait_random(0, self.retry_delay))(state)
@@ -388,171 +383,8 @@ class DifyHook(BaseHook):
         )
 
 
-class WorkflowRunStream:
-    """
-    A workflow run that was just started, and the events that Dify tells of it.
-
-    Iterating gives the events after ``workflow_started`` up to the one that ends the stream. A stream that breaks, or
-    that is silent for longer than the timeout, is a :class:`airflow_provider_dify.exceptions.DifyConnectionError`; the
-    run goes on all the same. Made by :meth:`DifyHook.start_workflow_run`.
-
-    :ivar workflow_run_id: the run's UUID.
-    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes.
-    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't tell.
-    """
-
-    def __init__(self, connection: DifyConnection, session: requests.Session, url: str, body: bytes, user: str) -> None:
-        self._connection = connection
-        self._session = session
-        self._url = url
-        self._user = user
-        self.workflow_run_id = ""
-        self.task_id = ""
-        self.app_id: str | None = None
-        self._response = self._post(body)
-        self._events = self._read()
-        self._find_start()
-
-    def __iter__(self) -> Iterator[WorkflowEvent]:
-        try:
-            for event in self._events:
-                yield event
-                if event.is_ending:
-                    return
-        except _Broken as broken:
-            raise DifyConnectionError(
-                f"The events of workflow run {self.workflow_run_id} broke off at {self._url} "
-                f"({type(broken.reason).__name__}: {broken.reason}). The run goes on."
-            ) from broken.reason
-
-    def __enter__(self) -> WorkflowRunStream:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Hang up; the run goes on."""
-        self._response.close()
-        self._session.close()
-
-    def _post(self, body: bytes) -> Response:
-        subject = "the start of a workflow run"
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
-        try:
-            response = self._session.post(self._url, data=body, headers=headers, stream=True, allow_redirects=False)
-            if response.ok and response.headers.get("Content-Type", "").startswith("text/event-stream"):
-                return response
-            answer = self._connection.answered(self._url, response.status_code, response.headers, response.content)
-        except requests.RequestException as error:
-            if _was_never_sent(error):
-                raise self._connection.unreachable(subject, self._url, error) from error
-            self._raise_uncertain(f"{type(error).__name__}: {error}", error)
-        try:
-            raise_rejection(answer, subject)
-        except DifyConnectionError as error:
-            # Only what a server says before it starts anything is sure to have started nothing.
-            if answer.status_code < 200 or 300 <= answer.status_code < 500:
-                raise
-            self._raise_uncertain(str(error), error)
-
-    def _read(self) -> Iterator[WorkflowEvent]:
-        reader = EventStreamReader()
-        try:
-            for piece in self._response.iter_content(8192):
-                yield from reader.feed(piece)
-        except (requests.RequestException, ValueError) as error:
-            raise _Broken(error) from error
-        raise _Broken(EOFError("the stream ended before the run did"))
-
-    def _find_start(self) -> None:
-        try:
-            first = next(event for event in self._events if event.name != PING)
-        except _Broken as broken:
-            self.close()
-            self._raise_uncertain(f"{type(broken.reason).__name__}: {broken.reason}", broken.reason)
-        if first.name != STARTED or not first.workflow_run_id or not first.task_id:
-            self.close()
-            self._raise_uncertain(f"the stream begins with the event {first.name!r}: {first.data!r:.300}", None)
-        self.workflow_run_id = first.workflow_run_id
-        self.task_id = first.task_id
-        self.app_id = first.app_id
-
-    def _raise_uncertain(self, reason: str, cause: Exception | None) -> NoReturn:
-        raise DifyWorkflowRunUncertain(
-            f"Dify may or may not have started a workflow run for user {self._user!r} at {self._url}: no run id came "
-            f"back ({reason}). It was not asked again, so as not to pay twice. Look for the user in the app's log in "
-            "Dify's console.",
-            user=self._user,
-        ) from cause
-
-
-class _Broken(Exception):
-    """A stream that gave out, and why."""
-
-    def __init__(self, reason: Exception) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
-def _was_never_sent(error: requests.RequestException) -> bool:
-    """Say whether a request failed before any of it can have reached the server."""
-    if isinstance(error, (requests.ConnectTimeout, requests.exceptions.SSLError, requests.exceptions.ProxyError)):
-        return True
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return isinstance(error, (requests.exceptions.InvalidURL,)) or isinstance(reason, NewConnectionError)
-
-
 def _check_user(user: object) -> None:
     if not isinstance(user, str) or not user or len(user) > MAX_USER_LENGTH:
         raise DifyConfigurationError(
             f"user must be text of 1 to {MAX_USER_LENGTH} characters, but it is {user!r:.300}."
         )
-
-
-class _BearerAuth(AuthBase):
-    """
-    Send the API key to the connection's own origin and nowhere else.
-
-    An auth object rather than a session header, because ``requests`` puts a ``.netrc`` entry in place of that.
-    """
-
-    def __init__(self, connection: DifyConnection) -> None:
-        self._connection = connection
-
-    def __call__(self, request: PreparedRequest) -> PreparedRequest:
-        if self._connection.owns(request.url or ""):
-            request.headers["Authorization"] = f"Bearer {self._connection.api_key}"
-        return request
-
-
-class _DifySession(requests.Session):
-    """A session with one connection's settings, which leaves its server for no redirect."""
-
-    def __init__(self, connection: DifyConnection, timeouts: tuple[float, float]) -> None:
-        super().__init__()
-        self._connection = connection
-        self.auth = _BearerAuth(connection)
-        self.headers.update(HEADERS)
-        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._settings: dict[str, Any] = {"timeout": timeouts, "proxies": connection.proxies}
-        # True leaves the choice of the CA bundle to the environment, as requests does.
-        if connection.verify is not True:
-            self._settings["verify"] = connection.verify
-
-    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> Response:
-        # Per request, because requests lets the environment override what the session says.
-        return super().request(method, url, *args, **{**self._settings, **kwargs})
-
-    def get_redirect_target(self, resp: Response) -> str | None:
-        """Follow a redirect within the connection's server; give any other to the caller as the answer."""
-        target = super().get_redirect_target(resp)
-        return target if target and self._connection.owns(urljoin(resp.request.url or "", target)) else None
-
-    def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
-        """Keep the key on a redirect, which never leaves the origin; ``requests`` would look into ``.netrc``."""

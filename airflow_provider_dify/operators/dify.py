@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator, conf
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, TRIGGER_TIMEOUT_MARGIN, is_deferral_timeout
+from airflow_provider_dify.api.routes import MAX_USER_LENGTH
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
@@ -22,6 +23,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink, push_run_log
+from airflow_provider_dify.verdict import Outcome, judge
 from airflow_provider_dify.waiting import (
     STOP_ASKED,
     RunWait,
@@ -31,12 +33,12 @@ from airflow_provider_dify.waiting import (
     seconds,
     whole_number,
 )
-from airflow_provider_dify.workflow_run import MAX_USER_LENGTH, Outcome, judge
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_dify.hooks.dify import DifyHook, WorkflowRunStream
+    from airflow_provider_dify.api.run_stream import WorkflowRunStream
+    from airflow_provider_dify.hooks.dify import DifyHook
 
 # How often, and how far apart, the log is searched for a run of which no id came back.
 SEARCHES = 4

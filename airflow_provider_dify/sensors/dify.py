@@ -31,8 +31,8 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink, push_run_log
+from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, WaitPolicy, error_of_event, hand_over, seconds, whole_number
-from airflow_provider_dify.workflow_run import Outcome
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

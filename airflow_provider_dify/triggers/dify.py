@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN, pushable
+from airflow_provider_dify.api.routes import canonical_workflow_run_id
 from airflow_provider_dify.connection import MAX_RETRY_DELAY
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
+from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import STOP_ASKED, RunWait, WaitEnd, WaitPolicy, spread
-from airflow_provider_dify.workflow_run import Outcome, WorkflowRun, canonical_workflow_run_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

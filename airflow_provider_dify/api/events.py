@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.workflow_run import app_id_of
+from airflow_provider_dify.models import app_id_of
 
 STARTED = "workflow_started"
 PING = "ping"

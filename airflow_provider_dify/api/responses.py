@@ -1,5 +1,5 @@
 """
-The one module that knows what Dify's wire looks like, and what a workflow run's state means for a task.
+A whole HTTP response of Dify's API in, a model or an exception out.
 
 Servers differ from their documentation and from each other: up to 1.12 ``outputs`` is JSON text and an unknown run is
 a 200 full of nulls; later ``outputs`` is an object and an unknown run a 404. All of that ends here.
@@ -9,168 +9,31 @@ from __future__ import annotations
 
 import json
 import math
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from enum import Enum
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
+from airflow_provider_dify.api.routes import workflow_run_subject
+from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
-    DifyConfigurationError,
     DifyConnectionError,
     DifyRequestError,
-    DifyWorkflowRunFailed,
     DifyWorkflowRunNotFound,
-    DifyWorkflowRunTimeout,
 )
+from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun, WorkflowRunStatus
 
 if TYPE_CHECKING:
     from pendulum import DateTime
 
-# The longest user that Dify takes; a longer one is a 500.
-MAX_USER_LENGTH = 255
-APP_MODES_WITH_WORKFLOW_RUNS = frozenset({"workflow", "advanced-chat"})
 
 # 425 is the one other 4xx that HTTP itself defines as "the same request may succeed later".
 _PASSING_STATUS_CODES = frozenset({408, 425, 429})
 # How much of an unexpected answer an error quotes: enough to recognise a login page, never more than a line.
 _EXCERPT_LENGTH = 120
-
-
-class WorkflowRunStatus(str, Enum):
-    """The states of a workflow run that Dify's servers are known to answer."""
-
-    RUNNING = "running"
-    PAUSED = "paused"
-    SCHEDULED = "scheduled"
-    SUCCEEDED = "succeeded"
-    PARTIAL_SUCCEEDED = "partial-succeeded"
-    FAILED = "failed"
-    STOPPED = "stopped"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-_WAITING_STATUSES = frozenset({WorkflowRunStatus.RUNNING, WorkflowRunStatus.PAUSED, WorkflowRunStatus.SCHEDULED})
-
-
-@dataclass(frozen=True)
-class WorkflowRun:
-    """
-    A workflow run as ``GET /workflows/run/{workflow_run_id}`` tells it, the same for every server generation.
-
-    :param id: the run's UUID.
-    :param workflow_id: the UUID of the workflow version that ran.
-    :param status: a :class:`WorkflowRunStatus`, or the text itself where the server knows one that we don't.
-    :param inputs: what the run was started with, Dify's ``sys.*`` entries included.
-    :param outputs: what the end node gave; ``None`` where the server said null, ``{}`` where it has none yet.
-    :param error: Dify's own words on why the run failed or was stopped.
-    :param total_steps: nodes run; 0 while the run is running.
-    :param total_tokens: language model tokens used.
-    :param created_at: when the run was created, in UTC.
-    :param finished_at: when it ended, in UTC; ``None`` until then.
-    :param elapsed_time: seconds it took; 0.0 while it is running.
-    """
-
-    id: str
-    workflow_id: str | None
-    status: WorkflowRunStatus | str
-    inputs: dict[str, Any] | None
-    outputs: dict[str, Any] | None
-    error: str | None
-    total_steps: int | None
-    total_tokens: int | None
-    created_at: DateTime | None
-    finished_at: DateTime | None
-    elapsed_time: float | None
-
-    @property
-    def app_id(self) -> str | None:
-        """The UUID of the app that the run is of; ``None`` where the server doesn't tell."""
-        return app_id_of(self.inputs)
-
-    def without_payload(self) -> dict[str, Any]:
-        """
-        Give everything but inputs and outputs, as values that any XCom backend takes.
-
-        :return: ``id, workflow_id, status, error, total_steps, total_tokens, created_at, finished_at, elapsed_time``;
-            times as ISO 8601 text.
-        """
-        return {
-            "id": self.id,
-            "workflow_id": self.workflow_id,
-            "status": str(self.status),
-            "error": self.error,
-            "total_steps": self.total_steps,
-            "total_tokens": self.total_tokens,
-            "created_at": self.created_at.isoformat() if self.created_at else None,
-            "finished_at": self.finished_at.isoformat() if self.finished_at else None,
-            "elapsed_time": self.elapsed_time,
-        }
-
-    def xcoms(self, multiple_outputs: bool) -> dict[str, Any]:
-        """
-        Give what the XComs of a task that waited on this run are.
-
-        :param multiple_outputs: whether each output is an XCom of its own.
-        :return: values by key; the return value is the outputs, ``{}`` where there are none.
-        """
-        outputs = self.outputs or {}
-        return {
-            "workflow_run": self.without_payload(),
-            **(outputs if multiple_outputs else {}),
-            "return_value": outputs,
-        }
-
-
-@dataclass(frozen=True)
-class AppInfo:
-    """
-    The app that an API key belongs to, as ``GET /info`` tells it.
-
-    :param name: the app's name in Dify's console.
-    :param mode: ``workflow``, ``advanced-chat``, ``chat``, ...; ``None`` on servers that don't tell.
-    """
-
-    name: str
-    mode: str | None
-
-    @property
-    def has_workflow_runs(self) -> bool:
-        """Whether run details can be read with this app's key; assumed where the server doesn't tell."""
-        return self.mode is None or self.mode in APP_MODES_WITH_WORKFLOW_RUNS
-
-
-@dataclass(frozen=True)
-class LoggedWorkflowRun:
-    """
-    A workflow run as a row of ``GET /workflows/logs`` tells it: without inputs and outputs.
-
-    :param workflow_run_id: the run's UUID.
-    :param status: as in :class:`WorkflowRun`.
-    :param user: the ``user`` that started it through the API; ``None`` for runs started otherwise.
-    :param error: Dify's own words on why it failed.
-    :param total_steps: nodes run.
-    :param total_tokens: language model tokens used.
-    :param created_at: when it was created, in UTC.
-    :param finished_at: when it ended, in UTC.
-    :param elapsed_time: seconds it took.
-    """
-
-    workflow_run_id: str
-    status: WorkflowRunStatus | str
-    user: str | None
-    error: str | None
-    total_steps: int | None
-    total_tokens: int | None
-    created_at: DateTime | None
-    finished_at: DateTime | None
-    elapsed_time: float | None
 
 
 @dataclass(frozen=True)
@@ -220,71 +83,19 @@ class HttpAnswer:
         return f"HTTP {self.status_code}, {content_type}, {repr(text) if text else 'an empty body'}"
 
 
-def app_id_of(inputs: object) -> str | None:
-    """
-    Find a run's app in what the run was started with.
-
-    :param inputs: the run's inputs, Dify's ``sys.*`` entries included.
-    :return: the app's UUID; ``None`` where they don't tell it.
-    """
-    try:
-        return canonical_uuid("sys.app_id", inputs.get("sys.app_id") if isinstance(inputs, dict) else None)
-    except DifyConfigurationError:
-        return None
+def answered(
+    connection: DifyConnection, url: str, status_code: int, headers: Mapping[str, str], body: bytes
+) -> HttpAnswer:
+    """Give what a client received as an answer that can be read."""
+    return HttpAnswer(status_code, headers, body, url, connection.conn_id, connection.api_key)
 
 
-def canonical_workflow_run_id(workflow_run_id: object) -> str:
-    """
-    Check a workflow run id before any request is made with it.
-
-    Dify answers an id that is no UUID with a 500, and an empty one with an HTML 404, which both look like passing
-    trouble of the server.
-
-    :param workflow_run_id: any spelling that ``uuid.UUID`` takes.
-    :return: the id in lower case with hyphens.
-    :raises DifyConfigurationError: if it is anything else; the message shows what it was.
-    """
-    return canonical_uuid("workflow_run_id", workflow_run_id)
-
-
-def canonical_uuid(name: str, value: object) -> str:
-    """
-    Check an id that becomes part of a route.
-
-    :param name: the argument, for the message.
-    :param value: any spelling that ``uuid.UUID`` takes.
-    :return: the id in lower case with hyphens.
-    :raises DifyConfigurationError: if it is anything else; the message shows what it was.
-    """
-    if isinstance(value, uuid.UUID):
-        return str(value)
-    if isinstance(value, str):
-        try:
-            return str(uuid.UUID(value))
-        except ValueError:
-            pass
-    shown = repr(value)
-    if len(shown) > _EXCERPT_LENGTH:
-        shown = shown[:_EXCERPT_LENGTH] + "…"
-    raise DifyConfigurationError(
-        f"{name} must be the UUID that Dify gave it, but it is {shown} ({type(value).__name__}). If it is a template "
-        "or comes from an upstream task, check what that task returned."
+def unreachable(connection: DifyConnection, subject: str, url: str, error: Exception) -> DifyConnectionError:
+    """Give the error for a request that got no answer, whatever its client calls that."""
+    reason = str(error)
+    return DifyConnectionError(
+        f"Dify could not be reached for {subject} at {url}: {type(error).__name__}{f': {reason}' if reason else ''}"
     )
-
-
-def workflow_run_subject(workflow_run_id: str) -> str:
-    """Give the words for a run in the middle of a message."""
-    return f"workflow run {workflow_run_id}"
-
-
-def workflow_run_path(workflow_run_id: str) -> str:
-    """Give the route of a run's detail, below the base URL."""
-    return f"/workflows/run/{workflow_run_id}"
-
-
-def stop_path(task_id: str) -> str:
-    """Give the route that stops a task, below the base URL."""
-    return f"/workflows/tasks/{canonical_uuid('task_id', task_id)}/stop"
 
 
 def read_workflow_run(answer: HttpAnswer, workflow_run_id: str) -> WorkflowRun:
@@ -406,103 +217,6 @@ def raise_rejection(answer: HttpAnswer, subject: str) -> NoReturn:
     """
     _read_object(answer, subject)
     _raise_not_dify(answer, subject, "no event stream")
-
-
-class Outcome(str, Enum):
-    """What a workflow run's state means for the task that waits on it."""
-
-    WAIT = "wait"
-    DONE = "done"
-    FAILED = "failed"
-    TIMED_OUT = "timed_out"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """
-    What one look at a workflow run means for the task that waits on it.
-
-    :param outcome: keep waiting, done, or one of the two ways to fail.
-    :param reason: a sentence for the log or the exception; quotes run, status, Dify's error, seconds and steps.
-    :param is_warning: whether the reason deserves a warning although the task goes on.
-    """
-
-    outcome: Outcome
-    reason: str
-    is_warning: bool = False
-
-    def raise_if_failed(self, run: WorkflowRun) -> None:
-        """
-        Raise what the verdict means.
-
-        :param run: the run that was judged; the exception carries it.
-        :raises DifyWorkflowRunFailed: if the run failed.
-        :raises DifyWorkflowRunTimeout: if it is overdue.
-        """
-        if self.outcome is Outcome.FAILED:
-            raise DifyWorkflowRunFailed(self.reason, run=run)
-        if self.outcome is Outcome.TIMED_OUT:
-            raise DifyWorkflowRunTimeout(self.reason, run=run)
-
-
-def judge(
-    run: WorkflowRun,
-    *,
-    now: datetime,
-    fail_on_partial_success: bool = False,
-    run_timeout: float | None = None,
-) -> Verdict:
-    """
-    Say what a workflow run's state means for a task that waits on it. Pure: the same answer for the same arguments.
-
-    :param run: the run as Dify told it.
-    :param now: the present, aware.
-    :param fail_on_partial_success: whether ``partial-succeeded`` is a failure; else a success with a warning.
-    :param run_timeout: seconds after the run's own ``created_at`` from which a run that is not over counts as failed.
-    :return: the verdict.
-    """
-    if run.status == WorkflowRunStatus.SUCCEEDED:
-        return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{_facts(run)}.")
-    if run.status == WorkflowRunStatus.PARTIAL_SUCCEEDED:
-        reason = (
-            f"Dify workflow run {run.id} is partial-succeeded{_facts(run)}: at least one of its nodes failed and the "
-            "node's error handling (default value or fail branch) took over."
-        )
-        if fail_on_partial_success:
-            return Verdict(Outcome.FAILED, f"{reason} fail_on_partial_success is set.")
-        return Verdict(Outcome.DONE, reason, is_warning=True)
-    if run.status in (WorkflowRunStatus.FAILED, WorkflowRunStatus.STOPPED):
-        verb = "failed" if run.status == WorkflowRunStatus.FAILED else "was stopped"
-        error = f": {run.error}" if run.error else "; Dify gave no error text."
-        return Verdict(Outcome.FAILED, f"Dify workflow run {run.id} {verb} (status {run.status}){_facts(run)}{error}")
-    if run.status not in _WAITING_STATUSES and run.finished_at is not None:
-        error = f": {run.error}" if run.error else "."
-        return Verdict(
-            Outcome.FAILED,
-            f"Dify workflow run {run.id} finished with the status {str(run.status)!r}, which this version of "
-            f"airflow-provider-dify does not know{_facts(run)}{error}",
-        )
-    if run_timeout is not None and run.created_at is not None:
-        age = (now - run.created_at).total_seconds()
-        if age > run_timeout:
-            cause = (
-                "It waits for a person at a Human Input node."
-                if run.status == WorkflowRunStatus.PAUSED
-                else "Such a record is usually orphaned: the server that ran it was killed, or it was stopped and Dify "
-                "did not write that down. Look at the run in Dify's log and start a new one."
-            )
-            return Verdict(
-                Outcome.TIMED_OUT,
-                f"Dify workflow run {run.id} is still {run.status} {age:.0f} seconds after it was created "
-                f"(run_timeout is {run_timeout:g} seconds). {cause}",
-            )
-    return Verdict(Outcome.WAIT, f"Dify workflow run {run.id} is {run.status}.")
-
-
-def _facts(run: WorkflowRun) -> str:
-    took = [] if run.elapsed_time is None else [f"after {run.elapsed_time:g} seconds"]
-    steps = [] if run.total_steps is None else [f"{run.total_steps} step{'' if run.total_steps == 1 else 's'}"]
-    return f" {' and '.join(took + steps)}" if took or steps else ""
 
 
 def _known_status(text: str) -> WorkflowRunStatus | str:

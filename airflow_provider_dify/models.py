@@ -1,0 +1,158 @@
+"""What Dify's API says, as frozen data, the same for every server version."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pendulum import DateTime
+
+APP_MODES_WITH_WORKFLOW_RUNS = frozenset({"workflow", "advanced-chat"})
+
+
+class WorkflowRunStatus(str, Enum):
+    """The states of a workflow run that Dify's servers are known to answer."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SCHEDULED = "scheduled"
+    SUCCEEDED = "succeeded"
+    PARTIAL_SUCCEEDED = "partial-succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+WAITING_STATUSES = frozenset({WorkflowRunStatus.RUNNING, WorkflowRunStatus.PAUSED, WorkflowRunStatus.SCHEDULED})
+
+
+@dataclass(frozen=True)
+class WorkflowRun:
+    """
+    A workflow run as ``GET /workflows/run/{workflow_run_id}`` tells it, the same for every server generation.
+
+    :param id: the run's UUID.
+    :param workflow_id: the UUID of the workflow version that ran.
+    :param status: a :class:`WorkflowRunStatus`, or the text itself where the server knows one that we don't.
+    :param inputs: what the run was started with, Dify's ``sys.*`` entries included.
+    :param outputs: what the end node gave; ``None`` where the server said null, ``{}`` where it has none yet.
+    :param error: Dify's own words on why the run failed or was stopped.
+    :param total_steps: nodes run; 0 while the run is running.
+    :param total_tokens: language model tokens used.
+    :param created_at: when the run was created, in UTC.
+    :param finished_at: when it ended, in UTC; ``None`` until then.
+    :param elapsed_time: seconds it took; 0.0 while it is running.
+    """
+
+    id: str
+    workflow_id: str | None
+    status: WorkflowRunStatus | str
+    inputs: dict[str, Any] | None
+    outputs: dict[str, Any] | None
+    error: str | None
+    total_steps: int | None
+    total_tokens: int | None
+    created_at: DateTime | None
+    finished_at: DateTime | None
+    elapsed_time: float | None
+
+    @property
+    def app_id(self) -> str | None:
+        """The UUID of the app that the run is of; ``None`` where the server doesn't tell."""
+        return app_id_of(self.inputs)
+
+    def without_payload(self) -> dict[str, Any]:
+        """
+        Give everything but inputs and outputs, as values that any XCom backend takes.
+
+        :return: ``id, workflow_id, status, error, total_steps, total_tokens, created_at, finished_at, elapsed_time``;
+            times as ISO 8601 text.
+        """
+        return {
+            "id": self.id,
+            "workflow_id": self.workflow_id,
+            "status": str(self.status),
+            "error": self.error,
+            "total_steps": self.total_steps,
+            "total_tokens": self.total_tokens,
+            "created_at": self.created_at.isoformat() if self.created_at else None,
+            "finished_at": self.finished_at.isoformat() if self.finished_at else None,
+            "elapsed_time": self.elapsed_time,
+        }
+
+    def xcoms(self, multiple_outputs: bool) -> dict[str, Any]:
+        """
+        Give what the XComs of a task that waited on this run are.
+
+        :param multiple_outputs: whether each output is an XCom of its own.
+        :return: values by key; the return value is the outputs, ``{}`` where there are none.
+        """
+        outputs = self.outputs or {}
+        return {
+            "workflow_run": self.without_payload(),
+            **(outputs if multiple_outputs else {}),
+            "return_value": outputs,
+        }
+
+
+@dataclass(frozen=True)
+class AppInfo:
+    """
+    The app that an API key belongs to, as ``GET /info`` tells it.
+
+    :param name: the app's name in Dify's console.
+    :param mode: ``workflow``, ``advanced-chat``, ``chat``, ...; ``None`` on servers that don't tell.
+    """
+
+    name: str
+    mode: str | None
+
+    @property
+    def has_workflow_runs(self) -> bool:
+        """Whether run details can be read with this app's key; assumed where the server doesn't tell."""
+        return self.mode is None or self.mode in APP_MODES_WITH_WORKFLOW_RUNS
+
+
+@dataclass(frozen=True)
+class LoggedWorkflowRun:
+    """
+    A workflow run as a row of ``GET /workflows/logs`` tells it: without inputs and outputs.
+
+    :param workflow_run_id: the run's UUID.
+    :param status: as in :class:`WorkflowRun`.
+    :param user: the ``user`` that started it through the API; ``None`` for runs started otherwise.
+    :param error: Dify's own words on why it failed.
+    :param total_steps: nodes run.
+    :param total_tokens: language model tokens used.
+    :param created_at: when it was created, in UTC.
+    :param finished_at: when it ended, in UTC.
+    :param elapsed_time: seconds it took.
+    """
+
+    workflow_run_id: str
+    status: WorkflowRunStatus | str
+    user: str | None
+    error: str | None
+    total_steps: int | None
+    total_tokens: int | None
+    created_at: DateTime | None
+    finished_at: DateTime | None
+    elapsed_time: float | None
+
+
+def app_id_of(inputs: object) -> str | None:
+    """
+    Find a run's app in what the run was started with.
+
+    :param inputs: the run's inputs, Dify's ``sys.*`` entries included.
+    :return: the app's UUID; ``None`` where they don't tell it.
+    """
+    try:
+        return str(uuid.UUID(inputs["sys.app_id"])) if isinstance(inputs, dict) else None
+    except (KeyError, ValueError, AttributeError, TypeError):
+        return None
