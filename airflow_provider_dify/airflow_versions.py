@@ -1,4 +1,4 @@
-"""What differs between the supported Airflows, in one place; each piece says when it can go."""
+"""What differs between the supported Airflows, in one place; each piece says when it can be removed."""
 
 from __future__ import annotations
 
@@ -23,54 +23,29 @@ CAN_END_FROM_TRIGGER = _AIRFLOW >= (3, 0)
 CAN_START_FROM_TRIGGER = _AIRFLOW >= (3, 3)
 # Whether an XCom may be None: Airflow 3.0 fails the task that pushes one. Goes with Airflow 3.0.
 CAN_PUSH_NONE = _AIRFLOW != (3, 0)
+# Whether XComs travel as strict JSON, without NaN and the like. Goes with Airflow 2.11.
+XCOMS_ARE_STRICT_JSON = _AIRFLOW >= (3, 0)
 
 
 def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
     """
-    Do what ``super().execute(context)`` does in a sensor that has an ``execute`` of its own.
+    Run Airflow's own ``execute`` of a sensor, for a sensor with an ``execute`` of its own.
 
     Airflow 2 guards ``execute`` against calls from outside a task, and takes a subclass's call for one: a warning in
     every log, and a failure under ``allow_nested_operators=False``. Goes with Airflow 2.11.
 
     :param sensor: the sensor.
     :param context: the running task's context.
-    :return: what the sensor's last poke gave.
+    :return: what the sensor's last poke returned.
     """
     from airflow.providers.common.compat.sdk import BaseSensorOperator
 
     return inspect.unwrap(BaseSensorOperator.execute)(sensor, context)
 
 
-def pushable(xcoms: dict[str, Any]) -> dict[str, Any]:
-    """
-    Leave out what this Airflow can't push. Goes with Airflow 3.0.
-
-    :param xcoms: values by key.
-    :return: those of them that can be pushed.
-    """
-    return xcoms if CAN_PUSH_NONE else {key: value for key, value in xcoms.items() if value is not None}
-
-
-def push_each(outputs: dict[str, Any], context: Context) -> None:
-    """
-    Push each output as an XCom of its own where Airflow, which does so after the task, would fail at one of them.
-
-    Goes with Airflow 3.0.
-
-    :param outputs: what the task is about to return.
-    :param context: the running task's context.
-    """
-    ti: Any = context.get("ti")
-    able = pushable(outputs)
-    if ti is not None and ti.task.multiple_outputs and len(able) < len(outputs):
-        ti.task.multiple_outputs = False
-        for key, value in able.items():
-            ti.xcom_push(key=key, value=value)
-
-
 def is_deferral_timeout(next_kwargs: dict[str, Any] | None) -> bool:
     """
-    Say whether a task that resumes because its deferral failed does so because the deferral's time was over.
+    Return whether a task that resumes because its deferral failed does so because the deferral's time was over.
 
     :param next_kwargs: what the task resumes with. Airflow 3 has an exception for it; goes with Airflow 2.11.
     :return: whether it was.
@@ -80,7 +55,7 @@ def is_deferral_timeout(next_kwargs: dict[str, Any] | None) -> bool:
 
 def first_reschedule_date(context: Context) -> datetime | None:
     """
-    Say when a rescheduled sensor first polled, as its ``timeout`` counts it.
+    Return when a rescheduled sensor first polled, as its ``timeout`` counts it.
 
     :param context: the running task's context.
     :return: the time, aware; ``None`` at the first poll.

@@ -1,6 +1,7 @@
-"""What an Airflow connection of type ``dify`` says: where Dify is and how to talk to it. No transport.
+"""
+What an Airflow connection of type ``dify`` says: where Dify is and how to talk to it. No transport.
 
-Every HTTP client of this package takes its settings from here, so that they talk alike.
+Every HTTP client of this package takes its settings from here, so that they behave alike.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from airflow_provider_dify import __version__
 from airflow_provider_dify.exceptions import DifyConfigurationError
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 DEFAULT_BASE_URL = "https://api.dify.ai/v1"
 DEFAULT_TIMEOUT = 30.0
-# A connection is there within seconds or not at all; only the answer may take its time.
+# A connection is there within seconds or not at all; only the response may take its time.
 MAX_CONNECT_TIMEOUT = 10.0
-# No server's Retry-After delays anything further than this many seconds.
-MAX_RETRY_DELAY = 60.0
+# A longer one is a slip, and overflows the operating system's timers.
+MAX_TIMEOUT = 86400.0
 HEADERS = {"User-Agent": f"airflow-provider-dify/{__version__}", "Accept": "application/json"}
 
 # Dify Cloud and a default self-hosted Dify both serve the API here.
@@ -49,7 +50,7 @@ class DifyConnection:
     :param conn_id: the Airflow connection.
     :param base_url: base URL of the API, without a slash at the end.
     :param api_key: the app's API key.
-    :param timeout: seconds to wait for an answer; ``None`` where the connection doesn't say.
+    :param timeout: seconds to wait for a response; ``None`` where the connection doesn't say.
     :param verify: whether to verify TLS certificates, or the path of a CA bundle.
     :param proxies: proxy URLs by URL scheme, as ``requests`` takes them.
     :param console_url: URL of Dify's console, without a slash at the end; ``None`` where the connection doesn't say.
@@ -67,7 +68,7 @@ class DifyConnection:
     @classmethod
     def from_airflow(cls, connection: Connection) -> DifyConnection:
         """
-        Read an Airflow connection.
+        Parse an Airflow connection.
 
         :param connection: ``password`` is the API key; ``host``, ``schema`` and ``port`` make the base URL; ``extra``
             may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle), ``proxies`` and
@@ -98,9 +99,18 @@ class DifyConnection:
         url = urlsplit(self.base_url)
         return CLOUD_CONSOLE_URL if url.hostname == CLOUD_API_HOST else f"{url.scheme}://{url.netloc}"
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no message may show: the API key, and the passwords of the proxies here and in the environment."""
+        environment = (value for name, value in os.environ.items() if name.lower().endswith("_proxy"))
+        return (
+            self.api_key,
+            *(secret for url in (*self.proxies.values(), *environment) for secret in _secrets_in(url)),
+        )
+
     def timeouts(self, timeout: float | None = None) -> tuple[float, float]:
         """
-        Give the seconds to wait for a connection and for an answer.
+        Return the seconds to wait for a connection, and for a whole response.
 
         :param timeout: seconds that take the place of the connection's own.
         :return: both.
@@ -110,22 +120,45 @@ class DifyConnection:
 
     def owns(self, url: str) -> bool:
         """
-        Say whether a URL is on the connection's own server: the only one that the API key may be sent to.
+        Return whether a URL is on the connection's own server: the only one that the API key may be sent to.
 
-        :param url: an absolute URL.
+        :param url: an absolute URL, which may be malformed.
         :return: whether scheme, host and port are the connection's.
         """
-        return _origin(url) == _origin(self.base_url)
+        origin = _origin(url)
+        return origin is not None and origin == _origin(self.base_url)
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+def _origin(url: str) -> tuple[str, str, int | None] | None:
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme,
+            _ascii_host(parts.hostname or ""),
+            parts.port or {"http": 80, "https": 443}.get(parts.scheme),
+        )
+    except ValueError:
+        return None
+
+
+def _ascii_host(host: str) -> str:
+    """Return a host's name as the HTTP clients send it."""
+    if host.isascii():
+        return host
+    import idna  # comes with requests and aiohttp, and only such a name needs it
+
+    return idna.encode(host, uts46=True).decode()
+
+
+def _secrets_in(url: str) -> list[str]:
+    userinfo = url.partition("://")[2].rpartition("@")[0] or url.rpartition("@")[0]
+    password = userinfo.partition(":")[2]
+    return [secret for secret in (userinfo, password, unquote(password)) if len(secret) > 3]
 
 
 def make_base_url(host: str | None, schema: str | None = None, port: int | None = None) -> str:
     """
-    Make the API's base URL out of what a connection says.
+    Return the API's base URL, made of what a connection says.
 
     :param host: a host name, a ``host:port``, a URL, or nothing for Dify Cloud; without a path, ``/v1`` is meant.
     :param schema: ``http`` or ``https``, where the host doesn't say; ``https`` if nobody does.
@@ -137,7 +170,7 @@ def make_base_url(host: str | None, schema: str | None = None, port: int | None 
     schema = (schema or "").strip().lower()
     if schema and schema not in ("http", "https"):
         raise DifyConfigurationError(
-            f"the schema must be http or https, but it is {schema!r}. A path such as /v1 belongs into the host."
+            f"the schema must be http or https, but it is {schema!r}. A path such as /v1 belongs in the host."
         )
     if not host:
         if schema == "http" or port not in (None, 443):
@@ -175,7 +208,7 @@ def _split(host: str) -> SplitResult:
             rest = f"[{ipaddress.IPv6Address(host)}]"
     if "@" in rest.partition("/")[0]:
         # Not shown: what stands before the @ is likely a secret.
-        raise DifyConfigurationError("the host holds a user name or password. The API key belongs into the password.")
+        raise DifyConfigurationError("the host holds a user name or password. The API key belongs in the password.")
     try:
         url = urlsplit(f"{scheme.lower()}://{rest}" if separator else f"//{rest}")
     except ValueError as error:
@@ -217,7 +250,7 @@ def _extra(text: str | None) -> dict[str, Any]:
     # Not extra_dejson, which some Airflows let block the triggerer's event loop to mask what it holds.
     try:
         extra = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         extra = None
     if not isinstance(extra, dict):
         raise DifyConfigurationError("its extra is no JSON object.")
@@ -229,10 +262,12 @@ def _timeout(value: Any) -> float | None:
         return None
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         seconds = math.nan
-    if isinstance(value, bool) or not 0 < seconds < math.inf:
-        raise DifyConfigurationError(f"the extra 'timeout' must be a number of seconds above 0, but it is {value!r}.")
+    if isinstance(value, bool) or not 0 < seconds <= MAX_TIMEOUT:
+        raise DifyConfigurationError(
+            f"the extra 'timeout' must be a number of seconds above 0, at most {MAX_TIMEOUT:.0f}, but it is {value!r:.100}."
+        )
     return seconds
 
 
@@ -255,16 +290,32 @@ def _proxies(value: Any) -> dict[str, str]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             value = ""
     if value is None:
         return {}
-    if isinstance(value, dict) and all(isinstance(url, str) for url in value.values()):
+    if isinstance(value, dict) and all(is_proxy_url(url) for url in value.values()):
         return {str(scheme): url for scheme, url in value.items()}
     # Not shown: a proxy URL may hold a password.
     raise DifyConfigurationError(
         'the extra \'proxies\' must be an object such as {"https": "http://proxy.example.com:3128"}.'
     )
+
+
+def is_proxy_url(url: object) -> bool:
+    """
+    Return whether a proxy's URL can be used; the HTTP clients quote a malformed one, password included.
+
+    :param url: such as ``http://user:password@proxy.example.com:3128``; the scheme may be missing.
+    :return: whether it names a host, and a port if any.
+    """
+    if not isinstance(url, str) or re.search(r"[\s\\]", url):
+        return False
+    try:
+        parts = urlsplit(url if "://" in url else f"http://{url}")
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
 
 
 def _console_url(value: Any) -> str | None:

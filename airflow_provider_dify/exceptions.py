@@ -1,118 +1,157 @@
 """
-What can go wrong between a task and Dify, told apart by what the task should do about it.
+What can go wrong between a task and Dify, separated by what the task should do about it.
 
-An exception that is also an ``AirflowFailException`` fails the task at once: the next try would meet the same
-answer. The others leave Airflow its retries. Every exception pickles with its attributes.
+::
+
+    DifyError                                   retried, as Airflow's retries say
+    ├── DifyConfigurationError                  fails: a connection or an argument that can't work
+    ├── DifyConnectionError                     retried: Dify was away, overloaded or broken
+    ├── DifyTaskKilled                          retried: Airflow killed the task; its run was stopped, or is looked for
+    ├── DifyRequestError                        fails: Dify rejected the request
+    │   ├── DifyAuthenticationError             fails: Dify refused the API key
+    │   └── DifyInputsRejected                  fails: the app doesn't take these inputs
+    ├── DifyWorkflowRunUncertain                fails: a run may have been started, and can't be found
+    ├── DifyWorkflowRunNotFound                 fails: the API key's app has no such run
+    ├── DifyOutputsError                        fails: the run succeeded, but its outputs can't be an XCom
+    └── DifyWorkflowRunFailed                   retried by the operator: the next try starts a new run
+        ├── DifyWorkflowRunCannotSucceed        fails: the sensor's run can't succeed any more; a person stopped it
+        └── DifyWorkflowRunTimeout              fails: the run was not over in time
+
+What *fails* is also an ``AirflowFailException``, which ends the task without using up retries: the next try would get
+the same response. Every exception pickles with its attributes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
-if TYPE_CHECKING:
-    from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.models import WorkflowRun
+
+_types: dict[str, type[DifyError]] = {}
 
 
 class DifyError(AirflowException):
     """Base of every error of this provider."""
 
+    # What a trigger's event carries beside the message; each is None where it isn't known.
+    attributes: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _types[cls.__name__] = cls
+
     def to_event(self) -> dict[str, Any]:
         """
-        Give the error as a trigger's event can carry it: what is in it, but no workflow run.
+        Return the error as a trigger's event can carry it: without the workflow run.
 
         :return: JSON-ready values, for :meth:`from_event`.
         """
-        attributes = {name: value for name, value in vars(self).items() if name != "run"}
+        attributes = {name: getattr(self, name, None) for name in self.attributes}
         return {"type": type(self).__name__, "text": str(self), "attributes": attributes}
 
     @staticmethod
-    def from_event(told: dict[str, Any]) -> DifyError:
+    def from_event(data: object) -> DifyError:
         """
-        Make the error again from what :meth:`to_event` gave.
+        Return the error that :meth:`to_event` described.
 
-        :param told: what it gave, maybe in another version of this package.
+        :param data: what it returned, maybe in another version of this package.
         :return: the error; a plain :class:`DifyError` where the type is not known here.
         """
-        kind = globals().get(told.get("type", ""))
-        error = kind(told.get("text", "")) if isinstance(kind, type) and issubclass(kind, DifyError) else None
-        if error is None:
-            return DifyError(told.get("text", ""))
-        vars(error).update(told.get("attributes") or {})
+        data = data if isinstance(data, dict) else {"text": f"The trigger's event has no error, but {data!r:.100}."}
+        error_type = _types.get(str(data.get("type")), DifyError)
+        error = error_type(str(data.get("text") or ""))
+        attributes = data.get("attributes")
+        for name in error_type.attributes:
+            setattr(error, name, attributes.get(name) if isinstance(attributes, dict) else None)
         return error
 
 
 class DifyConfigurationError(DifyError, AirflowFailException, ValueError):
-    """A connection or an argument that cannot work, whatever Dify answers. Fails without retry."""
+    """A connection or an argument that can't work, whatever Dify returns. Fails without retry."""
 
 
-class DifyConnectionError(DifyError):
+class _ResponseError(DifyError):
     """
-    Dify could not be reached, was overloaded or broken, or something that is not Dify answered.
+    A response that is an error.
+
+    :param message: what happened, for the reader.
+    :param status_code: HTTP status of the response; ``None`` where there was no response.
+    :param code: Dify's error code, such as ``not_workflow_app``, where the response had one.
+    :param dify_message: Dify's own message, where the response had one; ``.message`` on the exception.
+    :param server_version: Dify's version, where the response named it.
+    """
+
+    attributes: ClassVar[tuple[str, ...]] = ("status_code", "code", "message", "server_version")
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        status_code: int | None = None,
+        code: str | None = None,
+        dify_message: str | None = None,
+        server_version: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code  # type: ignore[assignment]  # Airflow types its own as HTTPStatus
+        self.code = code
+        self.message = dify_message
+        self.server_version = server_version
+
+
+class DifyConnectionError(_ResponseError):
+    """
+    Dify could not be reached, was overloaded or broken, or something that is not Dify responded.
 
     May pass, so Airflow may retry.
 
-    :param message: what happened, for the reader.
-    :param status_code: HTTP status of the answer; ``None`` where there was no answer.
-    :param code: Dify's error code, where the answer had one.
-    :param dify_message: Dify's own message, where the answer had one; ``.message`` on the exception.
-    :param retry_after: seconds that the server asked to wait (``Retry-After``), where it did.
+    :ivar retry_after: seconds that the server asked to wait (``Retry-After``); ``None`` where it didn't.
+    :ivar is_overloaded: whether the server turned the request away because it has too many.
     """
 
+    attributes = (*_ResponseError.attributes, "retry_after", "is_overloaded")
+
     def __init__(
-        self,
-        message: str = "",
-        *,
-        status_code: int | None = None,
-        code: str | None = None,
-        dify_message: str | None = None,
-        retry_after: float | None = None,
+        self, message: str = "", *, retry_after: float | None = None, is_overloaded: bool = False, **response: Any
     ) -> None:
-        super().__init__(message)
-        self.status_code = status_code  # type: ignore[assignment]  # Airflow types its own as HTTPStatus
-        self.code = code
-        self.message = dify_message
+        super().__init__(message, **response)
         self.retry_after = retry_after
+        self.is_overloaded = is_overloaded
 
 
-class DifyRequestError(DifyError, AirflowFailException):
+class DifyTaskKilled(DifyError):
     """
-    Dify understood the request and rejected it. Fails without retry.
+    Airflow killed the task, or its ``execution_timeout`` was over.
 
-    :param message: what happened, for the reader.
-    :param status_code: HTTP status of the answer.
-    :param code: Dify's error code, such as ``not_workflow_app``.
-    :param dify_message: Dify's own message; ``.message`` on the exception.
+    Retried. The run was stopped, or the next try looks for it.
     """
 
-    def __init__(
-        self,
-        message: str = "",
-        *,
-        status_code: int | None = None,
-        code: str | None = None,
-        dify_message: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status_code = status_code  # type: ignore[assignment]  # Airflow types its own as HTTPStatus
-        self.code = code
-        self.message = dify_message
+
+class DifyRequestError(_ResponseError, AirflowFailException):
+    """Dify understood the request and rejected it. Fails without retry."""
 
 
 class DifyAuthenticationError(DifyRequestError):
     """Dify refused the API key (401) or what it may do (403). Fails without retry."""
 
 
+class DifyInputsRejected(DifyRequestError):
+    """The app doesn't take these inputs, as its form or Dify itself says. No run was started. Fails without retry."""
+
+
 class DifyWorkflowRunUncertain(DifyError, AirflowFailException):
     """
-    A request that may have started a workflow run broke off before Dify named the run.
+    A request that may have started a workflow run broke off, and the run could not be found.
 
     Fails without retry, because the next try would start, and pay for, the run once more.
 
     :param message: what happened, for the reader.
     :param user: the ``user`` that the run was to be started as, by which Dify's log shows it.
     """
+
+    attributes = ("user",)
 
     def __init__(self, message: str = "", *, user: str | None = None) -> None:
         super().__init__(message)
@@ -125,19 +164,29 @@ class DifyWorkflowRunNotFound(DifyError, AirflowFailException):
 
     :param message: what happened, for the reader.
     :param workflow_run_id: the run that was asked for.
+    :param is_sure: whether the server said so; Dify 1.13.0 returns the same for other faults.
     """
 
-    def __init__(self, message: str = "", *, workflow_run_id: str | None = None) -> None:
+    attributes = ("workflow_run_id", "is_sure")
+
+    def __init__(self, message: str = "", *, workflow_run_id: str | None = None, is_sure: bool = True) -> None:
         super().__init__(message)
         self.workflow_run_id = workflow_run_id
+        self.is_sure = is_sure
 
 
-class DifyWorkflowRunFailed(DifyError, AirflowFailException):
+class DifyOutputsError(DifyError, AirflowFailException):
+    """The workflow run succeeded, but an output can't be an XCom. Fails without retry."""
+
+
+class DifyWorkflowRunFailed(DifyError):
     """
-    The workflow run ended without success. Fails without retry: this run can never succeed.
+    The workflow run ended without success.
+
+    The operator raises it with Airflow's retries, each of which starts a new run.
 
     :param message: what happened, for the reader.
-    :param run: the workflow run as Dify last told it, outputs included.
+    :param run: the workflow run as Dify last described it, outputs included.
     """
 
     def __init__(self, message: str = "", *, run: WorkflowRun | None = None) -> None:
@@ -145,7 +194,15 @@ class DifyWorkflowRunFailed(DifyError, AirflowFailException):
         self.run = run
 
 
-class DifyWorkflowRunTimeout(DifyWorkflowRunFailed):
+class DifyWorkflowRunCannotSucceed(DifyWorkflowRunFailed, AirflowFailException):
+    """
+    The workflow run ended without success, and a retry would not change that. Fails without retry.
+
+    The sensor raises it for every run that failed, the operator for one that a person stopped.
+    """
+
+
+class DifyWorkflowRunTimeout(DifyWorkflowRunFailed, AirflowFailException):
     """
     The workflow run was still not over ``run_timeout`` after its creation, or at the end of the operator's ``timeout``.
 

@@ -14,7 +14,7 @@ APP_MODES_WITH_WORKFLOW_RUNS = frozenset({"workflow", "advanced-chat"})
 
 
 class WorkflowRunStatus(str, Enum):
-    """The states of a workflow run that Dify's servers are known to answer."""
+    """The states of a workflow run that Dify's servers are known to return."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -34,13 +34,13 @@ WAITING_STATUSES = frozenset({WorkflowRunStatus.RUNNING, WorkflowRunStatus.PAUSE
 @dataclass(frozen=True)
 class WorkflowRun:
     """
-    A workflow run as ``GET /workflows/run/{workflow_run_id}`` tells it, the same for every server generation.
+    A workflow run as ``GET /workflows/run/{workflow_run_id}`` describes it.
 
     :param id: the run's UUID.
     :param workflow_id: the UUID of the workflow version that ran.
     :param status: a :class:`WorkflowRunStatus`, or the text itself where the server knows one that we don't.
     :param inputs: what the run was started with, Dify's ``sys.*`` entries included.
-    :param outputs: what the end node gave; ``None`` where the server said null, ``{}`` where it has none yet.
+    :param outputs: what the end node returned; ``None`` where the server said null, ``{}`` where it has none yet.
     :param error: Dify's own words on why the run failed or was stopped.
     :param total_steps: nodes run; 0 while the run is running.
     :param total_tokens: language model tokens used.
@@ -63,12 +63,12 @@ class WorkflowRun:
 
     @property
     def app_id(self) -> str | None:
-        """The UUID of the app that the run is of; ``None`` where the server doesn't tell."""
-        return app_id_of(self.inputs)
+        """The UUID of the run's app; ``None`` where the server doesn't say."""
+        return app_id_from(self.inputs)
 
     def without_payload(self) -> dict[str, Any]:
         """
-        Give everything but inputs and outputs, as values that any XCom backend takes.
+        Return everything but inputs and outputs, as values that any XCom backend takes.
 
         :return: ``id, workflow_id, status, error, total_steps, total_tokens, created_at, finished_at, elapsed_time``;
             times as ISO 8601 text.
@@ -85,28 +85,14 @@ class WorkflowRun:
             "elapsed_time": self.elapsed_time,
         }
 
-    def xcoms(self, multiple_outputs: bool) -> dict[str, Any]:
-        """
-        Give what the XComs of a task that waited on this run are.
-
-        :param multiple_outputs: whether each output is an XCom of its own.
-        :return: values by key; the return value is the outputs, ``{}`` where there are none.
-        """
-        outputs = self.outputs or {}
-        return {
-            "workflow_run": self.without_payload(),
-            **(outputs if multiple_outputs else {}),
-            "return_value": outputs,
-        }
-
 
 @dataclass(frozen=True)
 class AppInfo:
     """
-    The app that an API key belongs to, as ``GET /info`` tells it.
+    The app that an API key belongs to, as ``GET /info`` describes it.
 
     :param name: the app's name in Dify's console.
-    :param mode: ``workflow``, ``advanced-chat``, ``chat``, ...; ``None`` on servers that don't tell.
+    :param mode: ``workflow``, ``advanced-chat``, ``chat``, ...; ``None`` on servers that don't say.
     """
 
     name: str
@@ -114,14 +100,14 @@ class AppInfo:
 
     @property
     def has_workflow_runs(self) -> bool:
-        """Whether run details can be read with this app's key; assumed where the server doesn't tell."""
+        """Whether run details can be read with this app's key; assumed where the server doesn't say."""
         return self.mode is None or self.mode in APP_MODES_WITH_WORKFLOW_RUNS
 
 
 @dataclass(frozen=True)
 class LoggedWorkflowRun:
     """
-    A workflow run as a row of ``GET /workflows/logs`` tells it: without inputs and outputs.
+    A workflow run as a row of ``GET /workflows/logs`` describes it: without inputs and outputs.
 
     :param workflow_run_id: the run's UUID.
     :param status: as in :class:`WorkflowRun`.
@@ -132,6 +118,9 @@ class LoggedWorkflowRun:
     :param created_at: when it was created, in UTC.
     :param finished_at: when it ended, in UTC.
     :param elapsed_time: seconds it took.
+    :param exceptions_count: nodes that failed and whose error handling took over.
+    :param triggered_from: what started it: ``app-run``, ``debugging``, ``webhook``, ``schedule``, ...
+    :param version: the version of the workflow that ran.
     """
 
     workflow_run_id: str
@@ -143,16 +132,34 @@ class LoggedWorkflowRun:
     created_at: DateTime | None
     finished_at: DateTime | None
     elapsed_time: float | None
+    exceptions_count: int | None = None
+    triggered_from: str | None = None
+    version: str | None = None
 
 
-def app_id_of(inputs: object) -> str | None:
+def app_id_from(inputs: object) -> str | None:
     """
-    Find a run's app in what the run was started with.
+    Return a run's app, which is part of what the run was started with.
 
     :param inputs: the run's inputs, Dify's ``sys.*`` entries included.
-    :return: the app's UUID; ``None`` where they don't tell it.
+    :return: the app's UUID; ``None`` where they don't name it.
     """
     try:
         return str(uuid.UUID(inputs["sys.app_id"])) if isinstance(inputs, dict) else None
     except (KeyError, ValueError, AttributeError, TypeError):
+        return None
+
+
+def is_server_from(version: str | None, first: tuple[int, int]) -> bool | None:
+    """
+    Compare a server's version, which each response names in ``X-Version``.
+
+    :param version: such as ``1.16.1``; ``None`` where no response named it.
+    :param first: major and minor number to compare with.
+    :return: whether the server is of that version or later; ``None`` where that can't be known.
+    """
+    try:
+        major, minor = (version or "").split(".")[:2]
+        return (int(major), int(minor)) >= first
+    except ValueError:
         return None

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 
-from airflow_provider_dify.exceptions import DifyWorkflowRunFailed, DifyWorkflowRunTimeout
+from airflow_provider_dify.exceptions import (
+    DifyWorkflowRunCannotSucceed,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunTimeout,
+)
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.models import WAITING_STATUSES, WorkflowRun, WorkflowRunStatus
+
+# How Dify (1.13 to 1.16) ends a run whose Celery worker is shut down: as `stopped`, though nobody stopped it.
+_WORKER_SHUT_DOWN = "the worker is shutting down"
+# How Dify 1.16.1 ends a run that went on after a Human Input node, 30 of 30 times.
+_STREAM_CLOSED = "Client response stream closed before app execution completed"
 
 
 class Outcome(str, Enum):
@@ -25,26 +35,47 @@ class Verdict:
     What one look at a workflow run means for the task that waits on it.
 
     :param outcome: keep waiting, done, or one of the two ways to fail.
-    :param reason: a sentence for the log or the exception; quotes run, status, Dify's error, seconds and steps.
+    :param reason: a sentence for the log or the exception: the cause first, then run, status, seconds and steps.
     :param is_warning: whether the reason deserves a warning although the task goes on.
+    :param can_be_repeated: whether another run with the same inputs may succeed where this one failed.
     """
 
     outcome: Outcome
     reason: str
     is_warning: bool = False
+    can_be_repeated: bool = False
 
-    def raise_if_failed(self, run: WorkflowRun) -> None:
+    @property
+    def is_failure(self) -> bool:
+        """Whether the task fails."""
+        return self.outcome in (Outcome.FAILED, Outcome.TIMED_OUT)
+
+    def raise_if_failed(self, run: WorkflowRun, *, starts_again: bool = False) -> None:
         """
         Raise what the verdict means.
 
         :param run: the run that was judged; the exception carries it.
-        :raises DifyWorkflowRunFailed: if the run failed.
+        :param starts_again: whether a retry of the task starts another run.
+        :raises DifyWorkflowRunFailed: if the run failed, and a retry may help.
+        :raises DifyWorkflowRunCannotSucceed: if the run failed, and no retry helps.
         :raises DifyWorkflowRunTimeout: if it is overdue.
         """
         if self.outcome is Outcome.FAILED:
-            raise DifyWorkflowRunFailed(self.reason, run=run)
+            retryable = starts_again and self.can_be_repeated
+            raise (DifyWorkflowRunFailed if retryable else DifyWorkflowRunCannotSucceed)(self.reason, run=run)
         if self.outcome is Outcome.TIMED_OUT:
             raise DifyWorkflowRunTimeout(self.reason, run=run)
+
+    def because_of(self, node: str | None) -> Verdict:
+        """
+        Return the verdict with the node that failed, which only the run's events name.
+
+        :param node: such as ``Node 'Ask' (llm) failed: no such model``; ``None`` where it isn't known.
+        :return: the verdict; unchanged unless the run failed.
+        """
+        if node is None or self.outcome is not Outcome.FAILED:
+            return self
+        return replace(self, reason=f"{node} {self.reason}")
 
 
 def judge(
@@ -55,53 +86,85 @@ def judge(
     run_timeout: float | None = None,
 ) -> Verdict:
     """
-    Say what a workflow run's state means for a task that waits on it. Pure: the same answer for the same arguments.
+    Return what a workflow run's state means for a task that waits on it.
 
-    :param run: the run as Dify told it.
+    :param run: the run as Dify described it.
     :param now: the present, aware.
     :param fail_on_partial_success: whether ``partial-succeeded`` is a failure; else a success with a warning.
     :param run_timeout: seconds after the run's own ``created_at`` from which a run that is not over counts as failed.
-    :return: the verdict.
+    :return: the verdict; the same for the same arguments.
     """
     if run.status == WorkflowRunStatus.SUCCEEDED:
         return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{_facts(run)}.")
     if run.status == WorkflowRunStatus.PARTIAL_SUCCEEDED:
-        reason = (
-            f"Dify workflow run {run.id} is partial-succeeded{_facts(run)}: at least one of its nodes failed and the "
-            "node's error handling (default value or fail branch) took over."
-        )
-        if fail_on_partial_success:
-            return Verdict(Outcome.FAILED, f"{reason} fail_on_partial_success is set.")
-        return Verdict(Outcome.DONE, reason, is_warning=True)
+        return _judge_partial_success(run, fail_on_partial_success)
     if run.status in (WorkflowRunStatus.FAILED, WorkflowRunStatus.STOPPED):
-        verb = "failed" if run.status == WorkflowRunStatus.FAILED else "was stopped"
-        error = f": {run.error}" if run.error else "; Dify gave no error text."
-        return Verdict(Outcome.FAILED, f"Dify workflow run {run.id} {verb} (status {run.status}){_facts(run)}{error}")
+        return _judge_failure(run)
     if run.status not in WAITING_STATUSES and run.finished_at is not None:
-        error = f": {run.error}" if run.error else "."
         return Verdict(
             Outcome.FAILED,
-            f"Dify workflow run {run.id} finished with the status {str(run.status)!r}, which this version of "
-            f"airflow-provider-dify does not know{_facts(run)}{error}",
+            f"{_error(run)} Dify workflow run {run.id} finished with the status {one_line(str(run.status), 50)!r}, which "
+            f"this version of airflow-provider-dify does not know{_facts(run)}.",
+            can_be_repeated=True,
         )
     if run_timeout is not None and run.created_at is not None:
         age = (now - run.created_at).total_seconds()
         if age > run_timeout:
-            cause = (
-                "It waits for a person at a Human Input node."
-                if run.status == WorkflowRunStatus.PAUSED
-                else "Such a record is usually orphaned: the server that ran it was killed, or it was stopped and Dify "
-                "did not write that down. Look at the run in Dify's log and start a new one."
-            )
-            return Verdict(
-                Outcome.TIMED_OUT,
-                f"Dify workflow run {run.id} is still {run.status} {age:.0f} seconds after it was created "
-                f"(run_timeout is {run_timeout:g} seconds). {cause}",
-            )
-    return Verdict(Outcome.WAIT, f"Dify workflow run {run.id} is {run.status}.")
+            return Verdict(Outcome.TIMED_OUT, _overdue(run, age, run_timeout))
+    waits = " and waits for a person" if run.status == WorkflowRunStatus.PAUSED else ""
+    return Verdict(Outcome.WAIT, f"Dify workflow run {run.id} is {one_line(str(run.status), 50)}{waits}.")
+
+
+def _judge_partial_success(run: WorkflowRun, is_failure: bool) -> Verdict:
+    reason = (
+        "At least one node failed and its error handling (default value or fail branch) took over: "
+        f"Dify workflow run {run.id} is partial-succeeded{_facts(run)}."
+    )
+    if is_failure:
+        return Verdict(Outcome.FAILED, f"{reason} fail_on_partial_success is set.", can_be_repeated=True)
+    return Verdict(Outcome.DONE, reason, is_warning=True)
+
+
+def _judge_failure(run: WorkflowRun) -> Verdict:
+    error = run.error or ""
+    if run.status == WorkflowRunStatus.FAILED:
+        return Verdict(
+            Outcome.FAILED, f"{_error(run)} Dify workflow run {run.id} failed{_facts(run)}.", can_be_repeated=True
+        )
+    advice = ""
+    if _STREAM_CLOSED in error:
+        advice = (
+            " Dify 1.16.1 is known to end a run like this after it was paused for a person, although its nodes ran to "
+            "the end. Its outputs may be complete: see the exception's run, or the run in Dify's console."
+        )
+    return Verdict(
+        Outcome.FAILED,
+        f"{_error(run)} Dify workflow run {run.id} was stopped{_facts(run)}.{advice}",
+        can_be_repeated=_WORKER_SHUT_DOWN in error,
+    )
+
+
+def _overdue(run: WorkflowRun, age: float, run_timeout: float) -> str:
+    cause = (
+        "It waits for a person at a Human Input node."
+        if run.status == WorkflowRunStatus.PAUSED
+        else "Such a record is usually orphaned: the server that ran it was killed, or it was stopped and Dify did not "
+        "write that down. Look at the run in Dify's log and start a new one."
+    )
+    return (
+        f"Dify workflow run {run.id} is still {one_line(str(run.status), 50)} {age:.0f} seconds after it was created "
+        f"(run_timeout is {run_timeout:g} seconds). {cause}"
+    )
+
+
+def _error(run: WorkflowRun) -> str:
+    if not run.error:
+        return "Dify gave no error text."
+    text = one_line(run.error)
+    return text if text.endswith((".", "!", "?", "…")) else f"{text}."
 
 
 def _facts(run: WorkflowRun) -> str:
-    took = [] if run.elapsed_time is None else [f"after {run.elapsed_time:g} seconds"]
+    took = [] if run.elapsed_time is None else [f"after {run.elapsed_time:.1f} seconds"]
     steps = [] if run.total_steps is None else [f"{run.total_steps} step{'' if run.total_steps == 1 else 's'}"]
     return f" {' and '.join(took + steps)}" if took or steps else ""

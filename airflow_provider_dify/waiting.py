@@ -1,41 +1,34 @@
-"""What a series of polls means for a wait: which trouble is waited out, which ends it, and what is worth a line."""
+"""What a series of polls means for a wait: which failures it survives, what ends it, and what is worth a line. Pure."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from datetime import datetime, timedelta, timezone
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_dify.airflow_versions import push_each
-from airflow_provider_dify.exceptions import (
-    DifyConfigurationError,
-    DifyConnectionError,
-    DifyError,
-    DifyWorkflowRunNotFound,
-)
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
 from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from airflow.providers.common.compat.sdk import Context
     from airflow.sdk.types import Logger
 
-
-# Said where the stop route was asked: it answers success to anything, and the record often stays as it was.
-STOP_ASKED = "Asked Dify to stop workflow run %s. Whether it did may not show: its record can stay running for ever."
+# Seconds that no failed poll is delayed beyond, unless the server asks for more.
+MAX_RETRY_DELAY = 60.0
+# Seconds between two lines of a wait that goes on.
+LIFE_INTERVAL = 60.0
 
 
 @dataclass(frozen=True)
 class WaitPolicy:
     """
-    What a wait puts up with.
+    What a wait survives.
 
     :param fail_on_partial_success: whether ``partial-succeeded`` fails the wait.
-    :param not_found_grace: seconds from the first poll during which an unknown run is waited for.
+    :param not_found_grace: seconds from the first poll during which an unknown run is polled again.
     :param run_timeout: seconds since the run's own ``created_at`` after which a run that is not over fails the wait.
     :param max_consecutive_failures: polls in a row that may fail for a passing reason; ``None`` for any number.
     """
@@ -46,8 +39,60 @@ class WaitPolicy:
     max_consecutive_failures: int | None = 5
 
 
+@dataclass(frozen=True)
+class TriggerWait:
+    """
+    How a trigger waits; the arguments of :class:`airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`.
+
+    :param poll_interval: seconds between polls.
+    :param deadline: epoch seconds at which the wait gives up; wall-clock time, because a trigger may go on in another
+        triggerer. ``None`` takes it from the task, where the task started on the triggerer.
+    :param first_poll: epoch seconds of the wait's first poll, from which ``not_found_grace`` counts; now by default.
+    :param fail_on_partial_success: as for the sensor.
+    :param not_found_grace: as for the sensor, in seconds.
+    :param run_timeout: as for the sensor, in seconds.
+    :param max_consecutive_failures: as for the sensor; ``None`` for any number.
+    :param exponential_backoff: as for the sensor.
+    :param max_wait: as for the sensor, in seconds.
+    :param end_from_trigger: end the task on the triggerer when the run succeeded, with its outputs as XComs.
+    :param do_xcom_push: whether the task pushes XComs.
+    :param multiple_outputs: whether each output is an XCom of its own; only used with ``end_from_trigger``.
+    :param stop_task_id: Dify's id of the task to stop if a user ends the waiting task (Airflow 3.3 and later).
+    :param stop_user: the ``user`` that started the run; ``None`` for a run that goes on.
+    :param search: for a start that was not named yet: what to look for in Dify's log, as
+        :meth:`airflow_provider_dify.run_search.RunSearch.serialize` returns it.
+    """
+
+    poll_interval: float = 10.0
+    deadline: float | None = None
+    first_poll: float | None = None
+    fail_on_partial_success: bool = False
+    not_found_grace: float = 0.0
+    run_timeout: float | None = None
+    max_consecutive_failures: int | None = 5
+    exponential_backoff: bool = False
+    max_wait: float | None = None
+    end_from_trigger: bool = False
+    do_xcom_push: bool = True
+    multiple_outputs: bool = True
+    stop_task_id: str | None = None
+    stop_user: str | None = None
+    search: dict[str, Any] | None = None
+
+    @property
+    def policy(self) -> WaitPolicy:
+        """What the wait survives."""
+        return WaitPolicy(
+            self.fail_on_partial_success, self.not_found_grace, self.run_timeout, self.max_consecutive_failures
+        )
+
+    def serialize(self) -> dict[str, Any]:
+        """Return the arguments: text, numbers, booleans, null and the search's dict only, and no secret."""
+        return asdict(self)
+
+
 class WaitEnd(str, Enum):
-    """How a wait on the triggerer ended, as its event tells the worker."""
+    """How a wait on the triggerer ended, as its event says to the worker."""
 
     RUN_IS_OVER = "run_is_over"
     TIMED_OUT = "timed_out"
@@ -56,13 +101,13 @@ class WaitEnd(str, Enum):
 
 class RunWait:
     """
-    One wait on one workflow run: is told what each poll brought, and says whether to go on.
+    One wait on one workflow run: takes what each poll brought, and returns or raises what it means.
 
     :param workflow_run_id: the run.
-    :param policy: what the wait puts up with.
-    :param log: where changes of status and failed polls are told.
-    :param first_poll: when the wait first polled, aware; now by default.
-    :param on_first_look: told the run once, as soon as a poll has brought it.
+    :param policy: what the wait survives.
+    :param log: where changes of status and failed polls are logged.
+    :param first_poll: when the wait first polled, aware; at the first poll by default.
+    :param on_first_run: called with the run once, as soon as a poll has brought it.
     """
 
     def __init__(
@@ -72,53 +117,69 @@ class RunWait:
         *,
         log: Logger,
         first_poll: datetime | None = None,
-        on_first_look: Callable[[WorkflowRun], None] | None = None,
+        on_first_run: Callable[[WorkflowRun], None] | None = None,
     ) -> None:
         self.workflow_run_id = workflow_run_id
         self.policy = policy
-        self.first_poll = first_poll or datetime.now(timezone.utc)
+        self._first_poll = first_poll
         self.status: WorkflowRunStatus | str | None = None
         self.status_since: datetime | None = None
         self.consecutive_failures = 0
+        self._run: WorkflowRun | None = None
+        self._last_line: datetime | None = None
         self._log = log
-        self._on_first_look = on_first_look
+        self._on_first_run = on_first_run
 
-    def look_at(self, run: WorkflowRun) -> Verdict:
+    @property
+    def first_poll(self) -> datetime:
+        """When the wait first polled."""
+        if self._first_poll is None:
+            self._first_poll = datetime.now(timezone.utc)
+        return self._first_poll
+
+    def on_poll(self, run: WorkflowRun) -> Verdict:
         """
-        Take in the run that a poll brought, and tell a change of its status.
+        Take the run that a poll brought, and log a change of its status.
 
         :param run: the run.
         :return: what it means for the wait.
         """
+        now = max(datetime.now(timezone.utc), self.first_poll)
         self.consecutive_failures = 0
-        if self._on_first_look is not None:
-            self._on_first_look(run)
-            self._on_first_look = None
+        self._run = run
+        if self._on_first_run is not None:
+            self._on_first_run(run)
+            self._on_first_run = None
         verdict = judge(
             run,
-            now=datetime.now(timezone.utc),
+            now=now,
             fail_on_partial_success=self.policy.fail_on_partial_success,
             run_timeout=self.policy.run_timeout,
         )
         if self._is_new(run.status):
+            self._last_line = now
             if verdict.is_warning:
                 self._log.warning("%s", verdict.reason)
             elif verdict.outcome in (Outcome.WAIT, Outcome.DONE):
-                # A failure is told by the exception that it becomes.
+                # A failure is logged with the exception that it becomes.
                 self._log.info("%s", verdict.reason)
+        elif verdict.outcome is Outcome.WAIT and (now - (self._last_line or now)).total_seconds() >= LIFE_INTERVAL:
+            self._last_line = now
+            self._log.info("%s", f"{verdict.reason.removesuffix('.')}, {_life(run, now)}.")
         return verdict
 
-    def put_up_with(self, error: DifyConnectionError | DifyWorkflowRunNotFound) -> None:
+    def on_failed_poll(self, error: DifyConnectionError | DifyWorkflowRunNotFound) -> None:
         """
-        Take in a poll that failed: return if the wait goes on, raise what ends it.
+        Take a poll that failed: return if the wait goes on, raise what ends it.
 
         :param error: why the poll failed.
         :raises DifyWorkflowRunNotFound: once ``not_found_grace`` is over.
         :raises DifyConnectionError: once more than ``max_consecutive_failures`` polls in a row have failed.
         """
-        if isinstance(error, DifyWorkflowRunNotFound):
+        # A server that can't say "unknown" may only be broken for a moment, if it has shown the run before.
+        if isinstance(error, DifyWorkflowRunNotFound) and (error.is_sure or self._run is None):
             self.consecutive_failures = 0
-            self._put_up_with_unknown_run(error)
+            self._on_unknown_run(error)
             return
         self.consecutive_failures += 1
         allowed = self.policy.max_consecutive_failures
@@ -132,14 +193,10 @@ class RunWait:
             error,
         )
 
-    def last_seen(self) -> str:
-        """
-        Say how the run stood when it was last seen, for a wait that ends before the run does.
-
-        :return: a sentence with the run, its status and since when that was seen.
-        """
+    def describe_last_status(self) -> str:
+        """Return how the run stood when it was last seen, in a sentence, for a wait that ends before the run does."""
         if self.status is None or self.status_since is None:
-            return f"Dify workflow run {self.workflow_run_id} was never seen: no poll was answered."
+            return f"Dify workflow run {self.workflow_run_id} was never seen: no poll succeeded."
         return (
             f"Dify workflow run {self.workflow_run_id} was not over: its last status was {self.status}, "
             f"seen since {self.status_since.isoformat(timespec='seconds')}."
@@ -152,52 +209,38 @@ class RunWait:
         self.status_since = datetime.now(timezone.utc)
         return True
 
-    def _put_up_with_unknown_run(self, error: DifyWorkflowRunNotFound) -> None:
+    def _on_unknown_run(self, error: DifyWorkflowRunNotFound) -> None:
         grace = self.policy.not_found_grace
-        waited = (datetime.now(timezone.utc) - self.first_poll).total_seconds()
-        if waited >= grace:
+        elapsed = (datetime.now(timezone.utc) - self.first_poll).total_seconds()
+        if elapsed >= grace:
             if not grace:
                 raise error
             raise DifyWorkflowRunNotFound(
-                f"{error} It was still unknown {waited:.0f} seconds after the first poll "
+                f"{error} It was still unknown {elapsed:.0f} seconds after the first poll "
                 f"(not_found_grace is {grace:g} seconds).",
                 workflow_run_id=error.workflow_run_id,
             ) from error
         if self._is_new("unknown to Dify"):
             self._log.info(
-                "Dify does not know workflow run %s yet; waiting for it until %g seconds after the first poll.",
+                "Dify does not know workflow run %s yet; polling it until %g seconds after the first poll.",
                 self.workflow_run_id,
                 grace,
             )
 
 
-def hand_over(run: WorkflowRun, verdict: Verdict, context: Context, *, do_xcom_push: bool) -> dict[str, Any]:
+def _life(run: WorkflowRun, now: datetime) -> str:
+    age = f"{max(0.0, (now - run.created_at).total_seconds()):.0f} seconds after its creation" if run.created_at else ""
+    steps = f"{run.total_steps} steps so far" if run.total_steps else ""
+    return ", ".join(filter(None, (age, steps))) or "as before"
+
+
+def error_from_event(event: Any, timed_out: Callable[[str], Exception]) -> Exception | None:
     """
-    End a task as its run ended.
+    Return the error that a trigger's event stands for.
 
-    :param run: the run, which is over.
-    :param verdict: what that means.
-    :param context: the running task's context.
-    :param do_xcom_push: whether to push XComs.
-    :return: the task's return value: the run's outputs.
-    :raises DifyWorkflowRunFailed: if the run failed or is overdue.
-    """
-    if do_xcom_push and (ti := context.get("ti")):
-        ti.xcom_push(key="workflow_run", value=run.without_payload())
-    verdict.raise_if_failed(run)
-    outputs = run.outputs or {}
-    if do_xcom_push:
-        push_each(outputs, context)
-    return outputs
-
-
-def error_of_event(event: Any, timed_out: Callable[[str], Exception]) -> Exception | None:
-    """
-    Give the error that a trigger's event stands for.
-
-    :param event: what the trigger told.
-    :param timed_out: makes the error for a wait whose time was over, out of what was last seen.
-    :return: the error; ``None`` if the run is over and to be read again.
+    :param event: the trigger's event.
+    :param timed_out: makes the error for a wait whose time was over, out of the run's last status.
+    :return: the error; ``None`` if the run is over and has to be read again.
     """
     # What is no dict is the event that ends a task, which only a test run hands to its task.
     if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
@@ -208,9 +251,11 @@ def error_of_event(event: Any, timed_out: Callable[[str], Exception]) -> Excepti
     return DifyError.from_event(event.get("error") or {"text": message})
 
 
-def spread(interval: float, polls: int, *, exponential_backoff: bool = False, max_wait: float | None = None) -> float:
+def next_interval(
+    interval: float, polls: int, *, exponential_backoff: bool = False, max_wait: float | None = None
+) -> float:
     """
-    Say how long to wait between two polls.
+    Return how long to wait between two polls.
 
     :param interval: seconds between polls.
     :param polls: polls so far.
@@ -225,31 +270,16 @@ def spread(interval: float, polls: int, *, exponential_backoff: bool = False, ma
     return doubled if max_wait is None else min(doubled, max_wait)
 
 
-def whole_number(name: str, value: Any) -> int:
+def delay_after(error: Exception, failures: int, retry_delay: float) -> float:
     """
-    Check an argument that counts something.
+    Return how long not to ask after a failure, so that short intervals don't use up the allowance at once.
 
-    :param name: the argument, for the message.
-    :param value: a whole number, not below 0.
-    :return: the number.
-    :raises DifyConfigurationError: if it is anything else.
+    :param error: the failure.
+    :param failures: failures in a row, this one included.
+    :param retry_delay: seconds after the first failure; doubled with each further one, with jitter.
+    :return: seconds; at least what the server asked for (``Retry-After``), which is never cut short.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise DifyConfigurationError(f"{name} must be a whole number, not below 0: {value!r}")
-    return value
-
-
-def seconds(name: str, value: Any) -> float:
-    """
-    Check an argument that is a length of time.
-
-    :param name: the argument, for the message.
-    :param value: seconds, or a ``timedelta``.
-    :return: seconds.
-    :raises DifyConfigurationError: if it is neither, or negative.
-    """
-    if isinstance(value, timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise DifyConfigurationError(f"{name} must be a number of seconds or a timedelta, not below 0: {value!r}")
-    return float(value)
+    if not isinstance(error, DifyConnectionError):
+        return 0.0
+    delay = retry_delay * 2.0 ** (min(failures, 16) - 1) * random.uniform(1, 1.5)  # noqa: S311
+    return max(min(delay, MAX_RETRY_DELAY), error.retry_after or 0.0)

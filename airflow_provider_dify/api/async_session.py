@@ -1,19 +1,28 @@
-"""How requests travel on an event loop."""
+"""
+How requests travel on an event loop: as on a worker, over a session that all who share a connection share.
+
+A thousand waits on one triggerer poll over a few kept-alive connections.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import ssl
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import urljoin
 from weakref import WeakKeyDictionary
 
 import aiohttp
-import requests
-from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 
-from airflow_provider_dify.api.responses import HttpAnswer, answered, unreachable
+from airflow_provider_dify.api.calls import LiveTaskId
+from airflow_provider_dify.api.environment import route_to
+from airflow_provider_dify.api.events import EventStreamReader
+from airflow_provider_dify.api.http_response import HttpResponse, no_response
+from airflow_provider_dify.api.live_task_id import task_id_from
+from airflow_provider_dify.api.routes import events_path
 from airflow_provider_dify.connection import HEADERS, DifyConnection
 
 # More at once gain nothing, and a server that stalls must not be given all the sockets of a triggerer.
@@ -41,12 +50,14 @@ class SharedSession:
 
     @classmethod
     def join(cls, connection: DifyConnection) -> SharedSession:
+        """Return the session of this event loop for a connection, and count one more who uses it."""
         sessions = _sessions.setdefault(asyncio.get_running_loop(), {})
         shared = sessions.setdefault(connection, cls(connection))
         shared.users += 1
         return shared
 
     async def leave(self) -> None:
+        """Count one less, and close the session after the last one."""
         self.users -= 1
         if self.users:
             return
@@ -59,51 +70,100 @@ class SharedSession:
             # Shielded, because a cancelled trigger must not leave its sockets behind.
             await asyncio.shield(client.close())
 
-    async def send(self, method: str, path: str, subject: str, body: dict[str, str] | None = None) -> HttpAnswer:
-        """Send a request and give the whole answer; a GET follows redirects within the connection's server."""
+    async def send(
+        self,
+        method: str,
+        path: str,
+        subject: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: Mapping[str, Any] | None = None,
+    ) -> HttpResponse:
+        """
+        Send a request and return the whole response; a GET follows redirects within the connection's server.
+
+        :raises DifyConnectionError: if there is none.
+        """
         first_url = url = f"{self.connection.base_url}{path}"
         for _ in range(MAX_REDIRECTS):
-            answer = await self._send_once(method, url, subject, body)
-            redirects = method == "GET" and 300 <= answer.status_code < 400
-            location = answer.header("Location") if redirects else None
-            if location is None or not self.connection.owns(urljoin(url, location)):
+            # The query goes with the first request only: a redirect names its own.
+            response = await self._send_once(method, url, subject, params if url == first_url else None, body)
+            target = self._redirect_target(url, response) if method == "GET" else None
+            if target is None:
                 break
-            url = urljoin(url, location)
-        return answer if url == first_url else replace(answer, url=first_url)
+            url = target
+        return response if url == first_url else replace(response, url=first_url)
 
-    async def _send_once(self, method: str, url: str, subject: str, body: dict[str, str] | None) -> HttpAnswer:
+    def _redirect_target(self, url: str, response: HttpResponse) -> str | None:
+        location = response.header("Location") if 300 <= response.status_code < 400 else None
+        try:
+            target = urljoin(url, location) if location else ""
+        except ValueError:
+            return None
+        return target if target and self.connection.owns(target) else None
+
+    async def _send_once(
+        self, method: str, url: str, subject: str, params: Mapping[str, Any] | None, body: Mapping[str, Any] | None
+    ) -> HttpResponse:
         # The wait for a slot is outside the timeout: that others are slow is no failure of this poll.
         async with self.slots:
             client = self.client or await self.open()
             try:
                 try:
-                    return await self._request(client, method, url, body)
+                    return await self._request(client, method, url, params, body)
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                     # Most likely a kept-alive connection that the server closed just now; a new one tells.
-                    return await self._request(client, method, url, body)
-            except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-                raise unreachable(self.connection, subject, url, error) from error
+                    return await self._request(client, method, url, params, body)
+            except Exception as error:
+                # Whatever the client calls it, and whatever the server or a proxy said to cause it.
+                failure = no_response(self.connection, subject, url, error)
+        # Outside of the handler: the client's own error, which a log would show as the cause, may quote a password.
+        raise failure
 
     async def _request(
-        self, client: aiohttp.ClientSession, method: str, url: str, body: dict[str, str] | None
-    ) -> HttpAnswer:
-        async with client.request(method, url, json=body, allow_redirects=False, proxy=self.proxy) as response:
-            return answered(self.connection, url, response.status, response.headers, await response.read())
+        self,
+        client: aiohttp.ClientSession,
+        method: str,
+        url: str,
+        params: Mapping[str, Any] | None,
+        body: Mapping[str, Any] | None,
+    ) -> HttpResponse:
+        async with client.request(
+            method, url, params=params, json=body, allow_redirects=False, proxy=self.proxy
+        ) as response:
+            return HttpResponse.received(self.connection, url, response.status, response.headers, await response.read())
+
+    async def read_live_task_id(self, step: LiveTaskId) -> str | None:
+        """Return what :func:`airflow_provider_dify.api.live_task_id.read_live_task_id` does; the caller bounds the time."""
+        client = self.client or await self.open()
+        reader = EventStreamReader()
+        url = f"{self.connection.base_url}{events_path(step.workflow_run_id)}"
+        async with client.get(url, params={"user": step.user}, allow_redirects=False, proxy=self.proxy) as response:
+            async for piece in response.content.iter_any():
+                if not response.ok:
+                    break
+                if task_id := task_id_from(reader, piece, step.workflow_run_id):
+                    return task_id
+        return None
 
     async def open(self) -> aiohttp.ClientSession:
-        """Give the client, made by the first who asks."""
+        """
+        Return the client, made by the first who asks.
+
+        :raises DifyConfigurationError: if the environment's or the connection's proxy or CA bundle can't be used.
+        """
         async with self.opening:
             if self.client is None:
                 # In a thread: certificates are read from disk, and the environment is asked for a proxy.
                 self.proxy, tls = await asyncio.to_thread(_proxy_and_tls, self.connection)
-                connect, read = self.connection.timeouts()
+                connect, total = self.connection.timeouts()
                 self.client = aiohttp.ClientSession(
                     connector=aiohttp.TCPConnector(
                         limit=MAX_REQUESTS_AT_ONCE, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls
                     ),
-                    # One timer for the whole answer, where requests has one for each piece of it: a trigger's slot
+                    # One timer for the whole response, where requests has one for each piece of it: a trigger's slot
                     # must not be held by a server that sends a byte at a time.
-                    timeout=aiohttp.ClientTimeout(total=connect + read, sock_connect=connect),
+                    timeout=aiohttp.ClientTimeout(total=total, sock_connect=connect),
                     # The key may stand here: this session is one connection's, and follows no redirect by itself.
                     headers={**HEADERS, "Authorization": f"Bearer {self.connection.api_key}"},
                     cookie_jar=aiohttp.DummyCookieJar(),
@@ -115,16 +175,11 @@ _sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[DifyConnection, Sha
 
 
 def _proxy_and_tls(connection: DifyConnection) -> tuple[str | None, ssl.SSLContext | bool]:
-    """Say which proxy and which certificates ``requests`` would use, so that both clients go the same way."""
-    with requests.Session() as session:
-        verify = None if connection.verify is True else connection.verify
-        settings = session.merge_environment_settings(
-            connection.base_url, dict(connection.proxies), stream=None, verify=verify, cert=None
-        )
-    proxy = select_proxy(connection.base_url, settings["proxies"])
-    if settings["verify"] is False:
-        return proxy, False
-    bundle = settings["verify"] if isinstance(settings["verify"], str) else DEFAULT_CA_BUNDLE_PATH
+    """Return the proxy and the certificates that ``requests`` would use, so that both clients go the same way."""
+    route = route_to(connection, takes_socks=False)
+    if route.verify is False:
+        return route.proxy, False
+    bundle = str(route.verify)
     if os.path.isdir(bundle):
-        return proxy, ssl.create_default_context(capath=bundle)
-    return proxy, ssl.create_default_context(cafile=bundle)
+        return route.proxy, ssl.create_default_context(capath=bundle)
+    return route.proxy, ssl.create_default_context(cafile=bundle)

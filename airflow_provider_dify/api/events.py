@@ -2,7 +2,8 @@
 What Dify's event stream looks like on the wire: ``text/event-stream`` bytes in, typed events out.
 
 A stream starts with ``workflow_started``, which names the run and its task, and ends with ``workflow_finished``,
-``workflow_paused`` or ``error``. Pings are a bare ``event: ping`` without data, about every 10 seconds.
+``workflow_paused`` or ``error``. Pings are a bare ``event: ping`` without data, about every 10 seconds. From Dify 1.13 on
+the first ping comes at once, before there is a run.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.models import app_id_of
+from airflow_provider_dify.models import app_id_from
 
 STARTED = "workflow_started"
+FINISHED = "workflow_finished"
+PAUSED = "workflow_paused"
+ERROR = "error"
 PING = "ping"
-# After any of these the stream says no more.
-ENDINGS = frozenset({"workflow_finished", "workflow_paused", "error"})
+# After any of these the stream has no more events.
+ENDINGS = frozenset({FINISHED, PAUSED, ERROR})
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class WorkflowEvent:
     :param name: what happened: ``workflow_started``, ``node_started``, ``node_finished``, ``text_chunk``, ...
     :param workflow_run_id: the run's UUID; ``None`` in an ``error`` from before there was a run.
     :param task_id: the UUID that the stop route takes.
-    :param data: what the event tells; here ``inputs`` and ``outputs`` are objects on every server.
+    :param data: what the event carries; here ``inputs`` and ``outputs`` are objects on every server.
     """
 
     name: str
@@ -37,36 +41,29 @@ class WorkflowEvent:
 
     @property
     def app_id(self) -> str | None:
-        """The UUID of the run's app, which ``workflow_started`` tells; ``None`` otherwise."""
-        return app_id_of(self.data.get("inputs"))
+        """The UUID of the run's app, which ``workflow_started`` names; ``None`` otherwise."""
+        return app_id_from(self.data.get("inputs"))
 
     @property
     def is_ending(self) -> bool:
-        """Whether the stream says no more after this event."""
+        """Whether the stream has no more events after this one."""
         return self.name in ENDINGS
 
-    def progress(self) -> str | None:
+    @property
+    def starts_a_rejected_run(self) -> bool:
         """
-        Tell the event as a line for a task's log.
+        Whether this is the start of a run that Dify (1.15 and later) rejects in the next event, and keeps no record of.
 
-        :return: a sentence for a node that started or ended, ``None`` for anything else.
+        Measured on 1.15.0 and 1.16.1: both ids are the same, and the inputs have no ``sys.*`` entries.
         """
-        if self.name not in ("node_started", "node_finished"):
-            return None
-        node = f"Node {self.data.get('title')!r} ({self.data.get('node_type')})"
-        if self.name == "node_started":
-            return f"{node} started."
-        elapsed = self.data.get("elapsed_time")
-        took = f" after {elapsed:.2f} seconds" if isinstance(elapsed, (int, float)) else ""
-        tokens = (self.data.get("execution_metadata") or {}).get("total_tokens")
-        used = f", {tokens} tokens" if tokens else ""
-        error = f": {self.data['error']}" if self.data.get("error") else ""
-        return f"{node} {self.data.get('status')}{took}{used}{error}."
+        inputs = self.data.get("inputs")
+        has_system_inputs = isinstance(inputs, dict) and any(str(name).startswith("sys.") for name in inputs)
+        return self.name == STARTED and self.task_id == self.workflow_run_id and not has_system_inputs
 
 
 class EventStreamReader:
     """
-    Cut a stream of bytes, in whatever pieces it arrives, into events.
+    Cuts a stream of bytes, in whatever pieces it arrives, into events.
 
     No library is used for this: the ones for ``requests`` are not part of Airflow, and what Dify sends takes a dozen
     lines. Follows the field rules of the HTML standard's server-sent events, for ``data`` and ``event``.
@@ -80,7 +77,7 @@ class EventStreamReader:
 
     def feed(self, piece: bytes) -> list[WorkflowEvent]:
         """
-        Take in the next piece of the stream.
+        Parse the next piece of the stream.
 
         :param piece: bytes, cut anywhere, in the middle of a character too.
         :return: the events that the piece completed.
@@ -99,9 +96,9 @@ class EventStreamReader:
                 self._name = line[6:].strip()
             elif not line:
                 if self._data:
-                    events.append(_event(b"\n".join(self._data)))
+                    events.append(_parse_event(b"\n".join(self._data)))
                 elif self._name == PING.encode():
-                    # Told on, so that who follows a run that says nothing else can look at the clock.
+                    # Passed on, so that a reader of a silent run can look at the clock.
                     events.append(WorkflowEvent(PING, None, None, {}))
                 self._data, self._name = [], b""
         del self._pending[:start]
@@ -109,15 +106,22 @@ class EventStreamReader:
         return events
 
 
-def _event(text: bytes) -> WorkflowEvent:
-    told = json.loads(text)
-    if not isinstance(told, dict) or not isinstance(told.get("event"), str):
+def _parse_event(text: bytes) -> WorkflowEvent:
+    try:
+        fields = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("an event that is nested too deeply") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("event"), str):
         raise ValueError(f"an event of another shape: {text[:120]!r}")
-    data = told.get("data")
+    data = fields.get("data")
+    run_id, task_id = (
+        value if isinstance(value := fields.get(name), str) and value else None
+        for name in ("workflow_run_id", "task_id")
+    )
     return WorkflowEvent(
-        name=told["event"],
-        workflow_run_id=told.get("workflow_run_id"),
-        task_id=told.get("task_id"),
-        # An error tells its status, code and message beside its name.
-        data=data if isinstance(data, dict) else {k: v for k, v in told.items() if k != "event"},
+        name=fields["event"],
+        workflow_run_id=run_id,
+        task_id=task_id,
+        # An error has its status, code and message beside its name.
+        data=data if isinstance(data, dict) else {k: v for k, v in fields.items() if k != "event"},
     )

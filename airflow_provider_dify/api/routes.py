@@ -5,30 +5,54 @@ from __future__ import annotations
 import uuid
 
 from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.excerpts import one_line
 
-# How much of a wrong id a message shows.
-_EXCERPT_LENGTH = 120
+INFO = "/info"
+PARAMETERS = "/parameters"
+LOGS = "/workflows/logs"
+UPLOAD = "/files/upload"
+
 # The longest user that Dify takes; a longer one is a 500.
 MAX_USER_LENGTH = 255
 
 
-def canonical_workflow_run_id(workflow_run_id: object) -> str:
-    """
-    Check a workflow run id before any request is made with it.
+def run_path(workflow_run_id: str) -> str:
+    """Return the path of a run's detail."""
+    return f"/workflows/run/{workflow_run_id}"
 
-    Dify answers an id that is no UUID with a 500, and an empty one with an HTML 404, which both look like passing
-    trouble of the server.
+
+def start_path(workflow_id: str | None) -> str:
+    """Return the path that starts a run of the current version, or of the one with this id."""
+    return "/workflows/run" if workflow_id is None else f"/workflows/{parse_uuid('workflow_id', workflow_id)}/run"
+
+
+def stop_path(task_id: str) -> str:
+    """Return the path that stops a task."""
+    return f"/workflows/tasks/{parse_uuid('task_id', task_id)}/stop"
+
+
+def events_path(workflow_run_id: str) -> str:
+    """Return the path of a run's events (Dify 1.14 and later)."""
+    return f"/workflow/{workflow_run_id}/events"
+
+
+def parse_workflow_run_id(workflow_run_id: object) -> str:
+    """
+    Parse a workflow run id before any request is made with it.
+
+    Dify returns a 500 for an id that is no UUID, and an HTML 404 for an empty one, which both look like a fault of the
+    server that may pass.
 
     :param workflow_run_id: any spelling that ``uuid.UUID`` takes.
     :return: the id in lower case with hyphens.
     :raises DifyConfigurationError: if it is anything else; the message shows what it was.
     """
-    return canonical_uuid("workflow_run_id", workflow_run_id)
+    return parse_uuid("workflow_run_id", workflow_run_id)
 
 
-def canonical_uuid(name: str, value: object) -> str:
+def parse_uuid(name: str, value: object) -> str:
     """
-    Check an id that becomes part of a route.
+    Parse an id that becomes part of a path.
 
     :param name: the argument, for the message.
     :param value: any spelling that ``uuid.UUID`` takes.
@@ -42,25 +66,20 @@ def canonical_uuid(name: str, value: object) -> str:
             return str(uuid.UUID(value))
         except ValueError:
             pass
-    shown = repr(value)
-    if len(shown) > _EXCERPT_LENGTH:
-        shown = shown[:_EXCERPT_LENGTH] + "…"
     raise DifyConfigurationError(
-        f"{name} must be the UUID that Dify gave it, but it is {shown} ({type(value).__name__}). If it is a template "
-        "or comes from an upstream task, check what that task returned."
+        f"{name} must be the UUID that Dify returned, but it is {one_line(repr(value), 120)} ({type(value).__name__}). "
+        "If it is a template or comes from an upstream task, check what that task returned."
     )
 
 
-def workflow_run_subject(workflow_run_id: str) -> str:
-    """Give the words for a run in the middle of a message."""
-    return f"workflow run {workflow_run_id}"
+def check_user(user: object) -> None:
+    """
+    Check the ``user`` of a request.
 
-
-def workflow_run_path(workflow_run_id: str) -> str:
-    """Give the route of a run's detail, below the base URL."""
-    return f"/workflows/run/{workflow_run_id}"
-
-
-def stop_path(task_id: str) -> str:
-    """Give the route that stops a task, below the base URL."""
-    return f"/workflows/tasks/{canonical_uuid('task_id', task_id)}/stop"
+    :param user: text of 1 to 255 characters.
+    :raises DifyConfigurationError: if it is anything else.
+    """
+    if not isinstance(user, str) or not user or len(user) > MAX_USER_LENGTH:
+        raise DifyConfigurationError(
+            f"user must be text of 1 to {MAX_USER_LENGTH} characters, but it is {one_line(repr(user), 300)}."
+        )

@@ -1,38 +1,55 @@
-"""A workflow run that was just started, and its events."""
+"""A start that was sent, the run once Dify names it, and the run's events."""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NoReturn
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import requests
 from urllib3.exceptions import NewConnectionError
 
-from airflow_provider_dify.api.events import PING, STARTED, EventStreamReader, WorkflowEvent
-from airflow_provider_dify.api.responses import answered, raise_rejection, unreachable
+from airflow_provider_dify.api.events import STARTED, EventStreamReader, WorkflowEvent
+from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
+from airflow_provider_dify.api.responses import error_from_start
+from airflow_provider_dify.api.session import DifySession
 from airflow_provider_dify.connection import DifyConnection
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunUncertain
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.excerpts import one_line
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from requests.models import Response
 
+_SUBJECT = "the start of a workflow run"
+
 
 class WorkflowRunStream:
     """
-    A workflow run that was just started, and the events that Dify tells of it.
+    A start that was sent, the run once Dify names it, and the run's events.
 
-    Iterating gives the events after ``workflow_started`` up to the one that ends the stream. A stream that breaks, or
-    that is silent for longer than the timeout, is a :class:`airflow_provider_dify.exceptions.DifyConnectionError`; the
-    run goes on all the same. Made by :meth:`DifyHook.start_workflow_run`.
+    The request and its response are read in a thread, so that a caller waits for the next event as long as it likes and
+    no longer, whatever the server does. The run goes on without its client.
 
-    :ivar workflow_run_id: the run's UUID.
-    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes.
-    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't tell.
+    :param session: a session of its own: on a kept-alive connection that the server has just closed, nobody could tell
+        whether the request arrived.
+    :param url: where to send the start.
+    :param body: the JSON body.
+    :param user: the ``user`` in the body, for messages.
+    :ivar workflow_run_id: the run's UUID; empty until Dify names it.
+    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
+    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
+    :ivar server_version: Dify's version; ``None`` until it responds.
     """
 
-    def __init__(self, connection: DifyConnection, session: requests.Session, url: str, body: bytes, user: str) -> None:
+    def __init__(self, connection: DifyConnection, session: DifySession, url: str, body: bytes, user: str) -> None:
         self._connection = connection
         self._session = session
         self._url = url
@@ -40,21 +57,92 @@ class WorkflowRunStream:
         self.workflow_run_id = ""
         self.task_id = ""
         self.app_id: str | None = None
-        self._response = self._post(body)
-        self._events = self._read()
-        self._find_start()
+        self.server_version: str | None = None
+        self._response: Response | None = None
+        # A response or its events in turn, then why there are no more.
+        self._items: SimpleQueue[HttpResponse | WorkflowEvent | Exception | None] = SimpleQueue()
+        self._accepted = False
+        self._end: Exception | None = None
+        threading.Thread(target=self._read, args=(body,), name="dify-start", daemon=True).start()
+
+    @property
+    def is_named(self) -> bool:
+        """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
+        return bool(self.workflow_run_id)
+
+    def wait_until_accepted(self, seconds: float) -> bool:
+        """
+        Wait for the beginning of the response.
+
+        :param seconds: how long.
+        :return: whether an event stream has begun, which from Dify 1.13 on does not say that there is a run yet.
+        :raises DifyError: if Dify rejected the start; a :class:`DifyConnectionError` only if nothing was started.
+        :raises DifyWorkflowRunUncertain: if a run may have been started all the same.
+        """
+        if not self._accepted:
+            item = self._next_item(seconds)
+            if isinstance(item, HttpResponse):
+                self.close()
+                raise self._rejection(item)
+            self._accepted = item is not None
+        return self._accepted
+
+    def next_event(self, seconds: float) -> WorkflowEvent | None:
+        """
+        Return the run's next event.
+
+        :param seconds: how long to wait for it.
+        :return: the event; ``None`` if there was none, which says nothing about the run.
+        :raises DifyWorkflowRunUncertain: if the stream ended before Dify named the run.
+        :raises DifyConnectionError: if the stream broke off after that; the run goes on.
+        """
+        item = self._next_item(seconds)
+        if not isinstance(item, WorkflowEvent):
+            return None
+        if item.name == STARTED and not self.is_named:
+            if not item.workflow_run_id or not item.task_id:
+                self.close()
+                raise self._uncertain("the event workflow_started names no run")
+            self.workflow_run_id = item.workflow_run_id
+            self.task_id = item.task_id
+            self.app_id = item.app_id
+        elif item.is_ending and not self.is_named:
+            self.close()
+            raise self._uncertain(f"the stream begins with the event {item.name!r}: {one_line(repr(item.data), 300)}")
+        return item
+
+    def wait_until_named(self, seconds: float) -> WorkflowEvent | None:
+        """
+        Wait until Dify names the run.
+
+        :param seconds: how long.
+        :return: the event ``workflow_started``; ``None`` if it did not come in time: the run is queued, perhaps.
+        :raises DifyError: as :meth:`wait_until_accepted` and :meth:`next_event` do.
+        """
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if not self._accepted:
+                self.wait_until_accepted(left)
+                continue
+            event = self.next_event(left)
+            if event is not None and event.name == STARTED:
+                return event
+        return None
 
     def __iter__(self) -> Iterator[WorkflowEvent]:
-        try:
-            for event in self._events:
-                yield event
-                if event.is_ending:
-                    return
-        except _Broken as broken:
-            raise DifyConnectionError(
-                f"The events of workflow run {self.workflow_run_id} broke off at {self._url} "
-                f"({type(broken.reason).__name__}: {broken.reason}). The run goes on."
-            ) from broken.reason
+        """
+        Iterate over the events after ``workflow_started``, up to the one that ends the stream.
+
+        :raises DifyConnectionError: if the stream breaks off, or is silent for longer than the timeout.
+        """
+        timeout = self._connection.timeouts()[1]
+        while True:
+            event = self.next_event(timeout)
+            if event is None:
+                raise self._broken(f"no event within {timeout:g} seconds")
+            yield event
+            if event.is_ending:
+                return
 
     def __enter__(self) -> WorkflowRunStream:
         return self
@@ -69,71 +157,95 @@ class WorkflowRunStream:
 
     def close(self) -> None:
         """Hang up; the run goes on."""
-        self._response.close()
+        # First the sockets: a thread that reads one would not notice that it was closed.
+        self._session.abort()
+        if self._response is not None:
+            self._response.close()
         self._session.close()
 
-    def _post(self, body: bytes) -> Response:
-        subject = "the start of a workflow run"
+    def _next_item(self, seconds: float) -> HttpResponse | WorkflowEvent | bool | None:
+        """Return what came next: a response that is no stream, ``True`` for the beginning of a stream, or an event."""
+        if self._end is None:
+            try:
+                item = self._items.get(timeout=max(0.0, seconds))
+            except Empty:
+                return None
+            if item is None:
+                return True
+            if not isinstance(item, Exception):
+                return item
+            self._end = item
+        self.close()
+        raise self._error(self._end)
+
+    def _read(self, body: bytes) -> None:
+        """Send the start and read what comes back, in a thread of its own."""
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+        connect, _ = self._connection.timeouts()
         try:
-            response = self._session.post(self._url, data=body, headers=headers, stream=True, allow_redirects=False)
-            if response.ok and response.headers.get("Content-Type", "").startswith("text/event-stream"):
-                return response
-            answer = answered(self._connection, self._url, response.status_code, response.headers, response.content)
-        except requests.RequestException as error:
-            if _was_never_sent(error):
-                raise unreachable(self._connection, subject, self._url, error) from error
-            self._raise_uncertain(f"{type(error).__name__}: {error}", error)
-        try:
-            raise_rejection(answer, subject)
-        except DifyConnectionError as error:
-            # Only what a server says before it starts anything is sure to have started nothing.
-            if answer.status_code < 200 or 300 <= answer.status_code < 500:
-                raise
-            self._raise_uncertain(str(error), error)
+            # No timeout for a piece of the response: a queued run is silent for as long as it is queued.
+            response = self._session.post(
+                self._url, data=body, headers=headers, stream=True, allow_redirects=False, timeout=(connect, None)
+            )
+            self._response = response
+            self.server_version = one_line(response.headers.get("X-Version", ""), 30) or None
+            if not (response.ok and response.headers.get("Content-Type", "").startswith("text/event-stream")):
+                received = HttpResponse.received(
+                    self._connection, self._url, response.status_code, response.headers, response.content
+                )
+                self._items.put(received)
+                return
+            self._items.put(None)
+            self._read_events(response)
+        except Exception as error:
+            self._items.put(error)
 
-    def _read(self) -> Iterator[WorkflowEvent]:
+    def _read_events(self, response: Response) -> None:
         reader = EventStreamReader()
-        try:
-            for piece in self._response.iter_content(8192):
-                yield from reader.feed(piece)
-        except (requests.RequestException, ValueError) as error:
-            raise _Broken(error) from error
-        raise _Broken(EOFError("the stream ended before the run did"))
+        # What is there, and not the next 8 KB, which a response without chunks would wait for.
+        while piece := response.raw.read1(65536):
+            for event in reader.feed(without_key(piece, self._connection.api_key)):
+                self._items.put(event)
+        raise EOFError("the stream ended before the run did")
 
-    def _find_start(self) -> None:
-        try:
-            first = next(event for event in self._events if event.name != PING)
-        except _Broken as broken:
-            self.close()
-            self._raise_uncertain(f"{type(broken.reason).__name__}: {broken.reason}", broken.reason)
-        if first.name != STARTED or not first.workflow_run_id or not first.task_id:
-            self.close()
-            self._raise_uncertain(f"the stream begins with the event {first.name!r}: {first.data!r:.300}", None)
-        self.workflow_run_id = first.workflow_run_id
-        self.task_id = first.task_id
-        self.app_id = first.app_id
+    def _error(self, error: Exception) -> DifyError:
+        if self.is_named:
+            return self._broken(reason_of(error, self._connection.secrets))
+        if not self._accepted and not self._may_have_been_sent(error):
+            return no_response(self._connection, _SUBJECT, self._url, error)
+        return self._uncertain(reason_of(error, self._connection.secrets))
 
-    def _raise_uncertain(self, reason: str, cause: Exception | None) -> NoReturn:
-        raise DifyWorkflowRunUncertain(
-            f"Dify may or may not have started a workflow run for user {self._user!r} at {self._url}: no run id came "
-            f"back ({reason}). It was not asked again, so as not to pay twice. Look for the user in the app's log in "
+    def _may_have_been_sent(self, error: Exception) -> bool:
+        """
+        Return whether any byte of the request may have gone out.
+
+        The kind of an error doesn't tell: one of TLS or of a proxy comes before the request or after it.
+        """
+        if self._session.was_sent is not None:
+            return self._session.was_sent
+        reason: Any = getattr(error.args[0], "reason", None) if error.args else None
+        return not isinstance(error, (requests.ConnectTimeout, ValueError)) and not isinstance(
+            reason, NewConnectionError
+        )
+
+    def _rejection(self, response: HttpResponse) -> DifyError:
+        error = error_from_start(response)
+        # Only what a server says before it starts anything is sure to have started nothing.
+        is_sure = 300 <= response.status_code < 500
+        if isinstance(error, DifyConnectionError) and not is_sure:
+            return self._uncertain(str(error))
+        return error
+
+    def _broken(self, reason: str) -> DifyConnectionError:
+        return DifyConnectionError(
+            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run goes on.",
+            server_version=self.server_version,
+        )
+
+    def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
+        return DifyWorkflowRunUncertain(
+            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run for user "
+            f"{self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's log in "
             "Dify's console.",
             user=self._user,
-        ) from cause
-
-
-class _Broken(Exception):
-    """A stream that gave out, and why."""
-
-    def __init__(self, reason: Exception) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
-def _was_never_sent(error: requests.RequestException) -> bool:
-    """Say whether a request failed before any of it can have reached the server."""
-    if isinstance(error, (requests.ConnectTimeout, requests.exceptions.SSLError, requests.exceptions.ProxyError)):
-        return True
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    return isinstance(error, (requests.exceptions.InvalidURL,)) or isinstance(reason, NewConnectionError)
+        )

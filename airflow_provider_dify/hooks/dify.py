@@ -1,58 +1,44 @@
-"""Transport to Dify's Service API: requests go out, whole HTTP answers come back. No policy, no parsing."""
+"""Airflow's hook for Dify's Service API: the package's small Dify client with an Airflow connection's settings."""
 
 from __future__ import annotations
 
 import json
+import mimetypes
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import requests
 from airflow.providers.common.compat.sdk import BaseHook
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-    wait_random,
-)
+from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random
 
-from airflow_provider_dify.api.responses import (
-    HttpAnswer,
-    answered,
-    read_app_info,
-    read_logged_workflow_runs,
-    read_stop,
-    read_uploaded_file_id,
-    read_workflow_run,
-    unreachable,
-)
-from airflow_provider_dify.api.routes import (
-    MAX_USER_LENGTH,
-    canonical_uuid,
-    canonical_workflow_run_id,
-    stop_path,
-    workflow_run_path,
-    workflow_run_subject,
-)
+from airflow_provider_dify.api import calls, routes
+from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
+from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.live_task_id import read_live_task_id
+from airflow_provider_dify.api.responses import parse_uploaded_file_id
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
-from airflow_provider_dify.api.session import DifySession
-from airflow_provider_dify.connection import MAX_RETRY_DELAY, DifyConnection
+from airflow_provider_dify.api.session import DifySession, send
+from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
     DifyConnectionError,
     DifyError,
+    DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
 from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.waiting import MAX_RETRY_DELAY
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
     from types import TracebackType
 
+    import requests
 
 T = TypeVar("T")
 
@@ -64,10 +50,12 @@ class DifyHook(BaseHook):
     A hook is also a context manager: ``with DifyHook() as hook: ...`` closes its session.
 
     :param dify_conn_id: the Airflow connection: ``password`` is the API key, ``host`` the base URL.
-    :param timeout: seconds to wait for an answer; the connection's extra ``timeout``, or 30, by default.
+    :param timeout: seconds to wait for a whole response; the connection's extra ``timeout``, or 30, by default.
     :param retry_limit: how often a request that failed for a passing reason is sent again; 0 for never.
-    :param retry_delay: seconds before the first retry; doubled for each further one, with jitter. A server's
-        ``Retry-After`` counts where it is longer. No delay is above 60 seconds.
+    :param retry_delay: seconds before the first retry; doubled for each further one, with jitter, up to 60 seconds. A
+        server's ``Retry-After`` counts where it is longer; one above 60 seconds ends the attempts.
+    :ivar deadline: epoch seconds after which nothing is sent again; ``None`` for no limit.
+    :ivar server_version: Dify's version, as its last response named it; ``None`` until then.
     """
 
     conn_name_attr = "dify_conn_id"
@@ -88,17 +76,19 @@ class DifyHook(BaseHook):
         self.timeout = timeout
         self.retry_limit = retry_limit
         self.retry_delay = retry_delay
+        self.deadline: float | None = None
+        self.server_version: str | None = None
         self._connection: DifyConnection | None = None
-        self._session: requests.Session | None = None
+        self._session: DifySession | None = None
 
     @classmethod
     def get_ui_field_behaviour(cls) -> dict[str, Any]:
-        """Give the form's labels and hidden fields, for Airflows before 3.2; later ones have them from the package."""
+        """Return the form's labels and hidden fields, for Airflows before 3.2; later ones have them from the package."""
         return {key.replace("-", "_"): value for key, value in UI_FIELD_BEHAVIOUR.items()}
 
     @classmethod
     def get_connection_form_widgets(cls) -> dict[str, Any]:
-        """Give the connection form's extra fields, for Airflows before 3.2; later ones have them from the package."""
+        """Return the connection form's extra fields, for Airflows before 3.2; later ones have them from the package."""
         from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
         from flask_babel import lazy_gettext
         from wtforms import IntegerField, StringField
@@ -122,12 +112,13 @@ class DifyHook(BaseHook):
         :raises DifyConfigurationError: if the connection cannot be used.
         """
         if self._connection is None:
-            self._connection = DifyConnection.from_airflow(self.get_connection(self.dify_conn_id))
+            connection = DifyConnection.from_airflow(self.get_connection(self.dify_conn_id))
+            self._connection = replace(connection, timeout=self.timeout or connection.timeout)
         return self._connection
 
     def get_conn(self) -> requests.Session:
         """
-        Give the session that this hook's requests go through.
+        Return the session that this hook's requests go through.
 
         It sends the API key to the connection's own scheme, host and port only, has the connection's timeout, TLS and
         proxy settings, and keeps no cookies.
@@ -135,9 +126,7 @@ class DifyHook(BaseHook):
         :return: the session; the same one until :meth:`close`.
         :raises DifyConfigurationError: if the connection cannot be used.
         """
-        if self._session is None:
-            self._session = DifySession(self.connection, self.connection.timeouts(self.timeout))
-        return self._session
+        return self._get_session()
 
     def close(self) -> None:
         """Close the session and its connections; the next request opens a new one."""
@@ -166,12 +155,9 @@ class DifyHook(BaseHook):
         :raises DifyWorkflowRunNotFound: if the API key's app has no such run.
         :raises DifyAuthenticationError: if the API key is refused.
         :raises DifyRequestError: if the request is rejected otherwise.
-        :raises DifyConnectionError: if Dify can't be reached, fails, or something else answers, retries included.
+        :raises DifyConnectionError: if Dify can't be reached, fails, or something else responds, retries included.
         """
-        run_id = canonical_workflow_run_id(workflow_run_id)
-        return self._get(
-            workflow_run_path(run_id), lambda answer: read_workflow_run(answer, run_id), workflow_run_subject(run_id)
-        )
+        return self.run_steps(calls.look_up_run(routes.parse_workflow_run_id(workflow_run_id)))
 
     def get_app_info(self) -> AppInfo:
         """
@@ -180,49 +166,85 @@ class DifyHook(BaseHook):
         :return: the app's name and mode.
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
-        return self._get("/info", read_app_info, "the app's name")
+        return self.perform(calls.app_info())
+
+    def get_parameters(self) -> dict[str, Any]:
+        """
+        Look up the published workflow's input form: ``GET /parameters``.
+
+        :return: Dify's object; ``user_input_form`` lists the inputs.
+        :raises DifyError: as :meth:`get_workflow_run` does.
+        """
+        return self.perform(calls.parameters())
 
     def start_workflow_run(
-        self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None
+        self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None, timeout: float = 300.0
     ) -> WorkflowRunStream:
         """
-        Start a run of the app's workflow: ``POST /workflows/run``, in streaming mode.
+        Start a run of the app's workflow, and wait until Dify names it: ``POST /workflows/run``, in streaming mode.
 
         Sent again only where nothing can have started: the server was not reached, or it had too many requests.
 
         :param inputs: the workflow's inputs by name, JSON-ready; ``{}`` for none.
         :param user: who starts it, up to 255 characters; Dify's log shows it and can be searched for it.
         :param workflow_id: UUID of a published version; the current one by default.
+        :param timeout: seconds to wait for a run that is queued.
         :return: the started run: its ids, and its events. To be closed; the run goes on without its client.
         :raises DifyConfigurationError: if an argument can't be sent.
         :raises DifyRequestError: if Dify rejects the start.
-        :raises DifyWorkflowRunUncertain: if a run may have been started and can't be told of.
+        :raises DifyWorkflowRunUncertain: if a run may have been started and can't be named.
         :raises DifyConnectionError: if nothing was started, retries included.
         """
-        path = (
-            "/workflows/run" if workflow_id is None else f"/workflows/{canonical_uuid('workflow_id', workflow_id)}/run"
-        )
-        _check_user(user)
+
+        def start() -> WorkflowRunStream:
+            stream = self.send_start(inputs, user, workflow_id=workflow_id)
+            try:
+                if stream.wait_until_named(timeout) is None:
+                    raise DifyWorkflowRunUncertain(
+                        f"Dify did not name the run of user {user!r} within {timeout:g} seconds: it is queued, and may run "
+                        "later. Look for the user in the app's log in Dify's console.",
+                        user=user,
+                    )
+            except BaseException:
+                stream.close()
+                raise
+            return stream
+
+        return self._with_retries(start)
+
+    def send_start(self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None) -> WorkflowRunStream:
+        """
+        Send the start of a run once, and return at once.
+
+        :param inputs: as for :meth:`start_workflow_run`; sequences of any kind become lists.
+        :return: the start, whose response is still to come.
+        :raises DifyConfigurationError: if an argument can't be sent; nothing was sent then.
+        """
+        path = routes.start_path(workflow_id)
+        routes.check_user(user)
         try:
-            body = json.dumps({"inputs": dict(inputs), "user": user, "response_mode": "streaming"}, allow_nan=False)
-        except (TypeError, ValueError) as error:
+            body = json.dumps(
+                {"inputs": dict(inputs), "user": user, "response_mode": "streaming"}, allow_nan=False, default=_as_list
+            ).encode()
+        except (TypeError, ValueError, RecursionError) as error:
             raise DifyConfigurationError(f"inputs must be an object of JSON values: {error}") from error
-        return self._with_retries(lambda: self._start(path, body.encode(), user))
+        connection = self.connection
+        # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
+        # the request arrived.
+        session = DifySession(connection, connection.timeouts())
+        return WorkflowRunStream(connection, session, f"{connection.base_url}{path}", body, user)
 
     def stop_workflow_task(self, task_id: str, user: str) -> None:
         """
         Ask Dify to stop a running workflow: ``POST /workflows/tasks/{task_id}/stop``.
 
-        Dify answers success to any id whatever, and the run's record may stay ``running`` although it has stopped.
+        Dify returns success for any id, and up to 1.15 the run's record stays ``running`` although it has stopped.
 
-        :param task_id: the task's UUID, which the stream of the start told; not the run's.
+        :param task_id: the task's UUID, which the stream of the start named; not the run's.
         :param user: who started the run.
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
-        _check_user(user)
-        path = stop_path(task_id)
-        subject = f"the stop of task {task_id}"
-        self._with_retries(lambda: read_stop(self._send("POST", path, subject, json={"user": user})))
+        self.perform(calls.stop_task(task_id, user))
 
     def list_workflow_runs(
         self,
@@ -244,17 +266,8 @@ class DifyHook(BaseHook):
         :return: the page's runs, without inputs and outputs.
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
-        asked = {
-            "created_by_end_user_session_id": user,
-            "status": status,
-            "created_at__after": created_after.isoformat() if created_after else None,
-            "page": page,
-            "limit": limit,
-        }
-        params = {name: value for name, value in asked.items() if value is not None}
-        subject = "the app's log of workflow runs"
-        return self._with_retries(
-            lambda: read_logged_workflow_runs(self._send("GET", "/workflows/logs", subject, params=params))
+        return self.perform(
+            calls.logged_runs(user=user, status=status, created_after=created_after, page=page, limit=limit)
         )
 
     def upload_file(
@@ -273,59 +286,136 @@ class DifyHook(BaseHook):
         :param file: a path, or a file that is open for reading bytes.
         :param user: who uploads it: the one who starts the run.
         :param file_name: its name, whose ending tells Dify its type; that of the file by default.
-        :param mime_type: its type; guessed from the name by Dify by default.
+        :param mime_type: its type, which Dify requires; guessed from the name by default.
         :return: the file's id.
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
-        _check_user(user)
+        routes.check_user(user)
         with ExitStack() as stack:
-            opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+            try:
+                opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+            except OSError as error:
+                raise DifyConfigurationError(f"The file to upload cannot be read: {error}") from error
             name = file_name or os.path.basename(str(getattr(opened, "name", "file")))
+            content_type = mime_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
             start = opened.tell()
 
-            def send() -> str:
+            def upload() -> str:
                 opened.seek(start)
-                part = (name, opened, mime_type) if mime_type else (name, opened)
-                answer = self._send(
-                    "POST", "/files/upload", f"the upload of {name!r}", files={"file": part}, data={"user": user}
+                response = send(
+                    self._get_session(),
+                    self.connection,
+                    "POST",
+                    routes.UPLOAD,
+                    f"the upload of {name!r}",
+                    time_limit=None,
+                    files={"file": (name, opened, content_type)},
+                    data={"user": user},
                 )
-                return read_uploaded_file_id(answer)
+                return parse_uploaded_file_id(response)
 
-            return self._with_retries(send)
+            return self._with_retries(upload)
 
     def test_connection(self) -> tuple[bool, str]:
         """
-        Say whether the connection works, for Airflow's Test button.
+        Test the connection, for Airflow's Test button.
 
-        :return: whether it does, and a sentence that names the app or the trouble.
+        :return: whether it works, and a sentence that names the app and Dify's version, or what is wrong.
         """
         hook = type(self)(self.dify_conn_id, timeout=self.timeout, retry_limit=0)
         try:
             with hook:
+                # Airflow's button tests a copy of the connection under an id of its own, which no reader knows.
+                hook._connection = replace(hook.connection, conn_id="")
                 app = hook.get_app_info()
         except DifyError as error:
-            # Airflow's button tests a copy of the connection under an id of its own, which tells its reader nothing.
-            named = f"onnection {self.dify_conn_id!r}"
-            return False, str(error).replace(f"C{named}", "The connection").replace(f"c{named}", "the connection")
+            return False, str(error).replace(f" {''!r}", "").replace(f" {self.dify_conn_id!r}", "")
         if not app.has_workflow_runs:
             return False, (
                 f"The API key works, but it belongs to the app {app.name!r} of mode {app.mode}, which has no workflow "
                 "runs. Use the API key of a workflow or chatflow app."
             )
         mode = f" ({app.mode})" if app.mode else ""
-        return True, f"Connected to {hook.connection.base_url} as the app {app.name!r}{mode}."
+        version = f", Dify {hook.server_version}" if hook.server_version else ""
+        return True, f"Connected to {hook.connection.base_url}{version}, as the app {app.name!r}{mode}."
 
-    def _get(self, path: str, read: Callable[[HttpAnswer], T], subject: str) -> T:
-        """Send a GET, with retries, and give what ``read`` makes of the answer."""
-        return self._with_retries(lambda: read(self._send("GET", path, subject)))
+    def perform(self, call: Call[T]) -> T:
+        """
+        Send a request, again where it failed for a passing reason, and return what its response means.
 
-    def _with_retries(self, work: Callable[[], T]) -> T:
+        :param call: the request.
+        :raises DifyError: what the last response means.
+        """
+        return self._with_retries(lambda: call.parse(self._send(call)), call.is_final)
+
+    def run_steps(self, steps: Steps[T]) -> T:
+        """
+        Run requests that depend on each other.
+
+        :param steps: yields each request, and is sent what its response meant.
+        :return: what the steps return.
+        """
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = self._run_step(step)
+                except DifyError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    def _run_step(self, step: Call[Any] | Pause | LiveTaskId) -> Any:
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds)
+        if isinstance(step, LiveTaskId):
+            return read_live_task_id(self._get_session(), self.connection, step)
+        return self.perform(step)
+
+    def _get_session(self) -> DifySession:
+        if self._session is None:
+            self._session = DifySession(self.connection, self.connection.timeouts())
+        return self._session
+
+    def _send(self, call: Call[Any]) -> HttpResponse:
+        request: dict[str, Any] = {} if call.body is None else {"json": call.body}
+        time_limit = self.connection.timeouts()[1]
+        if self.deadline is not None:
+            # A second, so that the last look at a run, after its deadline, is one.
+            time_limit = min(time_limit, max(1.0, self.deadline - time.time()))
+        response = send(
+            self._get_session(),
+            self.connection,
+            call.method,
+            call.path,
+            call.subject,
+            time_limit=time_limit,
+            params=call.params,
+            **request,
+        )
+        self.server_version = response.server_version or self.server_version
+        return response
+
+    def _with_retries(
+        self, work: Callable[[], T], is_final: Callable[[DifyConnectionError], bool] = lambda error: False
+    ) -> T:
         """Do what a passing failure may be repeated for, and once more if the key was rotated."""
+
+        def may_pass(error: BaseException) -> bool:
+            return (
+                isinstance(error, DifyConnectionError)
+                and not is_final(error)
+                # A server that asks for more time than this is not asked early.
+                and (error.retry_after or 0.0) <= MAX_RETRY_DELAY
+            )
+
         retrying = Retrying(
-            retry=retry_if_exception_type(DifyConnectionError),
-            stop=stop_after_attempt(self.retry_limit + 1),
+            retry=retry_if_exception(may_pass),
+            stop=self._is_last_attempt,
             wait=self._retry_wait,
-            before_sleep=self._tell_retry,
+            before_sleep=self._log_retry,
             reraise=True,
         )
         try:
@@ -347,33 +437,23 @@ class DifyHook(BaseHook):
         self.close()
         return True
 
-    def _start(self, path: str, body: bytes, user: str) -> WorkflowRunStream:
-        url = f"{self.connection.base_url}{path}"
-        # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
-        # the request arrived.
-        session = DifySession(self.connection, self.connection.timeouts(self.timeout))
-        try:
-            return WorkflowRunStream(self.connection, session, url, body, user)
-        except BaseException:
-            session.close()
-            raise
-
-    def _send(self, method: str, path: str, subject: str, **request: Any) -> HttpAnswer:
-        url = f"{self.connection.base_url}{path}"
-        try:
-            # A redirect would turn a POST into a GET.
-            response = self.get_conn().request(method, url, allow_redirects=method == "GET", **request)
-        except requests.RequestException as error:
-            raise unreachable(self.connection, subject, url, error) from error
-        return answered(self.connection, url, response.status_code, response.headers, response.content)
+    def _is_last_attempt(self, state: RetryCallState) -> bool:
+        is_late = self.deadline is not None and time.time() + self._shortest_wait(state) >= self.deadline
+        return is_late or state.attempt_number > self.retry_limit
 
     def _retry_wait(self, state: RetryCallState) -> float:
-        wait = (wait_exponential(self.retry_delay) + wait_random(0, self.retry_delay))(state)
-        error = state.outcome.exception() if state.outcome else None
-        retry_after = error.retry_after if isinstance(error, DifyConnectionError) else None
-        return min(max(wait, retry_after or 0.0), MAX_RETRY_DELAY)
+        jitter = wait_random(0, self.retry_delay)(state)
+        return max(min(self._shortest_wait(state) + jitter, MAX_RETRY_DELAY), self._retry_after(state))
 
-    def _tell_retry(self, state: RetryCallState) -> None:
+    def _shortest_wait(self, state: RetryCallState) -> float:
+        return max(wait_exponential(self.retry_delay)(state), self._retry_after(state))
+
+    @staticmethod
+    def _retry_after(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return (error.retry_after or 0.0) if isinstance(error, DifyConnectionError) else 0.0
+
+    def _log_retry(self, state: RetryCallState) -> None:
         self.log.warning(
             "Attempt %d of %d failed, the next one is in %.1f seconds: %s",
             state.attempt_number,
@@ -383,8 +463,8 @@ class DifyHook(BaseHook):
         )
 
 
-def _check_user(user: object) -> None:
-    if not isinstance(user, str) or not user or len(user) > MAX_USER_LENGTH:
-        raise DifyConfigurationError(
-            f"user must be text of 1 to {MAX_USER_LENGTH} characters, but it is {user!r:.300}."
-        )
+def _as_list(value: Any) -> list[Any]:
+    """Return what json can't send as a list: the outputs of a mapped task, for instance."""
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")

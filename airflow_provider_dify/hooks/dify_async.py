@@ -1,30 +1,26 @@
-"""
-Transport to Dify's Service API on an event loop: what :mod:`airflow_provider_dify.hooks.dify` does, awaited.
-
-All hooks of one event loop with the same settings share one client session, so that a thousand waits on one triggerer
-poll over a few kept-alive connections.
-"""
+"""What :mod:`airflow_provider_dify.hooks.dify` does, awaited, for the triggerer's event loop."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.connection import get_async_connection
 
+from airflow_provider_dify.api import calls, routes
 from airflow_provider_dify.api.async_session import SharedSession
-from airflow_provider_dify.api.responses import HttpAnswer, read_stop, read_workflow_run
-from airflow_provider_dify.api.routes import (
-    canonical_workflow_run_id,
-    stop_path,
-    workflow_run_path,
-    workflow_run_subject,
-)
+from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
+from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.connection import DifyConnection
-from airflow_provider_dify.exceptions import DifyAuthenticationError
-from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
+from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from types import TracebackType
+
+T = TypeVar("T")
 
 # A run's inputs may be megabytes, and a triggerer has many waits.
 MAX_BODY_KEPT = 32_768
@@ -34,17 +30,19 @@ class DifyAsyncHook:
     """
     Look workflow runs up on an event loop, with one app's API key. Never blocks the loop, never retries by itself.
 
-    To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and gives back its share of the session.
+    To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and returns its share of the session.
 
     :param dify_conn_id: the Airflow connection, as for :class:`airflow_provider_dify.hooks.dify.DifyHook`.
     :ivar connection: the connection's settings, as last read; ``None`` until then.
+    :ivar server_version: Dify's version, as its last response named it; ``None`` until then.
     """
 
     def __init__(self, dify_conn_id: str = "dify_default") -> None:
         self.dify_conn_id = dify_conn_id
         self.connection: DifyConnection | None = None
+        self.server_version: str | None = None
         self._session: SharedSession | None = None
-        self._last_read: tuple[bytes, WorkflowRun] | None = None
+        self._last_run: tuple[str, bytes, WorkflowRun] | None = None
 
     async def __aenter__(self) -> DifyAsyncHook:
         """
@@ -68,7 +66,7 @@ class DifyAsyncHook:
         await self.close()
 
     async def close(self) -> None:
-        """Give the share of the session back; the last one out closes it."""
+        """Return the share of the session; the last one out closes it."""
         session, self._session = self._session, None
         if session is not None:
             await session.leave()
@@ -81,35 +79,84 @@ class DifyAsyncHook:
         :return: the run, whatever its status.
         :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
         """
-        run_id = canonical_workflow_run_id(workflow_run_id)
-        try:
-            return self._read(await self._send(run_id), run_id)
-        except DifyAuthenticationError:
-            refused = self.connection
-            await self._connect()
-            if self.connection == refused:
-                raise
-            return self._read(await self._send(run_id), run_id)
+        return await self.run_steps(calls.look_up_run(routes.parse_workflow_run_id(workflow_run_id)))
 
-    def _read(self, answer: HttpAnswer, run_id: str) -> WorkflowRun:
-        # While a run goes on, poll after poll brings the same bytes, and reading them is the dearest part of a poll.
-        if self._last_read is not None and answer.status_code == 200 and answer.body == self._last_read[0]:
-            return self._last_read[1]
-        run = read_workflow_run(answer, run_id)
-        self._last_read = (answer.body, run) if len(answer.body) <= MAX_BODY_KEPT else None
-        return run
+    async def list_workflow_runs(
+        self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20
+    ) -> list[LoggedWorkflowRun]:
+        """
+        List the app's workflow runs, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.list_workflow_runs`.
+
+        :raises DifyError: as there.
+        """
+        return await self.perform(calls.logged_runs(user=user, created_after=created_after, page=page, limit=limit))
 
     async def stop_workflow_task(self, task_id: str, user: str) -> None:
         """
         Ask Dify to stop a running workflow, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.stop_workflow_task`.
 
-        :param task_id: the task's UUID, which the stream of the start told; not the run's.
+        :param task_id: the task's UUID, which the stream of the start named; not the run's.
         :param user: who started the run.
         :raises DifyError: as there.
         """
-        assert self._session is not None  # noqa: S101
-        path = stop_path(task_id)
-        read_stop(await self._session.send("POST", path, f"the stop of task {task_id}", {"user": user}))
+        await self.perform(calls.stop_task(task_id, user))
+
+    async def perform(self, call: Call[T]) -> T:
+        """
+        Send a request, again if the key was rotated, and return what its response means.
+
+        :param call: the request.
+        :raises DifyError: what the response means.
+        """
+        try:
+            return self._parse(call, await self._send(call))
+        except DifyAuthenticationError:
+            refused = self.connection
+            await self._connect()
+            if self.connection == refused:
+                raise
+            return self._parse(call, await self._send(call))
+
+    async def run_steps(self, steps: Steps[T]) -> T:
+        """
+        Run requests that depend on each other, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.run_steps`.
+
+        :param steps: yields each request, and is sent what its response meant.
+        :return: what the steps return.
+        """
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = await self._run_step(step)
+                except DifyError as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    async def _run_step(self, step: Call[Any] | Pause | LiveTaskId) -> Any:
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
+        if isinstance(step, LiveTaskId):
+            with contextlib.suppress(Exception):
+                assert self._session is not None  # noqa: S101
+                return await asyncio.wait_for(self._session.read_live_task_id(step), step.seconds)
+            return None
+        return await self.perform(step)
+
+    def _parse(self, call: Call[T], response: HttpResponse) -> T:
+        self.server_version = response.server_version or self.server_version
+        # While a run goes on, poll after poll brings the same bytes, and parsing them is the dearest part of a poll.
+        last = self._last_run
+        if last is not None and response.status_code == 200 and last[:2] == (call.path, response.body):
+            return last[2]  # type: ignore[return-value]
+        result = call.parse(response)
+        if isinstance(result, WorkflowRun):
+            keep = len(response.body) <= MAX_BODY_KEPT
+            self._last_run = (call.path, response.body, result) if keep else None
+        return result
 
     async def _connect(self) -> None:
         """Read the connection, and take a share of the session that goes with it."""
@@ -120,7 +167,6 @@ class DifyAsyncHook:
             self.connection = connection
             await self._session.open()
 
-    async def _send(self, run_id: str) -> HttpAnswer:
-        assert self.connection is not None  # noqa: S101
+    async def _send(self, call: Call[Any]) -> HttpResponse:
         assert self._session is not None  # noqa: S101
-        return await self._session.send("GET", workflow_run_path(run_id), workflow_run_subject(run_id))
+        return await self._session.send(call.method, call.path, call.subject, params=call.params, body=call.body)

@@ -18,21 +18,18 @@ from airflow.providers.common.compat.sdk import (
 )
 
 from airflow_provider_dify.airflow_versions import (
-    CAN_END_FROM_TRIGGER,
     CAN_START_FROM_TRIGGER,
     TRIGGER_TIMEOUT_MARGIN,
     execute_as_sensor,
     first_reschedule_date,
     is_deferral_timeout,
 )
-from airflow_provider_dify.exceptions import (
-    DifyConfigurationError,
-    DifyConnectionError,
-    DifyWorkflowRunNotFound,
-)
-from airflow_provider_dify.links.dify import DifyWorkflowRunLink, push_run_log
+from airflow_provider_dify.arguments import parse_count, parse_end_from_trigger, parse_seconds
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError, DifyWorkflowRunNotFound
+from airflow_provider_dify.links.dify import DifyWorkflowRunLink
+from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import RunWait, WaitPolicy, error_of_event, hand_over, seconds, whole_number
+from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -44,7 +41,7 @@ TRIGGER = "airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger"
 
 class DifyWorkflowRunSensor(BaseSensorOperator):
     """
-    Wait until a Dify workflow run is over, and hand its outputs to the next task.
+    Wait until a Dify workflow run is over, and pass its outputs to the next task.
 
     The task succeeds when the run's status is ``succeeded`` (or ``partial-succeeded``, with a warning) and fails
     without retry when it is ``failed`` or ``stopped``, or when the API key's app has no such run. While it is
@@ -52,7 +49,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
 
     The return value is the run's outputs, a dict (``{}`` where the run has none); each output is an XCom of its own
     too, so that ``wait.output["answer"]`` works. The XCom ``workflow_run`` holds the rest: ``id, workflow_id, status,
-    error, total_steps, total_tokens, created_at, finished_at, elapsed_time``. It is there for a run that failed, too.
+    error, total_steps, total_tokens, created_at, finished_at, elapsed_time``. It is there for a run that failed, too. An output with the name of one of these, of ``workflow_run_id``, ``task_id`` or
+    ``dify-run-log`` is part of the return value only.
 
     :param workflow_run_id: the run's UUID. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
@@ -73,7 +71,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     :param start_from_trigger: start on the triggerer, so that the wait never touches a worker (Airflow 3.3 and later;
         implies ``deferrable``). ``workflow_run_id`` may be a literal, a template of ``params`` or ``dag_run.conf``, or
         an upstream task's output; the sensor cannot be mapped.
-    :raises DifyWorkflowRunFailed: if the run failed or was stopped.
+    :raises DifyWorkflowRunCannotSucceed: a :class:`DifyWorkflowRunFailed`, if the run failed or was stopped.
     :raises DifyWorkflowRunTimeout: if ``run_timeout`` is over.
     :raises DifyWorkflowRunNotFound: if there is no such run.
     :raises DifyError: any other, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
@@ -100,20 +98,16 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(poke_interval=poke_interval, multiple_outputs=multiple_outputs, **kwargs)
-        if not self.do_xcom_push:
-            # The link is read from an XCom, and Airflow 3 pushes each link of a task, known or not.
-            self.operator_extra_links = ()
         self.workflow_run_id = workflow_run_id
         self.dify_conn_id = dify_conn_id
         self.fail_on_partial_success = fail_on_partial_success
-        self.not_found_grace = seconds("not_found_grace", not_found_grace)
-        self.run_timeout = None if run_timeout is None else seconds("run_timeout", run_timeout)
-        self.max_consecutive_failures = whole_number("max_consecutive_failures", max_consecutive_failures)
-        if end_from_trigger and not CAN_END_FROM_TRIGGER:
-            raise DifyConfigurationError("end_from_trigger=True needs Airflow 3.0 or later. Use deferrable=True.")
-        self.end_from_trigger = end_from_trigger
+        self.not_found_grace = parse_seconds("not_found_grace", not_found_grace)
+        self.run_timeout = None if run_timeout is None else parse_seconds("run_timeout", run_timeout)
+        self.max_consecutive_failures = parse_count("max_consecutive_failures", max_consecutive_failures)
+        self.end_from_trigger = parse_end_from_trigger(end_from_trigger)
         self.deferrable = deferrable or end_from_trigger or start_from_trigger
         self._wait: RunWait | None = None
+        self._xcoms: TaskXComs | None = None
         self._deadline: float | None = None
         self._ended_with: Exception | None = None
         if start_from_trigger:
@@ -146,21 +140,21 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         self, context: Context, event: Any = None, deadline: float | None = None
     ) -> dict[str, Any] | None:
         """
-        Go on after the triggerer's wait: read the finished run once more, or fail as the wait did.
+        Continue after the triggerer's wait: read the finished run once more, or fail as the wait did.
 
-        :param event: what the trigger told.
+        :param event: the trigger's event.
         :param deadline: epoch seconds at which the wait was to give up.
         :return: the run's outputs.
         """
         self._deadline = deadline
-        self._ended_with = error_of_event(event, lambda seen: AirflowSensorTimeout(self._timed_out(seen)))
+        self._ended_with = error_from_event(event, lambda seen: AirflowSensorTimeout(self._timed_out(seen)))
         return self._execute(context)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """
-        Go on after a deferral, with ``soft_fail`` and ``never_fail`` meaning what they mean while poking.
+        Continue after a deferral, with ``soft_fail`` and ``never_fail`` meaning what they mean while poking.
 
-        Airflow's own sensors take every failure after a deferral for one to skip on, passing trouble included, and
+        Airflow's own sensors take every failure after a deferral for one to skip on, temporary ones included, and
         Airflow 2 forgets ``never_fail`` there.
         """
         try:
@@ -170,7 +164,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 raise
             # The wait was lost: no triggerer lived to see its deadline, or the trigger could not be loaded.
             self._ended_with = (
-                AirflowSensorTimeout(self._timed_out("No triggerer told of the run."))
+                AirflowSensorTimeout(self._timed_out("No triggerer reported on the run."))
                 if is_deferral_timeout(next_kwargs)
                 else error
             )
@@ -191,19 +185,25 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 self._policy(),
                 log=self.log,
                 first_poll=self._first_poll(context),
-                on_first_look=lambda run: push_run_log(self, context, run.app_id),
+                on_first_run=self._task_xcoms(context).on_run,
             )
         try:
             run = self.hook.get_workflow_run(self.workflow_run_id)
         except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
-            self._wait.put_up_with(error)
+            self._wait.on_failed_poll(error)
             return self._not_yet(self._wait)
-        verdict = self._wait.look_at(run)
+        verdict = self._wait.on_poll(run)
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait)
-        return PokeReturnValue(True, xcom_value=hand_over(run, verdict, context, do_xcom_push=self.do_xcom_push))
+        return PokeReturnValue(True, xcom_value=self._task_xcoms(context).push_and_return(run, verdict))
+
+    def _task_xcoms(self, context: Context) -> TaskXComs:
+        if self._xcoms is None:
+            self._xcoms = TaskXComs(self, context)
+        return self._xcoms
 
     def _execute(self, context: Context) -> dict[str, Any] | None:
+        self._task_xcoms(context)
         try:
             outputs: dict[str, Any] | None = execute_as_sensor(self, context)
             return outputs
@@ -211,7 +211,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             # Without a cause it is Airflow's own word on the sensor's timeout, which doesn't know of the run.
             if self._wait is None or error is self._ended_with or error.__cause__ is not None:
                 raise
-            raise type(error)(self._timed_out(self._wait.last_seen())) from None
+            raise type(error)(self._timed_out(self._wait.describe_last_status())) from None
         finally:
             self.hook.close()
 
@@ -225,9 +225,9 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             self._deadline = time.time() + self.timeout
         self.defer(
             trigger=DifyWorkflowRunTrigger(
-                **self._trigger_arguments(self.workflow_run_id, self.dify_conn_id),
-                deadline=self._deadline,
-                first_poll=wait.first_poll.timestamp(),
+                self.workflow_run_id,
+                self.dify_conn_id,
+                **self._trigger_wait(self._deadline, wait.first_poll.timestamp()).serialize(),
             ),
             method_name="execute_complete",
             kwargs={"deadline": self._deadline},
@@ -241,34 +241,36 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             raise DifyConfigurationError(_MAPPED_START)
         from airflow.triggers.base import StartTriggerArgs
 
-        from airflow_provider_dify.start_from_trigger import argument_for_triggerer
+        from airflow_provider_dify.triggers.templates import argument_for_triggerer
 
         self.start_from_trigger = True
         self.start_trigger_args = StartTriggerArgs(
             trigger_cls=TRIGGER,
-            trigger_kwargs=self._trigger_arguments(
-                *(argument_for_triggerer(name, getattr(self, name)) for name in ("workflow_run_id", "dify_conn_id"))
-            ),
+            trigger_kwargs={
+                "workflow_run_id": argument_for_triggerer("workflow_run_id", self.workflow_run_id),
+                "dify_conn_id": argument_for_triggerer("dify_conn_id", self.dify_conn_id),
+                **self._trigger_wait(None, None).serialize(),
+            },
             next_method="execute_complete",
             timeout=timedelta(seconds=self.timeout + TRIGGER_TIMEOUT_MARGIN),
         )
 
-    def _trigger_arguments(self, workflow_run_id: str, dify_conn_id: str) -> dict[str, Any]:
+    def _trigger_wait(self, deadline: float | None, first_poll: float | None) -> TriggerWait:
         policy = self._policy()
-        return {
-            "workflow_run_id": workflow_run_id,
-            "dify_conn_id": dify_conn_id,
-            "poll_interval": self.poke_interval,
-            "fail_on_partial_success": policy.fail_on_partial_success,
-            "not_found_grace": policy.not_found_grace,
-            "run_timeout": policy.run_timeout,
-            "max_consecutive_failures": policy.max_consecutive_failures,
-            "exponential_backoff": self.exponential_backoff,
-            "max_wait": self.max_wait.total_seconds() if self.max_wait else None,
-            "end_from_trigger": self.end_from_trigger,
-            "do_xcom_push": self.do_xcom_push,
-            "multiple_outputs": self.multiple_outputs,
-        }
+        return TriggerWait(
+            poll_interval=self.poke_interval,
+            deadline=deadline,
+            first_poll=first_poll,
+            fail_on_partial_success=policy.fail_on_partial_success,
+            not_found_grace=policy.not_found_grace,
+            run_timeout=policy.run_timeout,
+            max_consecutive_failures=policy.max_consecutive_failures,
+            exponential_backoff=self.exponential_backoff,
+            max_wait=self.max_wait.total_seconds() if self.max_wait else None,
+            end_from_trigger=self.end_from_trigger,
+            do_xcom_push=self.do_xcom_push,
+            multiple_outputs=bool(self.multiple_outputs),
+        )
 
     def _policy(self) -> WaitPolicy:
         failures: int | None = self.max_consecutive_failures

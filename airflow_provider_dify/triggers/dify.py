@@ -10,113 +10,61 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN, pushable
-from airflow_provider_dify.api.routes import canonical_workflow_run_id
-from airflow_provider_dify.connection import MAX_RETRY_DELAY
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, TRIGGER_TIMEOUT_MARGIN
+from airflow_provider_dify.api.routes import parse_workflow_run_id
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunUncertain,
+)
 from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.run_search import RunSearch, find_run
+from airflow_provider_dify.stopping import StopReport, stop_run
 from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import STOP_ASKED, RunWait, WaitEnd, WaitPolicy, spread
+from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitEnd, delay_after, next_interval
+from airflow_provider_dify.xcoms import RUN_LOG, check_outputs, run_log_url, xcoms_from_run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from airflow_provider_dify.connection import DifyConnection
+    from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 
 
 class DifyWorkflowRunTrigger(BaseTrigger):
     """
-    Poll a Dify workflow run until the wait is over, and tell how it ended in one small event.
+    Poll a Dify workflow run until the wait is over, and send how it ended in one small event.
 
     The event's payload holds ``workflow_run_id``, ``status``, ``end`` (a
     :class:`airflow_provider_dify.waiting.WaitEnd`), ``message`` and, where the wait failed, ``error``. It never holds
     outputs: Airflow logs payloads and keeps them in its database. The worker reads the finished run once more.
 
-    Failed polls follow each other at 1, 2, 4, ... seconds (at least the interval), or as the server's ``Retry-After``
-    asks, up to 60 seconds.
+    A run that is still queued at Dify has no id. The trigger looks for it in Dify's log first.
 
-    :param workflow_run_id: the run's UUID.
+    Failed polls follow each other at 1, 2, 4, ... seconds (at least the interval), up to 60 seconds, or as late as the
+    server's ``Retry-After`` asks.
+
+    :param workflow_run_id: the run's UUID; ``None`` for a run that ``search`` describes.
     :param dify_conn_id: the Airflow connection.
-    :param poll_interval: seconds between polls.
-    :param deadline: epoch seconds at which the wait gives up; wall-clock time, because a trigger may go on in another
-        triggerer. ``None`` takes it from the task, where the task started on the triggerer.
-    :param first_poll: epoch seconds of the wait's first poll, from which ``not_found_grace`` counts; now by default.
-    :param fail_on_partial_success: as for the sensor.
-    :param not_found_grace: as for the sensor, in seconds.
-    :param run_timeout: as for the sensor, in seconds.
-    :param max_consecutive_failures: as for the sensor; ``None`` for any number.
-    :param exponential_backoff: as for the sensor.
-    :param max_wait: as for the sensor, in seconds.
-    :param end_from_trigger: end the task here when the run succeeded, with its outputs as XComs.
-    :param do_xcom_push: whether the task pushes XComs; only looked at with ``end_from_trigger``.
-    :param multiple_outputs: whether each output is an XCom of its own; only looked at with ``end_from_trigger``.
-    :param stop_task_id: Dify's id of the task to stop if a user ends the waiting task (Airflow 3.3 and later);
-        ``None`` for a run that goes on.
-    :param stop_user: the ``user`` that started the run; needed to stop it.
+    :param arguments: the fields of :class:`airflow_provider_dify.waiting.TriggerWait`.
     """
 
     # Seconds after the first failed poll; doubled with each further one.
     retry_delay = 1.0
 
     def __init__(
-        self,
-        workflow_run_id: str,
-        dify_conn_id: str = "dify_default",
-        poll_interval: float = 10.0,
-        deadline: float | None = None,
-        first_poll: float | None = None,
-        fail_on_partial_success: bool = False,
-        not_found_grace: float = 0.0,
-        run_timeout: float | None = None,
-        max_consecutive_failures: int | None = 5,
-        exponential_backoff: bool = False,
-        max_wait: float | None = None,
-        end_from_trigger: bool = False,
-        do_xcom_push: bool = True,
-        multiple_outputs: bool = True,
-        stop_task_id: str | None = None,
-        stop_user: str | None = None,
+        self, workflow_run_id: str | None = None, dify_conn_id: str = "dify_default", **arguments: Any
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.workflow_run_id = workflow_run_id
         self.dify_conn_id = dify_conn_id
-        self.poll_interval = poll_interval
-        self.deadline = deadline
-        self.first_poll = first_poll
-        self.fail_on_partial_success = fail_on_partial_success
-        self.not_found_grace = not_found_grace
-        self.run_timeout = run_timeout
-        self.max_consecutive_failures = max_consecutive_failures
-        self.exponential_backoff = exponential_backoff
-        self.max_wait = max_wait
-        self.end_from_trigger = end_from_trigger
-        self.do_xcom_push = do_xcom_push
-        self.multiple_outputs = multiple_outputs
-        self.stop_task_id = stop_task_id
-        self.stop_user = stop_user
+        self.wait = TriggerWait(**arguments)
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
-        """Give the class and its arguments: text, numbers, booleans and null only, and no secret."""
+        """Return the class and its arguments: JSON-ready values only, and no secret."""
         return (
             "airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger",
-            {
-                "workflow_run_id": self.workflow_run_id,
-                "dify_conn_id": self.dify_conn_id,
-                "poll_interval": self.poll_interval,
-                "deadline": self.deadline,
-                "first_poll": self.first_poll,
-                "fail_on_partial_success": self.fail_on_partial_success,
-                "not_found_grace": self.not_found_grace,
-                "run_timeout": self.run_timeout,
-                "max_consecutive_failures": self.max_consecutive_failures,
-                "exponential_backoff": self.exponential_backoff,
-                "max_wait": self.max_wait,
-                "end_from_trigger": self.end_from_trigger,
-                "do_xcom_push": self.do_xcom_push,
-                "multiple_outputs": self.multiple_outputs,
-                "stop_task_id": self.stop_task_id,
-                "stop_user": self.stop_user,
-            },
+            {"workflow_run_id": self.workflow_run_id, "dify_conn_id": self.dify_conn_id, **self.wait.serialize()},
         )
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
@@ -128,67 +76,115 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         except Exception as error:
             # An event rather than a crash, of which the task's log would only say "Trigger failure".
             self.log.exception("The wait on Dify workflow run %s broke.", self.workflow_run_id)
-            reason = f"The wait on Dify workflow run {self.workflow_run_id} broke: {type(error).__name__}: {error}"
+            reason = (
+                f"The wait on Dify workflow run {self.workflow_run_id} broke: {type(error).__name__}: {error!s:.300}"
+            )
             event = self._event(WaitEnd.FAILED, reason, error=DifyError(reason))
         yield event
 
     async def on_kill(self) -> None:
-        """Ask Dify to stop the run, when a user ends the waiting task (Airflow 3.3 and later)."""
-        if self.stop_task_id is None or self.stop_user is None:
+        """Stop the run, when a user ends the waiting task (Airflow 3.3 and later)."""
+        if self.wait.stop_user is None or self.workflow_run_id is None:
             return
         hook_type = (await asyncio.to_thread(_load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
-            await hook.stop_workflow_task(self.stop_task_id, self.stop_user)
-        self.log.info(STOP_ASKED, self.workflow_run_id)
+            report: StopReport = await hook.run_steps(
+                stop_run(self.workflow_run_id, self.wait.stop_task_id, self.wait.stop_user, hook.server_version)
+            )
+        (self.log.warning if report.is_warning else self.log.info)("%s", report.message)
 
     async def _wait(self) -> TriggerEvent:
-        wait = RunWait(
+        if self.workflow_run_id is not None:
             # As in every other mode, a wrong id fails before any request.
-            canonical_workflow_run_id(self.workflow_run_id),
-            WaitPolicy(
-                fail_on_partial_success=self.fail_on_partial_success,
-                not_found_grace=self.not_found_grace,
-                run_timeout=self.run_timeout,
-                max_consecutive_failures=self.max_consecutive_failures,
-            ),
-            log=self.log,
-            first_poll=None if self.first_poll is None else datetime.fromtimestamp(self.first_poll, timezone.utc),
-        )
+            self.workflow_run_id = parse_workflow_run_id(self.workflow_run_id)
         deadline = self._deadline()
         # Imported in a thread, because the HTTP client takes a while to load and others run on this loop.
         hook_type = (await asyncio.to_thread(_load_client)).DifyAsyncHook
+        async with hook_type(self.dify_conn_id) as hook:
+            if self.workflow_run_id is None:
+                self.workflow_run_id = await self._find_run(hook, deadline)
+            return await self._poll_until_over(hook, self.workflow_run_id, deadline)
+
+    async def _find_run(self, hook: DifyAsyncHook, deadline: float | None) -> str:
+        """Look for a queued run in Dify's log, until it is there."""
+        search = RunSearch.deserialize(self.wait.search or {})
+        failures = 0
+        began = time.time()
+        next_line = 0.0
+        while True:
+            delay = self.wait.poll_interval
+            try:
+                run_id = await hook.run_steps(find_run(search))
+                failures = 0
+            except DifyConnectionError as error:
+                failures += 1
+                allowed = self.wait.max_consecutive_failures
+                if allowed is not None and failures > allowed:
+                    raise DifyWorkflowRunUncertain(
+                        f"{error} The log could not be read, so the run of user {search.user!r} was not found.",
+                        user=search.user,
+                    ) from None
+                self.log.warning("Dify's log could not be read; looking again: %s", error)
+                run_id, delay = None, max(delay, delay_after(error, failures, self.retry_delay))
+            if run_id is not None:
+                self.log.info("Dify's log names the run: workflow run %s.", run_id)
+                return run_id
+            if deadline is not None and time.time() >= deadline:
+                raise DifyWorkflowRunUncertain(
+                    f"The operator's timeout is over, and Dify's log shows no run of user {search.user!r}: it may still be "
+                    "queued, and run later. Look for the user in the app's log in Dify's console.",
+                    user=search.user,
+                )
+            if time.time() >= next_line:
+                next_line = time.time() + 60
+                self.log.info(
+                    "The workflow run of user %r is queued at Dify, or not in its log yet; %.0f seconds in the triggerer.",
+                    search.user,
+                    time.time() - began,
+                )
+            await self._sleep_until(asyncio.get_running_loop().time() + delay, deadline)
+
+    async def _poll_until_over(self, hook: DifyAsyncHook, run_id: str, deadline: float | None) -> TriggerEvent:
+        first_poll = self.wait.first_poll
+        wait = RunWait(
+            run_id,
+            self.wait.policy,
+            log=self.log,
+            first_poll=None if first_poll is None else datetime.fromtimestamp(first_poll, timezone.utc),
+        )
         loop = asyncio.get_running_loop()
         polls = 0
-        async with hook_type(self.dify_conn_id) as hook:
-            # Triggers that start together, after a restart say, must not poll together for ever.
-            due = loop.time() + random.uniform(0, self.poll_interval)  # noqa: S311
-            while True:
-                await self._sleep_until(due, deadline)
-                asked_to_wait = 0.0
-                try:
-                    run = await hook.get_workflow_run(wait.workflow_run_id)
-                except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
-                    wait.put_up_with(error)
-                    asked_to_wait = self._delay_after(error, wait.consecutive_failures)
-                else:
-                    verdict = wait.look_at(run)
-                    if verdict.outcome is not Outcome.WAIT:
-                        if (
-                            verdict.outcome is Outcome.DONE
-                            and self.end_from_trigger
-                            and await self._push(run, hook.connection)
-                        ):
-                            return _task_success()
-                        # A failure is left to a worker: there it has a log, callbacks and no retry.
-                        return self._event(WaitEnd.RUN_IS_OVER, verdict.reason, status=run.status)
-                if deadline is not None and time.time() >= deadline:
-                    return self._event(WaitEnd.TIMED_OUT, wait.last_seen(), status=wait.status)
-                polls += 1
-                interval = spread(
-                    self.poll_interval, polls, exponential_backoff=self.exponential_backoff, max_wait=self.max_wait
-                )
-                # From when this poll was due, not from when it was answered: so the polls keep their rhythm.
-                due = max(due + interval, loop.time() + asked_to_wait)
+        has_link = False
+        # Triggers that start together, after a restart say, must not poll together for ever.
+        due = loop.time() + random.uniform(0, self.wait.poll_interval)  # noqa: S311
+        while True:
+            await self._sleep_until(due, deadline)
+            delay = 0.0
+            try:
+                run = await hook.get_workflow_run(run_id)
+            except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
+                wait.on_failed_poll(error)
+                delay = delay_after(error, wait.consecutive_failures, self.retry_delay)
+            else:
+                verdict = wait.on_poll(run)
+                if not has_link:
+                    has_link = await self._push_link(run, hook)
+                if verdict.outcome is not Outcome.WAIT:
+                    if verdict.outcome is Outcome.DONE and self.wait.end_from_trigger and await self._push_outputs(run):
+                        return _task_success()
+                    # A failure is left to a worker: there it has a log, callbacks and no retry.
+                    return self._event(WaitEnd.RUN_IS_OVER, verdict.reason, status=run.status)
+            if deadline is not None and time.time() >= deadline:
+                return self._event(WaitEnd.TIMED_OUT, wait.describe_last_status(), status=wait.status)
+            polls += 1
+            interval = next_interval(
+                self.wait.poll_interval,
+                polls,
+                exponential_backoff=self.wait.exponential_backoff,
+                max_wait=self.wait.max_wait,
+            )
+            # From when this poll was due, not from when it ended: so the polls keep their rhythm.
+            due = max(due + interval, loop.time() + delay)
 
     async def _sleep_until(self, due: float, deadline: float | None) -> None:
         delay = due - asyncio.get_running_loop().time()
@@ -197,16 +193,9 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             delay = min(delay, deadline - time.time())
         await asyncio.sleep(max(0.0, delay))
 
-    def _delay_after(self, error: DifyError, failures: int) -> float:
-        """Say how long not to poll after a failed poll, so that short intervals don't use up the allowance at once."""
-        if not isinstance(error, DifyConnectionError):
-            return 0.0
-        delay = self.retry_delay * 2.0 ** (min(failures, 16) - 1) * random.uniform(1, 1.5)  # noqa: S311
-        return min(max(delay, error.retry_after or 0.0), MAX_RETRY_DELAY)
-
     def _deadline(self) -> float | None:
-        if self.deadline is not None:
-            return self.deadline
+        if self.wait.deadline is not None:
+            return self.wait.deadline
         # Set by the triggerer (Airflow 3.3) from what the sensor said when it let the task start here.
         timeout_after = getattr(self, "timeout_after", None)
         if not isinstance(timeout_after, datetime):
@@ -215,26 +204,39 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             timeout_after = timeout_after.replace(tzinfo=timezone.utc)
         return timeout_after.timestamp() - TRIGGER_TIMEOUT_MARGIN
 
-    async def _push(self, run: WorkflowRun, connection: DifyConnection) -> bool:
-        """
-        Push the task's XComs as a worker would, so that the task can end here.
+    async def _push_link(self, run: WorkflowRun, hook: DifyAsyncHook) -> bool:
+        """Push the XCom of the link, which no worker may ever see; return whether there is nothing left to do."""
+        if not (self.wait.do_xcom_push and CAN_END_FROM_TRIGGER and run.app_id and hook.connection is not None):
+            return True
+        if getattr(self, "task_instance", None) is not None:
+            await self._push({RUN_LOG: run_log_url(hook.connection, run.app_id)}, run.id)
+        return True
 
-        Not as the ending event's own ``xcoms``: those Airflow (3.0 to 3.3) writes as JSON text within JSON, so that the
+    async def _push_outputs(self, run: WorkflowRun) -> bool:
+        """
+        Push the XComs of a run that succeeded.
+
+        Not as part of the event that ends the task: Airflow 3.2 keeps the XComs of that as text within JSON, so that the
         next task gets a text where it should get a dict.
 
         :return: whether that worked; else a worker has to end the task.
         """
-        if not self.do_xcom_push:
+        if not self.wait.do_xcom_push:
             return True
+        try:
+            check_outputs(run)
+        except DifyError:
+            # Told by a worker, in the task's own log.
+            return False
+        return await self._push(xcoms_from_run(run, multiple_outputs=self.wait.multiple_outputs), run.id)
+
+    async def _push(self, xcoms: dict[str, Any], run_id: str) -> bool:
         from airflow.providers.common.compat.sdk import XCom
         from asgiref.sync import sync_to_async
 
-        from airflow_provider_dify.links.dify import run_log_xcoms
-
         ti: Any = self.task_instance
         try:
-            xcoms = {**run.xcoms(self.multiple_outputs), **run_log_xcoms(connection, run.app_id)}
-            for key, value in pushable(xcoms).items():
+            for key, value in xcoms.items():
                 await sync_to_async(XCom.set)(
                     key=key,
                     value=value,
@@ -245,8 +247,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 )
         except Exception:
             self.log.warning(
-                "The outputs of Dify workflow run %s could not be pushed from the triggerer; a worker will do it.",
-                run.id,
+                "The XComs of Dify workflow run %s could not be pushed from the triggerer; a worker will do it.",
+                run_id,
                 exc_info=True,
             )
             return False
@@ -257,7 +259,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     ) -> TriggerEvent:
         return TriggerEvent(  # type: ignore[no-untyped-call]
             {
-                "workflow_run_id": str(self.workflow_run_id),
+                "workflow_run_id": None if self.workflow_run_id is None else str(self.workflow_run_id),
                 "status": None if status is None else str(status),
                 "end": end.value,
                 "message": message,

@@ -1,0 +1,72 @@
+"""What the machine's environment says about the way to Dify: proxies and certificates, checked before any request."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import requests
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
+
+from airflow_provider_dify.connection import DifyConnection, is_proxy_url
+from airflow_provider_dify.exceptions import DifyConfigurationError
+
+
+@dataclass(frozen=True)
+class Route:
+    """
+    The way to a connection's server, the same for both HTTP clients.
+
+    :param proxy: the proxy's URL, which may hold a password; ``None`` for none.
+    :param verify: the path of the CA bundle; ``False`` to verify nothing.
+    """
+
+    proxy: str | None
+    verify: str | bool
+
+
+def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
+    """
+    Return the way to Dify that ``requests`` would take with a connection's settings and the environment's.
+
+    :param connection: the connection's settings.
+    :param takes_socks: whether the HTTP client can use a SOCKS proxy.
+    :return: the way.
+    :raises DifyConfigurationError: if a proxy or a CA bundle can't be used; never quotes a proxy's URL.
+    """
+    with requests.Session() as session:
+        verify = None if connection.verify is True else connection.verify
+        settings = session.merge_environment_settings(
+            connection.base_url, dict(connection.proxies), stream=None, verify=verify, cert=None
+        )
+    proxy = select_proxy(connection.base_url, settings["proxies"])
+    _check_proxy(proxy, takes_socks)
+    bundle = settings["verify"]
+    if bundle is False:
+        return Route(proxy, verify=False)
+    path = str(bundle) if isinstance(bundle, (str, os.PathLike)) else DEFAULT_CA_BUNDLE_PATH
+    if not os.path.exists(path):
+        raise DifyConfigurationError(
+            f"The CA bundle {path!r} does not exist on this machine. It comes from the connection's extra 'verify', or "
+            "from REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE in the environment."
+        )
+    return Route(proxy, path)
+
+
+def _check_proxy(proxy: str | None, takes_socks: bool) -> None:
+    if proxy is None:
+        return
+    source = "It comes from the connection's extra 'proxies', or from the environment (HTTPS_PROXY and the like)."
+    if not is_proxy_url(proxy):
+        # Not shown: it may hold a password.
+        raise DifyConfigurationError(f"The URL of the proxy to Dify is malformed. {source}")
+    if proxy.lower().startswith("socks"):
+        if not takes_socks:
+            raise DifyConfigurationError(
+                f"The proxy to Dify is a SOCKS proxy, which the triggerer's HTTP client cannot use. {source}"
+            )
+        if find_spec("socks") is None:
+            raise DifyConfigurationError(
+                f"The proxy to Dify is a SOCKS proxy, which needs the package pysocks. {source}"
+            )

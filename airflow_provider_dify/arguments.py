@@ -1,0 +1,52 @@
+"""The arguments of operators and sensors, parsed when the Dag is."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.exceptions import DifyConfigurationError
+
+
+def parse_count(name: str, value: Any) -> int:
+    """
+    Parse an argument that counts something.
+
+    :param name: the argument, for the message.
+    :param value: a whole number, not below 0.
+    :return: the number.
+    :raises DifyConfigurationError: if it is anything else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DifyConfigurationError(f"{name} must be a whole number, not below 0: {value!r:.100}")
+    return value
+
+
+def parse_seconds(name: str, value: Any) -> float:
+    """
+    Parse an argument that is a length of time.
+
+    :param name: the argument, for the message.
+    :param value: seconds, or a ``timedelta``.
+    :return: seconds.
+    :raises DifyConfigurationError: if it is neither, or negative.
+    """
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise DifyConfigurationError(f"{name} must be a number of seconds or a timedelta, not below 0: {value!r:.100}")
+    return float(value)
+
+
+def parse_end_from_trigger(value: bool) -> bool:
+    """
+    Check that this Airflow lets a trigger end its task, if that is asked for.
+
+    :param value: the argument.
+    :return: the same.
+    :raises DifyConfigurationError: if it is set on Airflow 2.
+    """
+    if value and not CAN_END_FROM_TRIGGER:
+        raise DifyConfigurationError("end_from_trigger=True needs Airflow 3.0 or later. Use deferrable=True.")
+    return value

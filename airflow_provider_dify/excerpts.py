@@ -1,0 +1,43 @@
+"""Foreign text in our messages: one line, bounded, without control characters and without secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# Enough to recognise a login page, never more than a line.
+EXCERPT_LENGTH = 120
+# Enough for any error text that a person can use.
+REASON_LENGTH = 500
+
+# A URL's user name and password, up to the last @ before the path.
+_USERINFO = re.compile(r"//[^/\s]*@")
+
+
+def one_line(text: object, limit: int = REASON_LENGTH) -> str:
+    """
+    Return a foreign text as one printable line, so that it can't forge log lines or colour a terminal.
+
+    :param text: the text; anything else is shown by its ``repr``.
+    :param limit: characters to keep.
+    :return: the text with white space collapsed, control characters escaped and a ``…`` where it was cut.
+    """
+    shown = text if isinstance(text, str) else repr(text)
+    # Cut before the work, because a server may send megabytes.
+    words = " ".join(shown[: limit * 8].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words[: limit + 1])
+    return line if len(line) <= limit else line[:limit] + "…"
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """
+    Return a text without secrets.
+
+    :param text: the text.
+    :param secrets: API keys and passwords; empty ones are skipped.
+    :return: the text with ``***`` in place of each secret, and of user names and passwords in URLs.
+    """
+    # The longest first, because one secret may be part of another.
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _USERINFO.sub("//***@", text)

@@ -1,0 +1,323 @@
+"""A start, and a run, followed on a worker: what is read, for how long, and what it means."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.events import ERROR, FINISHED, WorkflowEvent
+from airflow_provider_dify.api.progress import RunProgress
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyInputsRejected,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.input_check import check_inputs
+from airflow_provider_dify.input_form import parse_input_form
+from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.run_search import RunSearch, find_run, runs_queue
+from airflow_provider_dify.task_clock import TaskClock
+from airflow_provider_dify.verdict import Outcome, Verdict
+from airflow_provider_dify.waiting import MAX_RETRY_DELAY, RunWait, delay_after
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+    from airflow_provider_dify.api.run_stream import WorkflowRunStream
+    from airflow_provider_dify.hooks.dify import DifyHook
+
+# Seconds after the first failure; doubled with each further one.
+RETRY_DELAY = 1.0
+# How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
+START_RETRIES = 3
+# How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
+QUEUE_INTERVAL = 30.0
+# The rejection of a run follows its start at once (measured on 1.15.0 and 1.16.1: 0.07 seconds).
+REJECTION_SECONDS = 5.0
+
+
+class Follower:
+    """
+    Follows one try's start and run.
+
+    :param hook: the hook, which sends nothing again by itself.
+    :param clock: the try's deadline.
+    :param log: the task's log.
+    :param poll_interval: seconds between polls.
+    """
+
+    def __init__(self, hook: DifyHook, clock: TaskClock, log: Logger, poll_interval: float) -> None:
+        self.hook = hook
+        self.clock = clock
+        self.log = log
+        self.poll_interval = poll_interval
+        self.progress = RunProgress()
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """
+        Check inputs against the app's form, before a start.
+
+        :param inputs: the workflow's inputs.
+        :raises DifyInputsRejected: if Dify is sure to reject them.
+        :raises DifyAuthenticationError: if the API key is refused.
+        """
+        try:
+            form = parse_input_form(self.hook.get_parameters())
+        except DifyError:
+            # A server that refuses the form leaves the check out; the start tells what else is wrong.
+            return
+        check = check_inputs(form, inputs)
+        for warning in check.warnings:
+            self.log.warning("%s", warning)
+        if check.problems:
+            raise DifyInputsRejected(
+                f"{' '.join(check.problems)} The app's form in Dify says so; no workflow run was started. Check the task's "
+                "inputs.",
+                server_version=self.hook.server_version,
+            )
+
+    def send_start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> WorkflowRunStream:
+        """
+        Send a start until Dify accepts it, again only where nothing can have started.
+
+        :return: the start, whose event stream has begun.
+        :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
+        """
+        failures = 0
+        while True:
+            self.clock.check()
+            stream = self.hook.send_start(inputs, user, workflow_id=workflow_id)
+            try:
+                self._wait_until_accepted(stream, user)
+                self.hook.server_version = stream.server_version or self.hook.server_version
+                return stream
+            except DifyConnectionError as error:
+                stream.close()
+                failures += 1
+                delay = delay_after(error, failures, RETRY_DELAY)
+                is_given_up = (error.retry_after or 0.0) > MAX_RETRY_DELAY or delay >= self.clock.left
+                if is_given_up or (failures > START_RETRIES and not error.is_overloaded):
+                    raise
+                reason = "Dify has too many active runs" if error.is_overloaded else "The start did not reach Dify"
+                self.log.warning("%s; the next attempt is in %.1f seconds: %s", reason, delay, error)
+                self.clock.sleep(delay)
+            except BaseException:
+                stream.close()
+                raise
+
+    def wait_until_named(self, stream: WorkflowRunStream, search: RunSearch, seconds: float) -> str | None:
+        """
+        Wait until Dify names the run of a start: on its stream, and now and then in the log.
+
+        :param stream: the start, accepted.
+        :param search: what is known of the run.
+        :param seconds: how long to wait.
+        :return: the run's id; ``None`` if it is still queued then.
+        :raises DifyInputsRejected: if Dify rejects the inputs.
+        :raises DifyWorkflowRunUncertain: if the stream ends before.
+        """
+        began = time.monotonic()
+        next_look = began + QUEUE_INTERVAL
+        while not self.clock.is_over and (left := seconds - (time.monotonic() - began)) > 0:
+            event = stream.next_event(self.clock.slice_of(left))
+            if stream.is_named:
+                self._on_started(stream, event)
+                return stream.workflow_run_id
+            self.clock.check()
+            if time.monotonic() >= next_look:
+                next_look = time.monotonic() + QUEUE_INTERVAL
+                self.log.info(
+                    "The workflow run of user %r is queued at Dify for %.0f seconds: all its workers are busy.",
+                    search.user,
+                    time.monotonic() - began,
+                )
+                if run_id := self._look_into_log(search):
+                    return run_id
+        return None
+
+    def search_run(self, search: RunSearch, error: DifyWorkflowRunUncertain, seconds: float) -> str | None:
+        """
+        Look for the run of a start in Dify's log, until it is there.
+
+        :param search: what is known of it.
+        :param error: why no id came back.
+        :param seconds: how long to look.
+        :return: the run's id; ``None`` if the time is over.
+        :raises DifyWorkflowRunUncertain: if several runs fit, or the log can't be read at all.
+        """
+        began = time.monotonic()
+        interval = min(1.0, self.poll_interval)
+        while True:
+            try:
+                run_id = self.hook.run_steps(find_run(search))
+            except DifyConnectionError as failure:
+                # Let out, it would have Airflow retry, and the retry start another run.
+                self.log.warning("Dify's log could not be read; looking again: %s", failure)
+                run_id = None
+            except DifyWorkflowRunUncertain:
+                raise
+            except DifyError as failure:
+                raise DifyWorkflowRunUncertain(
+                    f"{error} The log could not be read: {failure}", user=search.user
+                ) from None
+            if run_id is not None:
+                self.log.info("Dify's log names the run: workflow run %s.", run_id)
+                return run_id
+            elapsed = time.monotonic() - began
+            if elapsed >= seconds or self.clock.is_over:
+                return None
+            self.log.info("Dify's log has no run of user %r yet, %.0f seconds after the start.", search.user, elapsed)
+            self.clock.sleep(min(interval, seconds - elapsed))
+            interval = min(interval * 2, max(self.poll_interval, 1.0))
+
+    def may_be_queued(self) -> bool:
+        """Return whether the server may hold a start back without a record of it."""
+        return runs_queue(self.hook.server_version)
+
+    def follow(self, wait: RunWait, stream: WorkflowRunStream | None, timeout: float) -> tuple[WorkflowRun, Verdict]:
+        """
+        Follow a run until it is over: its events, then polls.
+
+        :param wait: the wait on the run.
+        :param stream: the run's events; ``None`` for a run that another process started.
+        :param timeout: the operator's ``timeout``, for the message.
+        :return: the run, and what it means.
+        :raises DifyWorkflowRunTimeout: if the deadline is over; the run was looked at once more then.
+        :raises DifyError: if the wait can't go on.
+        """
+        found = self._follow_events(wait, stream) if stream is not None else None
+        interval = min(1.0, self.poll_interval) if self.progress.final_status else self.poll_interval
+        while found is None:
+            is_last = self.clock.is_over
+            found, delay = self._poll(wait)
+            if found is None and is_last:
+                raise DifyWorkflowRunTimeout(
+                    f"The operator's timeout of {timeout:g} seconds is over. {wait.describe_last_status()}"
+                )
+            if found is None:
+                self.clock.sleep(max(interval, delay))
+                interval = min(interval * 2, self.poll_interval)
+        run, verdict = found
+        status = self.progress.final_status
+        if status and status != run.status:
+            self.log.warning(
+                "The event stream said %s, the run's detail says %s; the detail decides.",
+                one_line(status, 50),
+                run.status,
+            )
+        return run, verdict.because_of(self.progress.failed_node)
+
+    def _wait_until_accepted(self, stream: WorkflowRunStream, user: str) -> None:
+        until = time.monotonic() + self.hook.connection.timeouts()[1]
+        while time.monotonic() < until and not self.clock.is_over:
+            if stream.wait_until_accepted(self.clock.slice_of(1.0)):
+                return
+            self.clock.check()
+        raise DifyWorkflowRunUncertain(
+            f"No response within {self.hook.connection.timeouts()[1]:g} seconds: Dify may or may not have started a "
+            f"workflow run for user {user!r}. It was not asked again, so as not to pay twice. Look for the user in the "
+            "app's log in Dify's console.",
+            user=user,
+        )
+
+    def _on_started(self, stream: WorkflowRunStream, event: WorkflowEvent | None) -> None:
+        if event is None or not event.starts_a_rejected_run:
+            return
+        self._note(event)
+        following = stream.next_event(min(REJECTION_SECONDS, max(1.0, self.clock.left)))
+        if following is not None:
+            self._note(following)
+        if self.progress.was_rejected:
+            raise self._rejection(stream.workflow_run_id)
+
+    def _rejection(self, workflow_run_id: str) -> DifyInputsRejected:
+        return DifyInputsRejected(
+            f"{one_line(self.progress.final_error or 'Dify gave no error text').rstrip('.')}. Dify rejected the inputs and "
+            f"keeps no record of the run (it named it {workflow_run_id}). Check the task's inputs.",
+            server_version=self.hook.server_version,
+        )
+
+    def _look_into_log(self, search: RunSearch) -> str | None:
+        try:
+            return self.hook.run_steps(find_run(search))
+        except DifyWorkflowRunUncertain:
+            raise
+        except DifyError as error:
+            self.log.warning("Dify's log could not be read while the run is queued: %s", error)
+            return None
+
+    def _note(self, event: WorkflowEvent) -> None:
+        line = self.progress.on_event(event)
+        if line:
+            self.log.info("%s", line)
+
+    def _follow_events(self, wait: RunWait, stream: WorkflowRunStream) -> tuple[WorkflowRun, Verdict] | None:
+        """Log a run's events until the stream ends, or the run itself turns out to be over."""
+        next_look = time.monotonic() + self.poll_interval
+        try:
+            while not self.clock.is_over:
+                event = stream.next_event(self.clock.slice_of(1.0))
+                self.clock.check()
+                if event is not None:
+                    self._note(event)
+                    if event.is_ending:
+                        self._on_ending(wait, event)
+                        return None
+                # A paused run sends nothing but pings, and so does one that hangs.
+                if time.monotonic() >= next_look:
+                    next_look = time.monotonic() + self.poll_interval
+                    if (found := self._look(wait)) is not None:
+                        return found
+        except DifyConnectionError as error:
+            self.log.warning("%s Polling the run every %g seconds instead.", error, self.poll_interval)
+        return None
+
+    def _on_ending(self, wait: RunWait, event: WorkflowEvent) -> None:
+        if event.name == ERROR:
+            self.log.warning(
+                "The event stream of workflow run %s ended with the error %s.",
+                wait.workflow_run_id,
+                one_line(repr(event.data), 300),
+            )
+        elif event.name != FINISHED:
+            self.log.info("Dify paused workflow run %s; polling it until it goes on.", wait.workflow_run_id)
+
+    def _look(self, wait: RunWait) -> tuple[WorkflowRun, Verdict] | None:
+        try:
+            run = self.hook.run_steps(calls.look_up_run(wait.workflow_run_id))
+        except (DifyConnectionError, DifyWorkflowRunNotFound):
+            # As long as the stream lives, the run does.
+            return None
+        verdict = wait.on_poll(run)
+        return None if verdict.outcome is Outcome.WAIT else (run, verdict)
+
+    def _poll(self, wait: RunWait) -> tuple[tuple[WorkflowRun, Verdict] | None, float]:
+        """Poll once; return what was found if the run is over, and how long not to poll."""
+        try:
+            run = self.hook.run_steps(calls.look_up_run(wait.workflow_run_id))
+        except DifyWorkflowRunNotFound as error:
+            if self.progress.final_status == "failed":
+                raise self._failure_without_record(wait.workflow_run_id) from error
+            wait.on_failed_poll(error)
+            return None, 0.0
+        except DifyConnectionError as error:
+            wait.on_failed_poll(error)
+            return None, delay_after(error, wait.consecutive_failures, RETRY_DELAY)
+        verdict = wait.on_poll(run)
+        return (None if verdict.outcome is Outcome.WAIT else (run, verdict)), 0.0
+
+    def _failure_without_record(self, workflow_run_id: str) -> DifyError:
+        if self.progress.was_rejected:
+            return self._rejection(workflow_run_id)
+        node = f"{self.progress.failed_node} " if self.progress.failed_node else ""
+        reason = one_line(self.progress.final_error or "Dify gave no error text").rstrip(".")
+        return DifyWorkflowRunFailed(
+            f"{node}{reason}. The events of Dify workflow run {workflow_run_id} ended as failed, and Dify has no record of it."
+        )

@@ -1,0 +1,135 @@
+"""Which run in Dify's log is the one that a start was to start: the start named no run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.input_fingerprint import fits
+from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, is_server_from
+
+# How far Dify's clock may be behind ours for a run to count as started after the start was sent.
+CLOCK_TOLERANCE = timedelta(seconds=60)
+# A row costs the server about 2.5 ms; a user's runs of the last minutes are few.
+_PAGE_SIZE = 20
+_MAX_PAGES = 10
+
+
+@dataclass(frozen=True)
+class RunSearch:
+    """
+    What is known of a run that was not named. It travels in a serialized trigger, so it holds no inputs.
+
+    :param user: the ``user`` of the start.
+    :param sent_at: epoch seconds of the start, by this machine's clock.
+    :param user_is_unique: whether the user names one try of one task, so that each run of it is ours.
+    :param fingerprint: of the start's inputs, as :func:`airflow_provider_dify.input_fingerprint.fingerprint` returns it.
+    :param known_runs: ids of the user's runs from before the start.
+    """
+
+    user: str
+    sent_at: float
+    user_is_unique: bool
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    known_runs: tuple[str, ...] = ()
+
+    def serialize(self) -> dict[str, Any]:
+        """Return the search as JSON-ready values, for :meth:`deserialize`."""
+        return {**asdict(self), "known_runs": list(self.known_runs)}
+
+    @classmethod
+    def deserialize(cls, data: Mapping[str, Any]) -> RunSearch:
+        """Return the search that :meth:`serialize` described."""
+        return cls(**{**data, "known_runs": tuple(data.get("known_runs") or ())})
+
+    @property
+    def not_before(self) -> datetime:
+        """The earliest time, by Dify's clock, at which the run can have been created."""
+        return datetime.fromtimestamp(self.sent_at, timezone.utc) - CLOCK_TOLERANCE
+
+    def is_candidate(self, run: LoggedWorkflowRun) -> bool:
+        """
+        Return whether a row of the log may be the run.
+
+        Compared here too, because a server may ignore what it was asked to filter by.
+        """
+        return (
+            run.user == self.user
+            and run.workflow_run_id not in self.known_runs
+            and (run.created_at is None or run.created_at >= self.not_before)
+        )
+
+
+def find_run(search: RunSearch) -> Steps[str | None]:
+    """
+    Look for the run of a start in Dify's log.
+
+    :param search: what is known of it.
+    :return: the run's id; ``None`` if no run fits yet: it may be queued.
+    :raises DifyWorkflowRunUncertain: if several fit, or one can't be compared.
+    :raises DifyError: if the log can't be read.
+    """
+    candidates = yield from _candidates(search)
+    fitting = []
+    for run in candidates:
+        if search.user_is_unique:
+            fitting.append(run.workflow_run_id)
+            continue
+        detail: WorkflowRun = yield calls.run_detail(run.workflow_run_id)
+        is_equal = fits(search.fingerprint, detail.inputs or {})
+        if is_equal is None:
+            raise _uncertain(search, [run.workflow_run_id], "has no inputs that could be compared")
+        if is_equal:
+            fitting.append(run.workflow_run_id)
+    if len(fitting) > 1:
+        raise _uncertain(search, fitting, "each may be it")
+    return fitting[0] if fitting else None
+
+
+def known_runs(user: str) -> Steps[tuple[str, ...]]:
+    """
+    Return a user's newest runs, before a start: they are none of its own.
+
+    :return: their ids; none where the log can't be read.
+    """
+    try:
+        runs: list[LoggedWorkflowRun] = yield calls.logged_runs(user=user, limit=_PAGE_SIZE)
+    except DifyError:
+        return ()
+    return tuple(run.workflow_run_id for run in runs if run.user == user)
+
+
+def runs_queue(server_version: str | None) -> bool:
+    """
+    Return whether a server lets runs wait before they have a record: 1.13 and later do, on Celery workers.
+
+    :param server_version: Dify's version; one that isn't known may be new.
+    """
+    return is_server_from(server_version, (1, 13)) is not False
+
+
+def _candidates(search: RunSearch) -> Steps[list[LoggedWorkflowRun]]:
+    found: list[LoggedWorkflowRun] = []
+    for page in range(1, _MAX_PAGES + 1):
+        rows: list[LoggedWorkflowRun] = yield calls.logged_runs(
+            user=search.user, created_after=search.not_before, page=page, limit=_PAGE_SIZE
+        )
+        found += [row for row in rows if search.is_candidate(row)]
+        is_before = bool(rows) and rows[-1].created_at is not None and rows[-1].created_at < search.not_before
+        if len(rows) < _PAGE_SIZE or is_before:
+            break
+    # Two pages may show a row twice, if a run started in between.
+    return list({run.workflow_run_id: run for run in found}.values())
+
+
+def _uncertain(search: RunSearch, run_ids: list[str], why: str) -> DifyWorkflowRunUncertain:
+    return DifyWorkflowRunUncertain(
+        f"The start named no run, and Dify's log of user {search.user!r} does not tell which run it started: "
+        f"{', '.join(run_ids)} ({why}). Look at these runs in Dify's console, then clear the task to start a new run.",
+        user=search.user,
+    )

@@ -1,0 +1,345 @@
+"""One try of the operator while it runs: its start, its clock, and what of it is known where."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyTaskKilled,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.following import RETRY_DELAY, Follower
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.models import WorkflowRun, is_server_from
+from airflow_provider_dify.run_search import known_runs
+from airflow_provider_dify.starting import StartMemory, TaskStart, find_earlier_start, new_start
+from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport, stop_run
+from airflow_provider_dify.task_clock import TaskClock
+from airflow_provider_dify.task_xcoms import TaskXComs
+from airflow_provider_dify.verdict import judge
+from airflow_provider_dify.waiting import delay_after
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+    from airflow.sdk.types import Logger
+
+    from airflow_provider_dify.api.run_stream import WorkflowRunStream
+
+# How long a worker waits for a queued run before it leaves that to the triggerer.
+SECONDS_BEFORE_DEFERRAL = 5.0
+# How soon a start counts as queued, and Airflow is to remember that.
+SECONDS_BEFORE_QUEUED = 1.0
+# How long a killed task waits for a start that is under way, so that it can be stopped.
+SECONDS_AFTER_KILL = 2.0
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """What the operator's arguments say about its start; each as there, rendered, times in seconds."""
+
+    inputs: Mapping[str, Any]
+    user: str | None
+    workflow_id: str | None
+    retries: int
+    deferrable: bool
+    poll_interval: float
+    run_timeout: float | None
+    not_found_grace: float
+    max_consecutive_failures: int
+    stop_on_failure: bool
+
+
+class RunningTask:
+    """
+    One try of the operator while it runs.
+
+    :param settings: the operator's arguments.
+    :param context: the running task's context.
+    :param hook: the hook, which sends nothing again by itself.
+    :param clock: the try's deadline.
+    :param log: the task's log.
+    :param xcoms: the task's XComs.
+    :ivar stream: the events of a run that this try started; ``None`` until then.
+    :ivar run_is_over: whether the run was seen to be over, so that there is nothing to stop.
+    """
+
+    def __init__(
+        self,
+        settings: StartSettings,
+        context: Context,
+        hook: DifyHook,
+        clock: TaskClock,
+        log: Logger,
+        xcoms: TaskXComs,
+    ) -> None:
+        self.context = context
+        self.clock = clock
+        self.xcoms = xcoms
+        self.follower = Follower(hook, clock, log, settings.poll_interval)
+        self.stream: WorkflowRunStream | None = None
+        self.run_is_over = False
+        self._settings = settings
+        self._hook = hook
+        self._log = log
+        self._memory = StartMemory(context)
+        self._start: TaskStart | None = None
+        self._stop_was_asked = False
+
+    @property
+    def task_start(self) -> TaskStart:
+        """The start, once there is one."""
+        assert self._start is not None  # noqa: S101
+        return self._start
+
+    @property
+    def named_run_id(self) -> str:
+        """The run's id, once it is named."""
+        return str(self.task_start.workflow_run_id)
+
+    def close(self) -> None:
+        """Hang up; the run goes on."""
+        if self.stream is not None:
+            self.stream.close()
+
+    def start(self) -> None:
+        """
+        Start a run, or find the one that an earlier try started. It is named then, unless the task is to defer.
+
+        :raises DifyError: as :class:`airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
+        """
+        earlier = self._find_earlier_start()
+        if earlier is None:
+            self._start_new_run()
+
+    def resume(self, data: Mapping[str, Any] | None, event: Any) -> None:
+        """
+        Take up the start that the task deferred with.
+
+        :param data: the start, as it was serialized; ``None`` where Airflow lost it, and for ``dag.test()``, which returns
+            nothing but the event to a resumed task.
+        :param event: the trigger's event, which names a run that was queued when the task deferred.
+        """
+        ti: Any = self.context["ti"]
+        start = TaskStart.deserialize(data) if data else self._memory.load()
+        if start is None or start.try_number != ti.try_number:
+            start = new_start(ti, self._settings.user, self._settings.inputs, (), time.time())
+        named = event.get("workflow_run_id") if isinstance(event, dict) else None
+        is_new = start.workflow_run_id is None and bool(named)
+        self._start = replace(start, workflow_run_id=named) if is_new else start
+        if self._start.workflow_run_id is None:
+            self._take_ids_from_xcoms(ti)
+        elif is_new:
+            self._remember(self._start)
+
+    def stop(self) -> None:
+        """Ask Dify to stop the run, if it is named, and log what came of it."""
+        start = self._start
+        if not self._settings.stop_on_failure or self._stop_was_asked or start is None:
+            return
+        if start.workflow_run_id is None:
+            self._log.warning(
+                "The workflow run of user %r is queued, and Dify stops no queued run: it runs later. Look for the user in "
+                "the app's log in Dify's console.",
+                start.user,
+            )
+            return
+        # A session and limits of its own: this may be a signal's handler, in the middle of another request.
+        with DifyHook(self._hook.dify_conn_id, timeout=STOP_TIMEOUT, retry_limit=0) as hook:
+            hook._connection = replace(self._hook.connection, timeout=STOP_TIMEOUT)
+            version = self._hook.server_version
+            report: StopReport = hook.run_steps(stop_run(start.workflow_run_id, start.task_id, start.user, version))
+        (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
+        if report.was_asked:
+            self._stop_was_asked = True
+            self._start = replace(start, stop_was_asked=True)
+            self._memory.save(self._start)
+
+    def stop_after_kill(self) -> None:
+        """Stop the run of a task that was killed, also one whose start is under way."""
+        if self.stream is not None and not self.stream.is_named:
+            with contextlib.suppress(DifyError):
+                self.stream.wait_until_named(SECONDS_AFTER_KILL)
+            if self.stream.is_named:
+                self._take_named_run(self.stream)
+        if self._start is None or self.run_is_over:
+            return
+        ti: Any = self.context["ti"]
+        will_be_retried = ti.try_number <= (ti.max_tries or 0)
+        if will_be_retried and not self._memory.is_kept and not is_server_from(self._hook.server_version, (1, 16)):
+            # Neither this Airflow nor this Dify would remember the stop, and the retry would wait for a run that is over.
+            self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
+            return
+        self.stop()
+
+    def _find_earlier_start(self) -> TaskStart | None:
+        ti: Any = self.context["ti"]
+        if ti.try_number <= 1:
+            return None
+        settings = self._settings
+        failures = 0
+        while True:
+            try:
+                found = self._hook.run_steps(
+                    find_earlier_start(
+                        self.context,
+                        settings.user,
+                        settings.retries,
+                        settings.inputs,
+                        settings.run_timeout,
+                    )
+                )
+                break
+            except DifyConnectionError as error:
+                # Survived as a failed poll is: that Dify is away is no reason to give its run up.
+                failures += 1
+                if failures > settings.max_consecutive_failures or self.clock.is_over:
+                    raise
+                self._log.warning(
+                    "The run of an earlier try could not be looked up, %d in a row of at most %d: %s",
+                    failures,
+                    settings.max_consecutive_failures,
+                    error,
+                )
+                self.clock.sleep(max(settings.poll_interval, delay_after(error, failures, RETRY_DELAY)))
+        if found is None:
+            return None
+        start, run = found
+        return self._continue(start, run) if run is not None else self._continue_unnamed(start)
+
+    def _continue(self, start: TaskStart, run: WorkflowRun) -> TaskStart:
+        reason = judge(run, now=datetime.now(timezone.utc)).reason
+        self._log.info("Continuing the run that an earlier try started. %s", reason)
+        self._remember(replace(start, try_number=self.context["ti"].try_number))
+        self.xcoms.push_link(run.app_id)
+        return start
+
+    def _continue_unnamed(self, start: TaskStart) -> TaskStart | None:
+        """Wait for the run of a start that was under way when an earlier try was killed."""
+        self._log.info("An earlier try was ended while its start was under way; looking for its run.")
+        self._start = start
+        error = DifyWorkflowRunUncertain(
+            f"An earlier try was ended while its start was under way, and Dify's log does not show a run of user "
+            f"{start.user!r}.",
+            user=start.user,
+        )
+        seconds = self.clock.left if start.was_accepted else self._settings.not_found_grace
+        if self._settings.deferrable and start.was_accepted:
+            return start
+        run_id = self.follower.search_run(start.search, error, seconds)
+        if run_id is not None:
+            self._remember(replace(start, workflow_run_id=run_id, try_number=self.context["ti"].try_number))
+            return self._start
+        if start.was_accepted:
+            raise error
+        self._start = None
+        return None
+
+    def _start_new_run(self) -> None:
+        settings = self._settings
+        ti: Any = self.context["ti"]
+        if settings.workflow_id is None:
+            # The form that Dify shows is the current version's.
+            self.follower.check_inputs(settings.inputs)
+        before = self._hook.run_steps(known_runs(settings.user)) if settings.user is not None else ()
+        start = new_start(ti, settings.user, settings.inputs, before, time.time())
+        if self._hook.server_version:
+            self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
+        # Written before the act, so that a killed worker leaves a trace of it.
+        self._memory.save(start)
+        self._start = start
+        try:
+            self.stream = self.follower.send_start(settings.inputs, start.user, settings.workflow_id)
+        except DifyWorkflowRunUncertain as error:
+            self._wait_in_log(start, error)
+            return
+        except BaseException as error:
+            if isinstance(error, Exception) and not isinstance(error, DifyTaskKilled):
+                # Nothing was started.
+                self._start = None
+                self._memory.save(None)
+            raise
+        self._wait_on_stream(start, self.stream)
+
+    def _wait_on_stream(self, start: TaskStart, stream: WorkflowRunStream) -> None:
+        try:
+            run_id = self.follower.wait_until_named(stream, start.search, SECONDS_BEFORE_QUEUED)
+            if run_id is None:
+                start = replace(start, was_accepted=True)
+                self._memory.save(start)
+                self._start = start
+                self._log.info(
+                    "Dify has accepted the start and named no run yet: the workflow run of user %r is queued.",
+                    start.user,
+                )
+                seconds = SECONDS_BEFORE_DEFERRAL if self._settings.deferrable else self.clock.left
+                run_id = self.follower.wait_until_named(stream, start.search, seconds)
+        except DifyWorkflowRunUncertain as error:
+            self._wait_in_log(replace(start, was_accepted=True), error)
+            return
+        except DifyTaskKilled:
+            self.stop_after_kill()
+            raise
+        except DifyError:
+            # Dify rejected it.
+            self._start = None
+            self._memory.save(None)
+            raise
+        if run_id is None:
+            self._on_still_queued(start)
+        elif stream.is_named:
+            self._take_named_run(stream)
+        else:
+            self._remember(replace(start, workflow_run_id=run_id))
+
+    def _take_named_run(self, stream: WorkflowRunStream) -> None:
+        if self._start is None or self._start.workflow_run_id is not None:
+            return
+        self._remember(replace(self._start, workflow_run_id=stream.workflow_run_id, task_id=stream.task_id))
+        self.xcoms.push_link(stream.app_id)
+        self._log.info("Dify started workflow run %s for user %r.", stream.workflow_run_id, self._start.user)
+
+    def _wait_in_log(self, start: TaskStart, error: DifyWorkflowRunUncertain) -> None:
+        """Look for the run of a start that broke off; a deferrable task leaves that to the triggerer soon."""
+        self._log.warning("%s", error)
+        self._start = start
+        self._memory.save(start)
+        seconds = self.clock.left if self.follower.may_be_queued() else self._settings.not_found_grace
+        if self._settings.deferrable:
+            seconds = min(seconds, SECONDS_BEFORE_DEFERRAL)
+        run_id = self.follower.search_run(start.search, error, seconds)
+        if run_id is not None:
+            self._remember(replace(start, workflow_run_id=run_id))
+        elif not self._settings.deferrable or not self.follower.may_be_queued():
+            raise error
+
+    def _on_still_queued(self, start: TaskStart) -> None:
+        if self._settings.deferrable:
+            self._log.info("Leaving the wait for the queued run to the triggerer.")
+            return
+        raise DifyWorkflowRunUncertain(
+            f"The operator's timeout is over, and the workflow run of user {start.user!r} is still queued at Dify, which "
+            "cannot be asked to drop it: it will run, and be paid for, once. Look for the user in the app's log in Dify's "
+            "console.",
+            user=start.user,
+        )
+
+    def _remember(self, start: TaskStart) -> None:
+        """Store the run everywhere at once, so that no crash loses it."""
+        self._start = start
+        self._memory.save(start)
+        self.xcoms.push_ids(str(start.workflow_run_id), start.task_id)
+
+    def _take_ids_from_xcoms(self, ti: Any) -> None:
+        run_id, task_id = (
+            ti.xcom_pull(task_ids=ti.task_id, key=key, map_indexes=ti.map_index)
+            for key in ("workflow_run_id", "task_id")
+        )
+        if run_id:
+            self._start = replace(self.task_start, workflow_run_id=str(run_id), task_id=task_id)

@@ -1,0 +1,213 @@
+"""Which run a task's try owns: a new one, an earlier try's, or one that has to be looked for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+from airflow.providers.common.compat.sdk import conf
+
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.api.routes import MAX_USER_LENGTH
+from airflow_provider_dify.exceptions import DifyWorkflowRunNotFound
+from airflow_provider_dify.input_fingerprint import fingerprint
+from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
+from airflow_provider_dify.verdict import Outcome, judge
+
+STATE_KEY = "dify_workflow_run"
+
+
+@dataclass(frozen=True)
+class TaskStart:
+    """
+    One start of a task's try, and its run once Dify has named it. Airflow 3.3 and later keep it from try to try.
+
+    :param user: the ``user`` of the start.
+    :param search: what is known of the run until it is named.
+    :param try_number: the try.
+    :param max_tries: the task's ``max_tries`` then; it changes only when the task is cleared.
+    :param was_accepted: whether Dify began to respond, so that the run is at least queued.
+    :param workflow_run_id: the run's UUID; ``None`` until it is named.
+    :param task_id: what the stop route takes; ``None`` until it is known.
+    :param stop_was_asked: whether Dify was asked to stop the run, which must not be continued then.
+    """
+
+    user: str
+    search: RunSearch
+    try_number: int
+    max_tries: int
+    was_accepted: bool = False
+    workflow_run_id: str | None = None
+    task_id: str | None = None
+    stop_was_asked: bool = False
+
+    def serialize(self) -> dict[str, Any]:
+        """Return the start as JSON-ready values, for :meth:`deserialize`."""
+        return {**asdict(self), "search": self.search.serialize()}
+
+    @classmethod
+    def deserialize(cls, data: Mapping[str, Any]) -> TaskStart:
+        """Return the start that :meth:`serialize` described."""
+        return cls(**{**data, "search": RunSearch.deserialize(data["search"])})
+
+
+class StartMemory:
+    """
+    What Airflow remembers of a task's start from try to try; nothing before Airflow 3.3.
+
+    :param context: the running task's context.
+    """
+
+    def __init__(self, context: Mapping[str, Any]) -> None:
+        self._store: Any = context.get("task_state_store")
+        self._ti: Any = context["ti"]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether this Airflow keeps it."""
+        return self._store is not None
+
+    def save(self, start: TaskStart | None) -> None:
+        """Keep the start of this try; ``None`` for a start that started nothing."""
+        if self._store is not None:
+            self._store.set(STATE_KEY, None if start is None else start.serialize())
+
+    def load(self) -> TaskStart | None:
+        """
+        Return the last start of this task.
+
+        :return: the start; ``None`` if there is none, or the task was cleared since, which is to start anew.
+        """
+        data = self._store.get(STATE_KEY) if self._store is not None else None
+        try:
+            start = TaskStart.deserialize(data) if isinstance(data, dict) else None
+        except (KeyError, TypeError, ValueError):
+            # Of another version of this package.
+            return None
+        is_this_task = start is not None and start.max_tries == (self._ti.max_tries or 0)
+        return start if is_this_task else None
+
+
+def new_start(
+    ti: Any, user: str | None, inputs: Mapping[str, Any], known_runs: tuple[str, ...], now: float
+) -> TaskStart:
+    """
+    Return the start that a try is about to send.
+
+    :param ti: the task instance.
+    :param user: the operator's ``user``; ``None`` for the default one.
+    :param inputs: the workflow's inputs.
+    :param known_runs: the user's runs from before, for a ``user`` of one's own.
+    :param now: epoch seconds.
+    """
+    name = user or default_user(ti, ti.try_number)
+    search = RunSearch(name, now, user is None, fingerprint(inputs), known_runs)
+    return TaskStart(name, search, ti.try_number, ti.max_tries or 0)
+
+
+def find_earlier_start(
+    context: Mapping[str, Any], user: str | None, retries: int, inputs: Mapping[str, Any], run_timeout: float | None
+) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
+    """
+    Look for a start of an earlier try of this task whose run is to be continued.
+
+    :param context: the running task's context.
+    :param user: the operator's ``user``; ``None`` for the default one.
+    :param retries: the operator's ``retries``.
+    :param inputs: the workflow's inputs.
+    :param run_timeout: as for the operator.
+    :return: the start, and its run unless that isn't named yet; ``None`` if a new run is to be started: there was no
+        start, its run can't succeed any more, or Dify was asked to stop it.
+    """
+    ti: Any = context["ti"]
+    start = StartMemory(context).load()
+    if start is not None:
+        if start.stop_was_asked:
+            return None
+        if start.workflow_run_id is None:
+            run_id = yield from find_run(start.search)
+            if run_id is None:
+                return start, None
+            start = replace(start, workflow_run_id=run_id)
+        return (yield from _if_it_can_succeed(start, run_timeout))
+    for search, number in _searches_of_earlier_tries(context, user, retries, inputs):
+        run_id = yield from find_run(search)
+        if run_id is not None:
+            found = TaskStart(search.user, search, number, ti.max_tries or 0, True, run_id)
+            return (yield from _if_it_can_succeed(found, run_timeout))
+    return None
+
+
+def _if_it_can_succeed(
+    start: TaskStart, run_timeout: float | None
+) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
+    try:
+        run: WorkflowRun = yield from calls.look_up_run(str(start.workflow_run_id))
+    except DifyWorkflowRunNotFound:
+        return None
+    verdict = judge(run, now=datetime.now(timezone.utc), run_timeout=run_timeout)
+    return (start, run) if verdict.outcome in (Outcome.WAIT, Outcome.DONE) else None
+
+
+def _searches_of_earlier_tries(
+    context: Mapping[str, Any], user: str | None, retries: int, inputs: Mapping[str, Any]
+) -> Iterator[tuple[RunSearch, int]]:
+    """Return what to look for in Dify's log where Airflow remembers nothing, the last try first."""
+    ti: Any = context["ti"]
+    # After a task was cleared its tries go on counting, but what came before was to be done anew.
+    first_try = (ti.max_tries or 0) - retries + 1
+    if first_try > ti.try_number:
+        # Impossible, unless `retries` was lowered since: then nothing tells which try was the first.
+        first_try = 1
+    if ti.try_number <= first_try:
+        return
+    began = getattr(context.get("dag_run"), "start_date", None)
+    # A run from before the Dag run is an older one's, or another Airflow's.
+    not_before = began.timestamp() if isinstance(began, datetime) else (_now() - timedelta(days=7)).timestamp()
+    prints = fingerprint(inputs)
+    if user is not None:
+        # It names no try, so the inputs have to tell the runs apart.
+        yield RunSearch(user, not_before + CLOCK_TOLERANCE.total_seconds(), False, prints), ti.try_number - 1
+        return
+    for number in range(ti.try_number - 1, first_try - 1, -1):
+        yield RunSearch(default_user(ti, number), not_before, True, prints), number
+
+
+def _now() -> datetime:
+    return datetime.now(timezone.utc)
+
+
+def installation_id() -> str:
+    """
+    Return a short stable name of this Airflow installation, the same on all of its machines.
+
+    Two Airflows that start runs of the same Dify app, with the same Dags, must not take each other's runs. It is made
+    of ``[core] fernet_key`` and ``[api] base_url`` (Airflow 2: ``[webserver] base_url``), which an installation shares.
+
+    :return: 8 hexadecimal digits, from which neither can be recovered.
+    """
+    settings = (("core", "fernet_key"), ("api", "base_url"), ("webserver", "base_url"))
+    text = "\n".join(str(conf.get(section, key, fallback="")) for section, key in settings)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def default_user(ti: Any, try_number: int) -> str:
+    """
+    Return the ``user`` who starts the run of a try, the same whenever it is asked for.
+
+    :param ti: the task instance.
+    :param try_number: the try.
+    :return: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>/<try>``, of at most 255 characters, which
+        Dify's log shows and can be searched for.
+    """
+    map_index = "" if ti.map_index is None or ti.map_index < 0 else f"[{ti.map_index}]"
+    user = f"airflow/{installation_id()}/{ti.dag_id}/{ti.task_id}{map_index}/{ti.run_id}/{try_number}"
+    if len(user) <= MAX_USER_LENGTH:
+        return user
+    digest = hashlib.sha256(user.encode()).hexdigest()[:16]
+    return f"{user[: MAX_USER_LENGTH - 17]}~{digest}"

@@ -1,0 +1,88 @@
+"""How a run is stopped, within the seconds that Airflow leaves to a task that it kills."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.calls import LiveTaskId, Pause, Steps
+from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus, is_server_from
+
+# Airflow 3 kills a task's process 5 seconds after on_kill began: two attempts, a pause, a look.
+STOP_TIMEOUT = 1.5
+_PAUSE = 1.0
+# Measured on Dify 1.16.1: the detail is `stopped` 0.2 to 0.3 seconds after the stop.
+_PAUSE_BEFORE_LOOK = 0.4
+_SECONDS_FOR_TASK_ID = 1.5
+
+
+@dataclass(frozen=True)
+class StopReport:
+    """
+    What became of a stop.
+
+    :param was_asked: whether Dify took the request.
+    :param message: a sentence for the log.
+    :param is_warning: whether the run may go on.
+    """
+
+    was_asked: bool
+    message: str
+    is_warning: bool = False
+
+
+def stop_run(workflow_run_id: str, task_id: str | None, user: str, server_version: str | None) -> Steps[StopReport]:
+    """
+    Stop a run, and look once what came of it.
+
+    :param workflow_run_id: the run.
+    :param task_id: what the stop route takes; ``None`` where only the run is known.
+    :param user: who started the run.
+    :param server_version: Dify's version; ``None`` where it isn't known.
+    :return: what became of it. Never raises a :class:`DifyError`.
+    """
+    if task_id is None:
+        task_id = yield LiveTaskId(workflow_run_id, user, _SECONDS_FOR_TASK_ID)
+    if task_id is None:
+        return StopReport(
+            False,
+            f"Workflow run {workflow_run_id} goes on: its task id, which Dify's stop route takes, is not known.",
+            is_warning=True,
+        )
+    try:
+        yield from _ask_twice(task_id, user)
+    except DifyError as error:
+        return StopReport(False, f"Workflow run {workflow_run_id} could not be stopped and goes on: {error}", True)
+    yield Pause(_PAUSE_BEFORE_LOOK)
+    try:
+        run: WorkflowRun | None = yield calls.run_detail(workflow_run_id)
+    except DifyError:
+        run = None
+    return _report(workflow_run_id, run, server_version)
+
+
+def _ask_twice(task_id: str, user: str) -> Steps[None]:
+    try:
+        yield calls.stop_task(task_id, user)
+    except DifyError:
+        yield Pause(_PAUSE)
+        yield calls.stop_task(task_id, user)
+
+
+def _report(workflow_run_id: str, run: WorkflowRun | None, server_version: str | None) -> StopReport:
+    if run is not None and run.status == WorkflowRunStatus.PAUSED:
+        return StopReport(
+            True,
+            f"Workflow run {workflow_run_id} is paused, and Dify does not stop a paused run: it waits for a person still.",
+            is_warning=True,
+        )
+    if run is not None and run.finished_at is not None:
+        return StopReport(True, f"Dify stopped workflow run {workflow_run_id} (status {run.status}).")
+    if is_server_from(server_version, (1, 16)):
+        return StopReport(True, f"Asked Dify to stop workflow run {workflow_run_id}; its record does not show it yet.")
+    return StopReport(
+        True,
+        f"Asked Dify to stop workflow run {workflow_run_id}. Whether it did may not show: up to Dify 1.15 the run's record "
+        "can stay running for ever.",
+    )

@@ -1,0 +1,105 @@
+"""The XComs of a finished workflow run, in one place for workers and the triggerer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from airflow_provider_dify.airflow_versions import CAN_PUSH_NONE, XCOMS_ARE_STRICT_JSON
+from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.exceptions import DifyOutputsError
+from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.models import WorkflowRun
+
+RETURN_VALUE = "return_value"
+WORKFLOW_RUN = "workflow_run"
+WORKFLOW_RUN_ID = "workflow_run_id"
+TASK_ID = "task_id"
+# With a dash, which few outputs have in their name.
+RUN_LOG = "dify-run-log"
+# An output of one of these names is part of the return value only: the task's own XCom keeps its name.
+RESERVED = frozenset({RETURN_VALUE, WORKFLOW_RUN, WORKFLOW_RUN_ID, TASK_ID, RUN_LOG})
+
+
+def run_log_url(connection: DifyConnection, app_id: str) -> str:
+    """Return the address of an app's log in Dify's console."""
+    return f"{connection.console}/app/{app_id}/logs"
+
+
+def xcoms_from_run(run: WorkflowRun, *, multiple_outputs: bool, price: dict[str, str] | None = None) -> dict[str, Any]:
+    """
+    Return the XComs of a task whose workflow run is over.
+
+    :param run: the run.
+    :param multiple_outputs: whether each output is an XCom of its own.
+    :param price: ``total_price`` and ``currency``, where they are known.
+    :return: values by key, the return value last. It is the outputs, ``{}`` where there are none.
+    """
+    outputs = run.outputs or {}
+    each = {key: value for key, value in outputs.items() if multiple_outputs and key not in RESERVED and key}
+    # Airflow 3.0 fails a task that pushes None.
+    each = {key: value for key, value in each.items() if value is not None or CAN_PUSH_NONE}
+    return {WORKFLOW_RUN: {**run.without_payload(), **(price or {})}, **each, RETURN_VALUE: outputs}
+
+
+def check_outputs(run: WorkflowRun) -> None:
+    """
+    Check that a run's outputs can be XComs on this Airflow.
+
+    :param run: the run.
+    :raises DifyOutputsError: if one can't; names the output and the reason.
+    """
+    for key, value in (run.outputs or {}).items():
+        reason = xcom_problem(key) or xcom_problem(value)
+        if reason:
+            raise DifyOutputsError(
+                f"The output {one_line(key, 80)!r} {reason}, which Airflow cannot store as an XCom: Dify workflow run "
+                f"{run.id} succeeded, but its outputs cannot be the task's return value. Change what the workflow's end "
+                "node returns. The XCom workflow_run and the other outputs are there."
+            )
+
+
+def xcom_problem(value: Any) -> str | None:
+    """
+    Return why a JSON value can't be an XCom.
+
+    Measured on Airflow 3.0 to 3.3, which send XComs as JSON to a database; Airflow 2 takes them all.
+
+    :param value: as parsed from JSON.
+    :return: what is wrong with it, as the end of a sentence; ``None`` for nothing.
+    """
+    if not XCOMS_ARE_STRICT_JSON:
+        return None
+    for leaf in _leaves(value):
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            return f"holds the number {leaf}"
+        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**64:
+            return "holds a whole number of more than 64 bits"
+        if isinstance(leaf, str) and "\0" in leaf:
+            return "holds a NUL character"
+        if isinstance(leaf, str) and not _is_unicode(leaf):
+            return "holds text with a lone surrogate"
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Iterate over the texts and numbers in a JSON value, without recursion: it may be nested deeply."""
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending.extend(item.keys())
+            pending.extend(item.values())
+        elif isinstance(item, list):
+            pending.extend(item)
+        else:
+            yield item
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
