@@ -266,7 +266,8 @@ def _timeout(value: Any) -> float | None:
         seconds = math.nan
     if isinstance(value, bool) or not 0 < seconds <= MAX_TIMEOUT:
         raise DifyConfigurationError(
-            f"the extra 'timeout' must be a number of seconds above 0, at most {MAX_TIMEOUT:.0f}, but it is {value!r:.100}."
+            f"the extra 'timeout' must be a number of seconds above 0, at most {MAX_TIMEOUT:.0f}, but it is "
+            f"{value!r:.100}."
         )
     return seconds
 

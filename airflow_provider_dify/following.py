@@ -78,7 +78,8 @@ class Follower:
             self.log.warning("%s", warning)
         if check.problems:
             raise DifyInputsRejected(
-                f"{' '.join(check.problems)} The app's form in Dify says so; no workflow run was started. Check the task's "
+                f"{' '.join(check.problems)} The app's form in Dify says so; no workflow run was started. Check the "
+                "task's "
                 "inputs.",
                 server_version=self.hook.server_version,
             )
@@ -239,7 +240,8 @@ class Follower:
 
     def _rejection(self, workflow_run_id: str) -> DifyInputsRejected:
         return DifyInputsRejected(
-            f"{one_line(self.progress.final_error or 'Dify gave no error text').rstrip('.')}. Dify rejected the inputs and "
+            f"{one_line(self.progress.final_error or 'Dify gave no error text').rstrip('.')}. Dify rejected the "
+            "inputs and "
             f"keeps no record of the run (it named it {workflow_run_id}). Check the task's inputs.",
             server_version=self.hook.server_version,
         )
@@ -319,5 +321,6 @@ class Follower:
         node = f"{self.progress.failed_node} " if self.progress.failed_node else ""
         reason = one_line(self.progress.final_error or "Dify gave no error text").rstrip(".")
         return DifyWorkflowRunFailed(
-            f"{node}{reason}. The events of Dify workflow run {workflow_run_id} ended as failed, and Dify has no record of it."
+            f"{node}{reason}. The events of Dify workflow run {workflow_run_id} ended as failed, and Dify has no "
+            "record of it."
         )

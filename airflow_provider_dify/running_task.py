@@ -122,8 +122,8 @@ class RunningTask:
         """
         Take up the start that the task deferred with.
 
-        :param data: the start, as it was serialized; ``None`` where Airflow lost it, and for ``dag.test()``, which returns
-            nothing but the event to a resumed task.
+        :param data: the start, as it was serialized; ``None`` where Airflow lost it, and for ``dag.test()``, which
+            returns nothing but the event to a resumed task.
         :param event: the trigger's event, which names a run that was queued when the task deferred.
         """
         ti: Any = self.context["ti"]
@@ -145,7 +145,8 @@ class RunningTask:
             return
         if start.workflow_run_id is None:
             self._log.warning(
-                "The workflow run of user %r is queued, and Dify stops no queued run: it runs later. Look for the user in "
+                "The workflow run of user %r is queued, and Dify stops no queued run: it runs later. Look for the "
+                "user in "
                 "the app's log in Dify's console.",
                 start.user,
             )
@@ -173,7 +174,7 @@ class RunningTask:
         ti: Any = self.context["ti"]
         will_be_retried = ti.try_number <= (ti.max_tries or 0)
         if will_be_retried and not self._memory.is_kept and not is_server_from(self._hook.server_version, (1, 16)):
-            # Neither this Airflow nor this Dify would remember the stop, and the retry would wait for a run that is over.
+            # Neither this Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
             self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
             return
         self.stop()
@@ -324,8 +325,10 @@ class RunningTask:
             self._log.info("Leaving the wait for the queued run to the triggerer.")
             return
         raise DifyWorkflowRunUncertain(
-            f"The operator's timeout is over, and the workflow run of user {start.user!r} is still queued at Dify, which "
-            "cannot be asked to drop it: it will run, and be paid for, once. Look for the user in the app's log in Dify's "
+            f"The operator's timeout is over, and the workflow run of user {start.user!r} is still queued at Dify, "
+            "which "
+            "cannot be asked to drop it: it will run, and be paid for, once. Look for the user in the app's log in "
+            "Dify's "
             "console.",
             user=start.user,
         )

@@ -74,7 +74,8 @@ def _report(workflow_run_id: str, run: WorkflowRun | None, server_version: str |
     if run is not None and run.status == WorkflowRunStatus.PAUSED:
         return StopReport(
             True,
-            f"Workflow run {workflow_run_id} is paused, and Dify does not stop a paused run: it waits for a person still.",
+            f"Workflow run {workflow_run_id} is paused, and Dify does not stop a paused run: it waits for a person "
+            "still.",
             is_warning=True,
         )
     if run is not None and run.finished_at is not None:
@@ -83,6 +84,7 @@ def _report(workflow_run_id: str, run: WorkflowRun | None, server_version: str |
         return StopReport(True, f"Asked Dify to stop workflow run {workflow_run_id}; its record does not show it yet.")
     return StopReport(
         True,
-        f"Asked Dify to stop workflow run {workflow_run_id}. Whether it did may not show: up to Dify 1.15 the run's record "
+        f"Asked Dify to stop workflow run {workflow_run_id}. Whether it did may not show: up to Dify 1.15 the run's "
+        "record "
         "can stay running for ever.",
     )

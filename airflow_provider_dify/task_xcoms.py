@@ -26,8 +26,8 @@ class TaskXComs:
     """
     The XComs of one running task.
 
-    :param operator: the operator or sensor; its links are there only while the link is known, because Airflow 3 reads and
-        pushes each link of a task when it ends, and logs an error for one that is missing.
+    :param operator: the operator or sensor; its links are there only while the link is known, because Airflow 3 reads
+        and pushes each link of a task when it ends, and logs an error for one that is missing.
     :param context: the running task's context.
     """
 

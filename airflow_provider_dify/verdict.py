@@ -103,7 +103,8 @@ def judge(
     if run.status not in WAITING_STATUSES and run.finished_at is not None:
         return Verdict(
             Outcome.FAILED,
-            f"{_error(run)} Dify workflow run {run.id} finished with the status {one_line(str(run.status), 50)!r}, which "
+            f"{_error(run)} Dify workflow run {run.id} finished with the status {one_line(str(run.status), 50)!r}, "
+            "which "
             f"this version of airflow-provider-dify does not know{_facts(run)}.",
             can_be_repeated=True,
         )

@@ -134,7 +134,7 @@ class SharedSession:
             return HttpResponse.received(self.connection, url, response.status, response.headers, await response.read())
 
     async def read_live_task_id(self, step: LiveTaskId) -> str | None:
-        """Return what :func:`airflow_provider_dify.api.live_task_id.read_live_task_id` does; the caller bounds the time."""
+        """Return a live run's task id, as :mod:`airflow_provider_dify.api.live_task_id`; the caller bounds the time."""
         client = self.client or await self.open()
         reader = EventStreamReader()
         url = f"{self.connection.base_url}{events_path(step.workflow_run_id)}"

@@ -2,8 +2,8 @@
 What Dify's event stream looks like on the wire: ``text/event-stream`` bytes in, typed events out.
 
 A stream starts with ``workflow_started``, which names the run and its task, and ends with ``workflow_finished``,
-``workflow_paused`` or ``error``. Pings are a bare ``event: ping`` without data, about every 10 seconds. From Dify 1.13 on
-the first ping comes at once, before there is a run.
+``workflow_paused`` or ``error``. Pings are a bare ``event: ping`` without data, about every 10 seconds. From Dify 1.13
+on the first ping comes at once, before there is a run.
 """
 
 from __future__ import annotations

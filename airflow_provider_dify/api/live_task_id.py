@@ -1,4 +1,4 @@
-"""The ``task_id`` of a run that was found in Dify's log, which only the run's next events carry (Dify 1.14 and later)."""
+"""The ``task_id`` of a run that was found in Dify's log: only its next events carry it (Dify 1.14 and later)."""
 
 from __future__ import annotations
 

@@ -244,7 +244,8 @@ class WorkflowRunStream:
 
     def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
         return DifyWorkflowRunUncertain(
-            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run for user "
+            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run "
+            "for user "
             f"{self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's log in "
             "Dify's console.",
             user=self._user,

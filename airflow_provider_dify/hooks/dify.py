@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import json
-import mimetypes
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import BaseHook
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random
 
 from airflow_provider_dify.api import calls, routes
+from airflow_provider_dify.api.bodies import encode_start, open_upload
 from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.live_task_id import read_live_task_id
 from airflow_provider_dify.api.responses import parse_uploaded_file_id
+from airflow_provider_dify.api.retrying import RequestRetries
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
 from airflow_provider_dify.api.session import DifySession, send
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
-    DifyConfigurationError,
     DifyConnectionError,
     DifyError,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
+from airflow_provider_dify.hooks.connection_form import ConnectionForm
 from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
-from airflow_provider_dify.waiting import MAX_RETRY_DELAY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class DifyHook(BaseHook):
+class DifyHook(ConnectionForm, BaseHook):
     """
     Talk to Dify's Service API with one app's API key.
 
@@ -80,29 +76,6 @@ class DifyHook(BaseHook):
         self.server_version: str | None = None
         self._connection: DifyConnection | None = None
         self._session: DifySession | None = None
-
-    @classmethod
-    def get_ui_field_behaviour(cls) -> dict[str, Any]:
-        """Return the form's labels and hidden fields, for Airflows before 3.2; later ones have them from the package."""
-        return {key.replace("-", "_"): value for key, value in UI_FIELD_BEHAVIOUR.items()}
-
-    @classmethod
-    def get_connection_form_widgets(cls) -> dict[str, Any]:
-        """Return the connection form's extra fields, for Airflows before 3.2; later ones have them from the package."""
-        from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
-        from flask_babel import lazy_gettext
-        from wtforms import IntegerField, StringField
-        from wtforms.validators import Optional
-
-        return {
-            name: (IntegerField if "integer" in form_field["schema"]["type"] else StringField)(
-                lazy_gettext(form_field["label"]),
-                widget=BS3TextFieldWidget(),
-                description=form_field["description"],
-                validators=[Optional()],
-            )
-            for name, form_field in CONNECTION_FIELDS.items()
-        }
 
     @property
     def connection(self) -> DifyConnection:
@@ -201,7 +174,8 @@ class DifyHook(BaseHook):
             try:
                 if stream.wait_until_named(timeout) is None:
                     raise DifyWorkflowRunUncertain(
-                        f"Dify did not name the run of user {user!r} within {timeout:g} seconds: it is queued, and may run "
+                        f"Dify did not name the run of user {user!r} within {timeout:g} seconds: it is queued, and "
+                        "may run "
                         "later. Look for the user in the app's log in Dify's console.",
                         user=user,
                     )
@@ -221,13 +195,7 @@ class DifyHook(BaseHook):
         :raises DifyConfigurationError: if an argument can't be sent; nothing was sent then.
         """
         path = routes.start_path(workflow_id)
-        routes.check_user(user)
-        try:
-            body = json.dumps(
-                {"inputs": dict(inputs), "user": user, "response_mode": "streaming"}, allow_nan=False, default=_as_list
-            ).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            raise DifyConfigurationError(f"inputs must be an object of JSON values: {error}") from error
+        body = encode_start(inputs, user)
         connection = self.connection
         # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
         # the request arrived.
@@ -291,25 +259,19 @@ class DifyHook(BaseHook):
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
         routes.check_user(user)
-        with ExitStack() as stack:
-            try:
-                opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
-            except OSError as error:
-                raise DifyConfigurationError(f"The file to upload cannot be read: {error}") from error
-            name = file_name or os.path.basename(str(getattr(opened, "name", "file")))
-            content_type = mime_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
-            start = opened.tell()
+        with open_upload(file, file_name, mime_type) as part:
+            start = part[1].tell()
 
             def upload() -> str:
-                opened.seek(start)
+                part[1].seek(start)
                 response = send(
                     self._get_session(),
                     self.connection,
                     "POST",
                     routes.UPLOAD,
-                    f"the upload of {name!r}",
+                    f"the upload of {part[0]!r}",
                     time_limit=None,
-                    files={"file": (name, opened, content_type)},
+                    files={"file": part},
                     data={"user": user},
                 )
                 return parse_uploaded_file_id(response)
@@ -360,7 +322,7 @@ class DifyHook(BaseHook):
             while True:
                 try:
                     result = self._run_step(step)
-                except DifyError as error:
+                except DifyError as error:  # noqa: PERF203
                     step = steps.throw(error)
                 else:
                     step = steps.send(result)
@@ -398,32 +360,15 @@ class DifyHook(BaseHook):
         self.server_version = response.server_version or self.server_version
         return response
 
-    def _with_retries(
-        self, work: Callable[[], T], is_final: Callable[[DifyConnectionError], bool] = lambda error: False
-    ) -> T:
+    def _with_retries(self, work: Callable[[], T], *is_final: Callable[[DifyConnectionError], bool]) -> T:
         """Do what a passing failure may be repeated for, and once more if the key was rotated."""
-
-        def may_pass(error: BaseException) -> bool:
-            return (
-                isinstance(error, DifyConnectionError)
-                and not is_final(error)
-                # A server that asks for more time than this is not asked early.
-                and (error.retry_after or 0.0) <= MAX_RETRY_DELAY
-            )
-
-        retrying = Retrying(
-            retry=retry_if_exception(may_pass),
-            stop=self._is_last_attempt,
-            wait=self._retry_wait,
-            before_sleep=self._log_retry,
-            reraise=True,
-        )
+        retries = RequestRetries(self.retry_limit, self.retry_delay, self.deadline, self.log)
         try:
-            return retrying(work)
+            return retries.call(work, *is_final)
         except DifyAuthenticationError:
             if not self._connection_has_changed():
                 raise
-            return retrying(work)
+            return retries.call(work, *is_final)
 
     def _connection_has_changed(self) -> bool:
         """Read the connection again, after its key was refused: a key that was rotated must not end a long wait."""
@@ -436,35 +381,3 @@ class DifyHook(BaseHook):
         )
         self.close()
         return True
-
-    def _is_last_attempt(self, state: RetryCallState) -> bool:
-        is_late = self.deadline is not None and time.time() + self._shortest_wait(state) >= self.deadline
-        return is_late or state.attempt_number > self.retry_limit
-
-    def _retry_wait(self, state: RetryCallState) -> float:
-        jitter = wait_random(0, self.retry_delay)(state)
-        return max(min(self._shortest_wait(state) + jitter, MAX_RETRY_DELAY), self._retry_after(state))
-
-    def _shortest_wait(self, state: RetryCallState) -> float:
-        return max(wait_exponential(self.retry_delay)(state), self._retry_after(state))
-
-    @staticmethod
-    def _retry_after(state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        return (error.retry_after or 0.0) if isinstance(error, DifyConnectionError) else 0.0
-
-    def _log_retry(self, state: RetryCallState) -> None:
-        self.log.warning(
-            "Attempt %d of %d failed, the next one is in %.1f seconds: %s",
-            state.attempt_number,
-            self.retry_limit + 1,
-            state.upcoming_sleep,
-            state.outcome.exception() if state.outcome else None,
-        )
-
-
-def _as_list(value: Any) -> list[Any]:
-    """Return what json can't send as a list: the outputs of a mapped task, for instance."""
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return list(value)
-    raise TypeError(f"{type(value).__name__} is not JSON serializable")

@@ -129,7 +129,7 @@ class DifyAsyncHook:
             while True:
                 try:
                     result = await self._run_step(step)
-                except DifyError as error:
+                except DifyError as error:  # noqa: PERF203
                     step = steps.throw(error)
                 else:
                     step = steps.send(result)

@@ -34,15 +34,15 @@ class DifyRunWorkflowOperator(BaseOperator):
     """
     Start a run of a Dify workflow app and wait until it is over; its outputs go to the next task.
 
-    The XComs are those of :class:`airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, and ``workflow_run_id`` and
-    ``task_id`` (Dify's, for its stop route) as soon as the run has started. On a worker, the task's log has a line for
+    The XComs are those of :class:`airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, and ``workflow_run_id``
+    and ``task_id`` (Dify's, for its stop route) as soon as the run has started. On a worker, the task's log has a line for
     each node that starts and ends, and the XCom ``workflow_run`` has ``total_price`` and ``currency`` where Dify's
     events named them.
 
     From Dify 1.13 on, runs queue while all of Dify's workers are busy. The task waits for its run until ``timeout``.
 
-    A run that failed leaves the task its ``retries``, and each of them starts a new run. A run that a person stopped, and
-    inputs that Dify rejects, fail the task without retry.
+    A run that failed leaves the task its ``retries``, and each of them starts a new run. A run that a person stopped,
+    and inputs that Dify rejects, fail the task without retry.
 
     A run is not paid for twice: a request that may have started one is never sent again, but looked up in Dify's log by
     its ``user``. A retry goes on with the run that an earlier try started, while that is alive or has succeeded; not

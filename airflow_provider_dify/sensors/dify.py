@@ -49,8 +49,9 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
 
     The return value is the run's outputs, a dict (``{}`` where the run has none); each output is an XCom of its own
     too, so that ``wait.output["answer"]`` works. The XCom ``workflow_run`` holds the rest: ``id, workflow_id, status,
-    error, total_steps, total_tokens, created_at, finished_at, elapsed_time``. It is there for a run that failed, too. An output with the name of one of these, of ``workflow_run_id``, ``task_id`` or
-    ``dify-run-log`` is part of the return value only.
+    error, total_steps, total_tokens, created_at, finished_at, elapsed_time``. It is there for a run that failed, too.
+    An output named like an XCom of these tasks (``workflow_run``, ``workflow_run_id``, ``task_id``, ``return_value``,
+    ``dify-run-log``) is part of the return value only.
 
     :param workflow_run_id: the run's UUID. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.

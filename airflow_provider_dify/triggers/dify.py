@@ -131,14 +131,16 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 return run_id
             if deadline is not None and time.time() >= deadline:
                 raise DifyWorkflowRunUncertain(
-                    f"The operator's timeout is over, and Dify's log shows no run of user {search.user!r}: it may still be "
+                    f"The operator's timeout is over, and Dify's log shows no run of user {search.user!r}: it may "
+                    "still be "
                     "queued, and run later. Look for the user in the app's log in Dify's console.",
                     user=search.user,
                 )
             if time.time() >= next_line:
                 next_line = time.time() + 60
                 self.log.info(
-                    "The workflow run of user %r is queued at Dify, or not in its log yet; %.0f seconds in the triggerer.",
+                    "The workflow run of user %r is queued at Dify, or not in its log yet; %.0f seconds in the "
+                    "triggerer.",
                     search.user,
                     time.time() - began,
                 )
@@ -216,8 +218,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         """
         Push the XComs of a run that succeeded.
 
-        Not as part of the event that ends the task: Airflow 3.2 keeps the XComs of that as text within JSON, so that the
-        next task gets a text where it should get a dict.
+        Not as part of the event that ends the task: Airflow 3.2 keeps the XComs of that as text within JSON, so that
+        the next task gets a text where it should get a dict.
 
         :return: whether that worked; else a worker has to end the task.
         """
