@@ -13,23 +13,27 @@ import pytest
 
 from tests.airflow_runs import dag_bag, dag_file, run_parsed
 from tests.conftest import AIRFLOW_SETTINGS
-from tests.local_dify import LocalDify, Start
+from tests.local_dify import API_KEY, LocalDify, Start, answer
 
-Run = Callable[[str, dict[str, object]], str]
+Run = Callable[..., str]
 EXAMPLES = Path(__file__).parent.parent / "example_dags"
 
 
 @pytest.fixture
-def run_example(airflow_db: Path, dify_connection: str, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run an example in this process, which must succeed, and give what it printed."""
+def run_example(
+    airflow_db: Path, dify_connection: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Run:
+    """Run an example in this process and return what it printed."""
+    # A trigger's first poll then comes at once.
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.random.uniform", lambda low, high: low)
 
-    def run(dag_id: str, conf: dict[str, object]) -> str:
+    def run(dag_id: str, conf: dict[str, object], *, state: str = "success") -> str:
         with dag_file(dag_id, (EXAMPLES / f"{dag_id}.py").read_text(encoding="utf-8")) as path:
             bag = dag_bag(path)
             assert not bag.import_errors
             ran = run_parsed(bag.dags[dag_id], conf)
         said = capfd.readouterr().out
-        assert ran.state == "success", said[-5000:]
+        assert ran.state == state, said[-5000:]
         return said
 
     return run
@@ -62,7 +66,7 @@ def test_the_mapped_example_collects_every_run(dify: LocalDify, run_example: Run
     runs = [dify.add_run("succeeded", outputs={f"n{n}": n}) for n in range(3)]
     said = run_example("example_dify_workflow_runs_mapped", {"workflow_run_ids": runs})
     for number in range(3):
-        assert f"Run {number} gave ['n{number}']." in said
+        assert f"Run {number} returned ['n{number}']." in said
 
 
 def queue(dify: LocalDify, outputs: dict[str, object], **fields: object) -> None:
@@ -97,10 +101,12 @@ def test_the_example_with_a_sensor_waits_on_the_run_that_it_started(
 
 def test_the_example_that_fans_out_collects_every_run(dify: LocalDify, run_example: Run) -> None:
     for number in range(3):
-        queue(dify, {"text": f"answer {number}"})
+        fields = {"outputs": {"text": f"answer {number}"}, "total_tokens": 14}
+        dify.starts.append(Start(fields=fields))
     said = run_example("example_dify_fan_out", {"queries": ["a", "b", "c"]})
     for number in range(3):
-        assert f"gave {{'text': 'answer {number}'}}." in said
+        assert f"returned {{'text': 'answer {number}'}}." in said
+    assert "All runs together used 42 tokens." in said
     assert sorted(run.inputs["query"] for run in dify.started) == ["a", "b", "c"]
     assert len({run.user for run in dify.started}) == 3
 
@@ -115,3 +121,56 @@ def test_the_example_that_branches_follows_an_output(
     said = run_example("example_dify_branch", {"query": "Who is there?"})
     assert told in said
     assert not_told not in said
+
+
+def test_the_example_with_a_file_starts_a_run_with_the_uploaded_file(
+    dify: LocalDify, run_example: Run, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.pdf"
+    report.write_bytes(b"%PDF-1.4")
+    queue(dify, {"text": "a report"})
+    said = run_example("example_dify_file", {"path": str(report)})
+    assert "The workflow answered 'a report'." in said
+    (started,) = dify.started
+    assert started.inputs["document"]["transfer_method"] == "local_file"
+    assert started.user == "airflow-reports"
+
+
+def test_the_example_with_an_alert_says_why_the_run_failed(dify: LocalDify, run_example: Run) -> None:
+    dify.starts.append(Start(recording="run_streaming_failed", statuses=("failed",)))
+    said = run_example("example_dify_alert", {"query": "Who is there?"}, state="failed")
+    run_id = dify.started[0].workflow_run_id
+    assert f"Alert: task run: Dify run {run_id} ended as failed: " in said
+
+
+def test_the_example_with_a_knowledge_file_waits_until_it_is_indexed(
+    dify: LocalDify, run_example: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_KNOWLEDGE", json.dumps(connection))
+    notes = tmp_path / "notes.txt"
+    notes.write_text("hello")
+    dify.misbehave(
+        answer(200, json.dumps({"document": {"id": "d1"}, "batch": "b1"})),
+        answer(200, json.dumps({"data": [{"id": "d1", "indexing_status": "completed", "error": None}]})),
+    )
+    dataset = "6b3f7c1e-0d0c-4d3e-9f57-0a9e4c1f2b11"
+    run_example("example_dify_knowledge_file", {"dataset_id": dataset, "path": str(notes)})
+    assert [seen.path for seen in dify.seen] == [
+        f"/v1/datasets/{dataset}/document/create-by-file",
+        f"/v1/datasets/{dataset}/documents/b1/indexing-status",
+    ]
+
+
+def test_every_example_has_a_form_that_can_be_submitted(airflow_db: Path) -> None:
+    for path in EXAMPLES.glob("*.py"):
+        bag = dag_bag(path)
+        assert not bag.import_errors
+        (dag,) = bag.dags.values()
+        assert dag.doc_md
+        for name in dag.params:
+            param = dag.params.get_param(name)
+            schema = param.schema
+            assert schema["title"]
+            assert param.description
+            assert schema["type"] == "object" or schema.get("minLength") or schema.get("minItems")
