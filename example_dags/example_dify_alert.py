@@ -1,8 +1,9 @@
 """
 ### Send an alert that says why a Dify workflow run failed
 
-A callback tells a failed run from all other trouble. Here it prints; let yours write to your chat or pager. The workflow
-has the input `query`. The Dag uses the connection `dify_default`.
+A callback tells a failed run from all other trouble. Here it prints; let yours write to your chat or pager.
+
+The workflow has the input `query`. The Dag uses the connection `dify_default`.
 """
 
 from __future__ import annotations
