@@ -17,7 +17,7 @@ import psycopg2
 import requests
 from servers import binary, postgresql, redis
 
-from tests.airflow_processes import AirflowProcesses
+from tests.airflow.airflow_processes import AirflowProcesses
 
 HERE = Path(__file__).parent
 WORKERS = ("worker-1", "worker-2")

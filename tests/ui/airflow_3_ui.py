@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from playwright.sync_api import Locator, expect
 
-from browser.airflow_ui import AirflowUI, ConnectionTest
+from tests.ui.airflow_ui import AirflowUI, ConnectionTest
 
 FIELD = "[data-scope=field][data-part=root]"
 

@@ -9,7 +9,7 @@ from airflow.providers.common.compat.sdk import AirflowException, AirflowFailExc
 
 from airflow_provider_dify import exceptions
 from airflow_provider_dify.workflow_run import WorkflowRun
-from tests.test_workflow_run import read, recorded
+from tests.unit.test_workflow_run import read, recorded
 
 ALL = [e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, exceptions.DifyError)]
 

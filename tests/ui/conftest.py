@@ -12,18 +12,18 @@ import pytest
 import requests
 from playwright.sync_api import Error, Page, Response, expect, sync_playwright
 
-from browser.airflow_2_ui import Airflow2UI
-from browser.airflow_3_ui import Airflow3UI
-from browser.airflow_ui import AirflowUI
-from browser.screenshots import Screenshots
-from tests.airflow_processes import AIRFLOW_2, AirflowProcesses, airflow_processes, free_port
+from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses, airflow_processes, free_port
 from tests.local_dify import API_KEY, LocalDify, Start
+from tests.ui.airflow_2_ui import Airflow2UI
+from tests.ui.airflow_3_ui import Airflow3UI
+from tests.ui.airflow_ui import AirflowUI
+from tests.ui.screenshots import Screenshots
 
 # A machine may be busy with Airflow's processes.
 PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
 
-EXAMPLE_DAGS = Path(__file__).parent.parent / "example_dags"
+EXAMPLE_DAGS = Path(__file__).parent.parent.parent / "example_dags"
 OUTPUTS = {"text": "Hello from a workflow run", "score": 0.75}
 ADMIN = "admin"
 CHROMIUM_ARGUMENTS = [

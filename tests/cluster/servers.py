@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.airflow_processes import free_port
+from tests.airflow.airflow_processes import free_port
 
 # Where Debian keeps PostgreSQL's binaries, off the PATH; the newest first.
 OFF_THE_PATH = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
@@ -27,7 +27,7 @@ POSTGRESQL_USER: dict[str, Any] = (
 def binary(name: str) -> str:
     """Find a program, or say what is missing."""
     found = shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *OFF_THE_PATH]))
-    assert found, f"{name} is not installed: run cluster/install_servers.sh"
+    assert found, f"{name} is not installed: run tests/cluster/install_servers.sh"
     return found
 
 

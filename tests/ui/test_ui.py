@@ -13,10 +13,10 @@ from typing import Any
 from playwright.sync_api import expect
 
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS
-from browser.airflow_ui import AirflowUI
-from browser.screenshots import Screenshots
-from tests.airflow_processes import AIRFLOW_2, AirflowProcesses
+from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses
 from tests.local_dify import API_KEY, LocalDify
+from tests.ui.airflow_ui import AirflowUI
+from tests.ui.screenshots import Screenshots
 
 CONN_ID = "dify_default"
 DAG_ID = "example_dify_start_then_sensor"

@@ -6,7 +6,7 @@ import json
 
 from playwright.sync_api import Locator, Page, expect
 
-from browser.airflow_ui import AirflowUI, ConnectionTest
+from tests.ui.airflow_ui import AirflowUI, ConnectionTest
 
 
 class Airflow2UI(AirflowUI):

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image, ImageChops
 from playwright.sync_api import Locator, Page
 
-from tests.airflow_processes import AirflowProcesses
+from tests.airflow.airflow_processes import AirflowProcesses
 from tests.local_dify import LocalDify
 
 # What stands in a picture for what differs from run to run.

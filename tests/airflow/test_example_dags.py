@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.airflow_runs import dag_bag, dag_file, run_parsed
+from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
 from tests.conftest import AIRFLOW_SETTINGS
 from tests.local_dify import LocalDify, Start
 
 Run = Callable[[str, dict[str, object]], str]
-EXAMPLES = Path(__file__).parent.parent / "example_dags"
+EXAMPLES = Path(__file__).parent.parent.parent / "example_dags"
 
 
 @pytest.fixture
