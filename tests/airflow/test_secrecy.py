@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import AIRFLOW_HOME, AIRFLOW_SETTINGS
-from tests.local_dify import LocalDify, answer, replay
+from tests.dify_stand_in.server import LocalDify, answer, replay
 
 # Unlike the stand-in's usual key, nothing else on the machine reads like it.
 KEY = "app-pBc7-a-key-to-search-for"

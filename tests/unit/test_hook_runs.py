@@ -18,7 +18,18 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
-from tests.local_dify import API_KEY, LocalDify, Start, answer, html, redirect, replay, reset, stall, too_many_requests
+from tests.dify_stand_in.server import (
+    API_KEY,
+    LocalDify,
+    Start,
+    answer,
+    html,
+    redirect,
+    replay,
+    reset,
+    stall,
+    too_many_requests,
+)
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 

@@ -26,7 +26,7 @@ from airflow_provider_dify.hooks import dify_async
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.waiting import spread
-from tests.local_dify import (
+from tests.dify_stand_in.server import (
     API_KEY,
     LocalDify,
     answer,
@@ -337,7 +337,7 @@ def test_a_refused_connection_is_waited_out(dify: LocalDify) -> None:
 
 @pytest.mark.parametrize("as_date", [False, True])
 def test_retry_after_is_honoured(dify: LocalDify, as_date: bool) -> None:
-    from tests.local_dify import retry_after_date
+    from tests.dify_stand_in.server import retry_after_date
 
     until = datetime.now(timezone.utc) + timedelta(seconds=2)
     dify.misbehave(too_many_requests(retry_after_date(until) if as_date else "1"))

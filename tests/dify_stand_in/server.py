@@ -31,7 +31,7 @@ from typing import Any
 
 from aiohttp import web
 
-RECORDED = Path(__file__).parent / "recorded" / "1.12.1"
+RECORDED = Path(__file__).parent.parent / "recorded" / "1.12.1"
 DIALECTS = ("1.12", "current")
 API_KEY = "app-key-of-the-local-dify"
 
