@@ -14,7 +14,7 @@ import pytest
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from airflow_provider_dify.links.dify import RUN_LOG_KEY
 from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0, airflow_processes
-from tests.dify_stand_in.server import LocalDify, Start, answer
+from tests.dify_stand_in.server import DifyStandIn, Start, respond
 
 pytestmark = pytest.mark.airflow_processes
 
@@ -58,8 +58,8 @@ if AIRFLOW_2 or AIRFLOW_3_0:
     del WAYS["reschedule"]
     ENDINGS = {ending: ENDINGS[ending] for ending in ("succeeded", "failed", "timeout", "soft")}
 FAULTS = {
-    "refused": answer(403, '{"code": "forbidden", "message": "The app\'s API service has been disabled."}'),
-    "broken": answer(503),
+    "refused": respond(403, '{"code": "forbidden", "message": "The app\'s API service has been disabled."}'),
+    "broken": respond(503),
 }
 WITHOUT_RETRY = {"failed", "unknown", "overdue", "timeout", "refused", "soft"}
 
@@ -131,7 +131,7 @@ class Task:
 @pytest.fixture(scope="module")
 def tasks() -> Iterator[dict[str, Task]]:
     """What became of every task of the Dag; run once for all tests."""
-    with LocalDify() as dify:
+    with DifyStandIn() as dify:
         dify.api_keys = {KEY}
         connection = {"conn_type": "dify", "host": dify.base_url, "password": KEY, "extra": {"timeout": 5}}
         arguments = {}

@@ -14,7 +14,7 @@ from airflow_provider_dify import exceptions
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_processes import AIRFLOW_2
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
-from tests.dify_stand_in.server import LocalDify, Start
+from tests.dify_stand_in.server import DifyStandIn, Start
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,8 +60,8 @@ def test_no_python_block_has_another_form() -> None:
 
 @pytest.fixture
 def dify_of_the_pages(
-    dify: LocalDify, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dify_connection: str
-) -> LocalDify:
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dify_connection: str
+) -> DifyStandIn:
     """A stand-in with what the blocks ask for: outputs, inputs that are files, and no need to wait for a poll."""
     dify.starts.extend([Start(fields={"outputs": OUTPUTS, "total_tokens": 42})] * 10)
     (tmp_path / "report.pdf").write_bytes(b"%PDF-1.4")
@@ -72,7 +72,9 @@ def dify_of_the_pages(
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if is_dag(b.code)], ids=lambda block: block.name)
 @pytest.mark.usefixtures("airflow_db")
-def test_a_dag_of_the_pages_runs(block: Block, dify_of_the_pages: LocalDify, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dag_of_the_pages_runs(
+    block: Block, dify_of_the_pages: DifyStandIn, capfd: pytest.CaptureFixture[str]
+) -> None:
     # What is there for failures is run by one.
     fails = "on_failure_callback" in block.code
     run_id = dify_of_the_pages.add_run("failed" if fails else "succeeded", outputs=OUTPUTS, total_tokens=42)
@@ -87,19 +89,19 @@ def test_a_dag_of_the_pages_runs(block: Block, dify_of_the_pages: LocalDify, cap
         (dag,) = bag.dags.values()
         ran = run_parsed(dag, {"workflow_run_id": run_id, "query": "Who is there?"})
     assert ran.state == ("failed" if fails else "success")
-    assert dify_of_the_pages.seen
+    assert dify_of_the_pages.requests
     assert not fails or f"Run {run_id} ended as failed: " in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if not is_dag(b.code)], ids=lambda block: block.name)
 def test_any_other_block_of_the_pages_runs(
-    block: Block, dify_of_the_pages: LocalDify, capsys: pytest.CaptureFixture[str]
+    block: Block, dify_of_the_pages: DifyStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for run_id in UUID.findall(block.code):
         dify_of_the_pages.add_run("succeeded", run_id=run_id, outputs=OUTPUTS)
     exec(compile(block.for_this_airflow(), block.page, "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out
-    assert "LocalDify" in block.code or dify_of_the_pages.seen
+    assert "DifyStandIn" in block.code or dify_of_the_pages.requests
 
 
 # --- links

@@ -13,7 +13,7 @@ import pytest
 
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
 from tests.conftest import AIRFLOW_SETTINGS
-from tests.dify_stand_in.server import LocalDify, Start
+from tests.dify_stand_in.server import DifyStandIn, Start
 
 Run = Callable[[str, dict[str, object]], str]
 EXAMPLES = Path(__file__).parent.parent.parent / "example_dags"
@@ -36,7 +36,7 @@ def run_example(airflow_db: Path, dify_connection: str, capfd: pytest.CaptureFix
 
 
 @pytest.mark.usefixtures("airflow_db", "dify_connection")
-def test_an_example_runs_from_airflows_command_line(dify: LocalDify) -> None:
+def test_an_example_runs_from_airflows_command_line(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running", "succeeded", outputs={"text": "hello"}, total_tokens=42)
     conf = json.dumps({"workflow_run_id": run_id})
     done = subprocess.run(
@@ -52,24 +52,24 @@ def test_an_example_runs_from_airflows_command_line(dify: LocalDify) -> None:
     assert "state=success" in said
 
 
-def test_the_example_hands_an_output_and_the_tokens_on(dify: LocalDify, run_example: Run) -> None:
+def test_the_example_hands_an_output_and_the_tokens_on(dify: DifyStandIn, run_example: Run) -> None:
     run_id = dify.add_run("running", "succeeded", outputs={"text": "hello"}, total_tokens=42)
     said = run_example("example_dify_workflow_run", {"workflow_run_id": run_id})
     assert "The workflow answered 'hello' and used 42 tokens." in said
 
 
-def test_the_mapped_example_collects_every_run(dify: LocalDify, run_example: Run) -> None:
+def test_the_mapped_example_collects_every_run(dify: DifyStandIn, run_example: Run) -> None:
     runs = [dify.add_run("succeeded", outputs={f"n{n}": n}) for n in range(3)]
     said = run_example("example_dify_workflow_runs_mapped", {"workflow_run_ids": runs})
     for number in range(3):
         assert f"Run {number} gave ['n{number}']." in said
 
 
-def queue(dify: LocalDify, outputs: dict[str, object], **fields: object) -> None:
+def queue(dify: DifyStandIn, outputs: dict[str, object], **fields: object) -> None:
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": outputs, **fields}))
 
 
-def test_the_example_that_starts_and_waits_hands_an_output_on(dify: LocalDify, run_example: Run) -> None:
+def test_the_example_that_starts_and_waits_hands_an_output_on(dify: DifyStandIn, run_example: Run) -> None:
     queue(dify, {"text": "hello"})
     said = run_example("example_dify_start_and_wait", {"query": "Who is there?"})
     assert "The workflow answered 'hello'." in said
@@ -85,7 +85,7 @@ def test_the_example_that_starts_and_waits_hands_an_output_on(dify: LocalDify, r
     ],
 )
 def test_the_example_with_a_sensor_waits_on_the_run_that_it_started(
-    dify: LocalDify, run_example: Run, conf: dict[str, object], inputs: dict[str, object]
+    dify: DifyStandIn, run_example: Run, conf: dict[str, object], inputs: dict[str, object]
 ) -> None:
     queue(dify, {"text": "hello"}, total_tokens=42)
     said = run_example("example_dify_start_then_sensor", conf)
@@ -95,7 +95,7 @@ def test_the_example_with_a_sensor_waits_on_the_run_that_it_started(
     assert len(dify.runs[dify.started[0].workflow_run_id].polls) == 2
 
 
-def test_the_example_that_fans_out_collects_every_run(dify: LocalDify, run_example: Run) -> None:
+def test_the_example_that_fans_out_collects_every_run(dify: DifyStandIn, run_example: Run) -> None:
     for number in range(3):
         queue(dify, {"text": f"answer {number}"})
     said = run_example("example_dify_fan_out", {"queries": ["a", "b", "c"]})
@@ -109,7 +109,7 @@ def test_the_example_that_fans_out_collects_every_run(dify: LocalDify, run_examp
     ("score", "told", "not_told"), [(0.75, "Published: hello", "To be"), (0.25, "To be reviewed: hello", "Published:")]
 )
 def test_the_example_that_branches_follows_an_output(
-    dify: LocalDify, run_example: Run, score: float, told: str, not_told: str
+    dify: DifyStandIn, run_example: Run, score: float, told: str, not_told: str
 ) -> None:
     queue(dify, {"text": "hello", "score": score})
     said = run_example("example_dify_branch", {"query": "Who is there?"})

@@ -9,7 +9,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_runs import run_operator, run_sensor
-from tests.dify_stand_in.server import API_KEY, LocalDify, Start
+from tests.dify_stand_in.server import API_KEY, DifyStandIn, Start
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection")
 
@@ -28,12 +28,12 @@ OPERATOR_WAYS = {
 OPERATOR_WAYS["start_only"] = {"wait_for_completion": False}
 
 
-def console_of(dify: LocalDify) -> str:
+def console_of(dify: DifyStandIn) -> str:
     return dify.base_url.removesuffix("/v1")
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_sensors_button_leads_to_the_log_of_the_runs_app(dify: LocalDify, dialect: str, way: str) -> None:
+def test_the_sensors_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, dialect: str, way: str) -> None:
     run_id = dify.add_run("running", "running", "succeeded", inputs=INPUTS)
     result = run_sensor(workflow_run_id=run_id, **WAYS[way])
     assert result.state == "success"
@@ -41,7 +41,7 @@ def test_the_sensors_button_leads_to_the_log_of_the_runs_app(dify: LocalDify, di
 
 
 @pytest.mark.parametrize("way", OPERATOR_WAYS)
-def test_the_operators_button_leads_to_the_log_of_the_runs_app(dify: LocalDify, way: str) -> None:
+def test_the_operators_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, way: str) -> None:
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"inputs": INPUTS}))
     result = run_operator(**OPERATOR_WAYS[way])
     assert result.state == "success"
@@ -49,14 +49,14 @@ def test_the_operators_button_leads_to_the_log_of_the_runs_app(dify: LocalDify, 
 
 
 @pytest.mark.parametrize("deferrable", [False, True])
-def test_the_button_is_there_for_a_run_that_failed(dify: LocalDify, deferrable: bool) -> None:
+def test_the_button_is_there_for_a_run_that_failed(dify: DifyStandIn, deferrable: bool) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("running", "failed", inputs=INPUTS), deferrable=deferrable)
     assert result.states["wait"] == "failed"
     assert result.links["wait"][LINK] == f"{console_of(dify)}/app/{APP_ID}/logs"
 
 
 def test_the_button_leads_to_the_console_that_the_connection_names(
-    dify: LocalDify, monkeypatch: pytest.MonkeyPatch
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connection = {
         "conn_type": "dify",
@@ -74,20 +74,20 @@ def test_the_button_leads_to_the_console_that_the_connection_names(
     [None, {}, {"sys.app_id": None}, {"sys.app_id": "../../x"}, {"sys.app_id": 5}],
     ids=["no inputs", "empty", "null", "no UUID", "a number"],
 )
-def test_there_is_no_button_where_the_run_does_not_tell_its_app(dify: LocalDify, inputs: Any) -> None:
+def test_there_is_no_button_where_the_run_does_not_tell_its_app(dify: DifyStandIn, inputs: Any) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("succeeded", inputs=inputs))
     assert result.state == "success"
     assert result.links["wait"] == {LINK: ""}
 
 
-def test_there_is_no_button_for_a_run_that_was_never_seen(dify: LocalDify) -> None:
+def test_there_is_no_button_for_a_run_that_was_never_seen(dify: DifyStandIn) -> None:
     result = run_sensor(workflow_run_id="e9d68a02-335c-48ff-bcca-2aa6ff006579")
     assert result.states["wait"] == "failed"
     assert result.links["wait"] == {LINK: ""}
 
 
 @pytest.mark.parametrize("key", ["dify_run_log", "_link_DifyWorkflowRunLink"])
-def test_no_output_of_a_workflow_moves_the_button(dify: LocalDify, key: str) -> None:
+def test_no_output_of_a_workflow_moves_the_button(dify: DifyStandIn, key: str) -> None:
     outputs = {key: "https://elsewhere.example.com"}
     run_id = dify.add_run("running", "succeeded", inputs=INPUTS, outputs=outputs)
     result = run_sensor(workflow_run_id=run_id)

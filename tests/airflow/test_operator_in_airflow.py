@@ -22,7 +22,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.operators.dify import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_operator
-from tests.dify_stand_in.server import LocalDify, Start, answer, replay, reset, too_many_requests
+from tests.dify_stand_in.server import DifyStandIn, Start, replay, reset, respond, too_many_requests
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -44,7 +44,7 @@ def start(*statuses: str | None, **arguments: Any) -> Start:
 
 
 def test_a_run_is_started_and_its_outputs_reach_the_next_task(
-    dify: LocalDify, dialect: str, way: dict[str, Any]
+    dify: DifyStandIn, dialect: str, way: dict[str, Any]
 ) -> None:
     dify.starts.append(start("running", "succeeded"))
     inputs = {"query": "二", "n": 3, "list": [1, None], "who": "{{ ds }}"}
@@ -65,13 +65,13 @@ def test_a_run_is_started_and_its_outputs_reach_the_next_task(
     assert dify.stopped == []
 
 
-def test_the_user_names_dag_task_run_and_try(dify: LocalDify) -> None:
+def test_the_user_names_dag_task_run_and_try(dify: DifyStandIn) -> None:
     dify.starts.append(start("succeeded"))
     run_operator()
     assert re.fullmatch(r"airflow/dag_\d+/run/manual__\S+/1", dify.started[0].user)
 
 
-def test_a_user_of_ones_own_is_used(dify: LocalDify) -> None:
+def test_a_user_of_ones_own_is_used(dify: DifyStandIn) -> None:
     dify.starts.append(start("succeeded"))
     run_operator(user="{{ 'data' }}-team", workflow_id="2d7a7544-770c-496f-8ef9-4e622682b330")
     assert dify.started[0].user == "data-team"
@@ -91,7 +91,7 @@ def test_a_user_is_never_longer_than_dify_takes() -> None:
     assert default_user(Ti, 1) == default_user(Ti, 1)
 
 
-def test_without_the_wait_the_run_id_is_returned_for_a_sensor(dify: LocalDify) -> None:
+def test_without_the_wait_the_run_id_is_returned_for_a_sensor(dify: DifyStandIn) -> None:
     dify.starts.append(start("running", "succeeded"))
     result = run_dag(
         """
@@ -105,7 +105,7 @@ def test_without_the_wait_the_run_id_is_returned_for_a_sensor(dify: LocalDify) -
     assert dify.stopped == []
 
 
-def test_runs_fan_out_over_a_list_of_inputs(dify: LocalDify) -> None:
+def test_runs_fan_out_over_a_list_of_inputs(dify: DifyStandIn) -> None:
     for number in range(3):
         dify.starts.append(start("succeeded", fields={"outputs": {"n": number}}))
     result = run_dag(
@@ -149,7 +149,7 @@ ENDINGS = [
 
 @pytest.mark.parametrize(("script", "arguments", "exception", "message"), ENDINGS)
 def test_a_run_that_does_not_succeed_fails_the_task_without_retry_and_is_not_left_running(
-    dify: LocalDify,
+    dify: DifyStandIn,
     way: dict[str, Any],
     script: Start,
     arguments: dict[str, Any],
@@ -169,13 +169,13 @@ def test_a_run_that_does_not_succeed_fails_the_task_without_retry_and_is_not_lef
     assert dify.stopped == ([] if over else [(started.task_id, started.user)])
 
 
-def test_stopping_can_be_left_out(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_stopping_can_be_left_out(dify: DifyStandIn, way: dict[str, Any]) -> None:
     dify.starts.append(start("running"))
     run_operator(timeout=0.2, stop_on_failure=False, **way)
     assert dify.stopped == []
 
 
-def test_a_run_that_is_written_late_is_waited_for(dify: LocalDify, dialect: str, way: dict[str, Any]) -> None:
+def test_a_run_that_is_written_late_is_waited_for(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
     dify.starts.append(start(None, None, "running", "succeeded"))
     assert run_operator(**way).state == "success"
 
@@ -185,7 +185,7 @@ def test_a_run_that_is_written_late_is_waited_for(dify: LocalDify, dialect: str,
 
 @pytest.mark.parametrize("recording", ["run_streaming_missing_input", "run_unpublished"])
 def test_a_rejected_start_fails_without_retry_and_says_what_dify_said(
-    dify: LocalDify, way: dict[str, Any], recording: str
+    dify: DifyStandIn, way: dict[str, Any], recording: str
 ) -> None:
     dify.misbehave_always(replay(recording))
     result = run_operator(retries=2, retry_delay=0, **way)
@@ -193,10 +193,10 @@ def test_a_rejected_start_fails_without_retry_and_says_what_dify_said(
     (error,) = result.raised["run"]
     assert type(error) is DifyRequestError
     assert re.search("query is required in input form|Workflow not published", str(error))
-    assert len(dify.seen) == 1
+    assert len(dify.requests) == 1
 
 
-def test_too_many_requests_are_waited_out_before_anything_started(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_too_many_requests_are_waited_out_before_anything_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
     dify.misbehave(too_many_requests(), replay("run_rate_limited_streaming"))
     dify.starts.append(start("succeeded"))
     assert run_operator(**way).state == "success"
@@ -205,7 +205,7 @@ def test_too_many_requests_are_waited_out_before_anything_started(dify: LocalDif
 
 @pytest.mark.parametrize("then", ["close", "reset"])
 def test_a_start_that_broke_off_is_found_by_its_user_and_not_sent_twice(
-    dify: LocalDify, way: dict[str, Any], then: str
+    dify: DifyStandIn, way: dict[str, Any], then: str
 ) -> None:
     dify.starts.append(start("running", "running", "succeeded", cut=10, then=then))
     result = run_operator(**way)
@@ -215,28 +215,28 @@ def test_a_start_that_broke_off_is_found_by_its_user_and_not_sent_twice(
     assert result.xcoms["run"]["workflow_run_id"] == dify.started[0].workflow_run_id
 
 
-@pytest.mark.parametrize("fault", [reset(), answer(504, "<html>")])
+@pytest.mark.parametrize("fault", [reset(), respond(504, "<html>")])
 def test_a_start_of_which_nothing_can_be_found_fails_without_retry(
-    dify: LocalDify, way: dict[str, Any], fault: Any
+    dify: DifyStandIn, way: dict[str, Any], fault: Any
 ) -> None:
     dify.misbehave(fault)
     result = run_operator(retries=2, retry_delay=0, **way)
     assert result.tries["run"] == 1
     assert type(result.raised["run"][0]) is DifyWorkflowRunUncertain
-    assert sum(seen.method == "POST" for seen in dify.seen) == 1
+    assert sum(request.method == "POST" for request in dify.requests) == 1
 
 
 @pytest.mark.parametrize("failed_requests", [5, 100])
 def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
-    dify: LocalDify, failed_requests: int
+    dify: DifyStandIn, failed_requests: int
 ) -> None:
     dify.starts.append(start("succeeded", cut=10, then="reset"))
     requests = iter(range(1000))
 
     async def then_go_away(request: Any) -> Any:
         if request.method == "POST" and "/run" in request.path:
-            return await dify._post(request)
-        return await answer(503)(request) if next(requests) < failed_requests else dify._dify(request)
+            return await dify.respond_to(request)
+        return await respond(503)(request) if next(requests) < failed_requests else await dify.respond_to(request)
 
     dify.misbehave_always(then_go_away)
     # Nothing but the user tells the runs of the tries apart in the log, and here it is the same.
@@ -249,7 +249,7 @@ def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
         assert type(result.raised["run"][0]) is DifyWorkflowRunUncertain
 
 
-def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: LocalDify) -> None:
+def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: DifyStandIn) -> None:
     now = int(time.time())
     for _ in range(2):
         dify.starts.append(start("succeeded", fields={"outputs": OUTPUTS, "created_at": now}))
@@ -265,7 +265,7 @@ def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: LocalDify) 
 
 
 def test_the_log_tells_each_node(
-    dify: LocalDify, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("INFO")
     dify.starts.append(start("failed", recording="run_streaming_failed"))
@@ -280,9 +280,9 @@ def test_the_log_tells_each_node(
 @pytest.mark.parametrize("then", ["close", "reset", "stall", "pings"])
 @pytest.mark.parametrize("cut", [650, 2000])
 def test_a_stream_that_gives_out_is_followed_by_polls(
-    dify: LocalDify, monkeypatch: pytest.MonkeyPatch, then: str, cut: int
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, then: str, cut: int
 ) -> None:
-    connection = {"conn_type": "dify", "host": dify.base_url, "password": "app-key-of-the-local-dify",
+    connection = {"conn_type": "dify", "host": dify.base_url, "password": "app-key-of-the-stand-in",
                   "extra": {"timeout": 0.5}}  # fmt: skip
     monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
     dify.starts.append(start("running", "running", "succeeded", cut=cut, then=then))
@@ -292,7 +292,7 @@ def test_a_stream_that_gives_out_is_followed_by_polls(
     assert len(dify.started) == 1
 
 
-def test_a_paused_run_that_only_pings_ends_with_the_timeout(dify: LocalDify) -> None:
+def test_a_paused_run_that_only_pings_ends_with_the_timeout(dify: DifyStandIn) -> None:
     dify.starts.append(start("paused", recording="run_streaming_paused", then="pings"))
     result = run_operator(timeout=1)
     assert type(result.raised["run"][0]) is DifyWorkflowRunTimeout
@@ -300,7 +300,7 @@ def test_a_paused_run_that_only_pings_ends_with_the_timeout(dify: LocalDify) -> 
 
 
 def test_the_detail_decides_where_the_stream_says_something_else(
-    dify: LocalDify, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("INFO")
     dify.starts.append(start("stopped", recording="run_streaming_echo"))
@@ -310,7 +310,7 @@ def test_the_detail_decides_where_the_stream_says_something_else(
     assert "The event stream said succeeded, the run's detail says stopped" in printed.out + printed.err + caplog.text
 
 
-def test_a_task_that_is_killed_stops_its_run(dify: LocalDify) -> None:
+def test_a_task_that_is_killed_stops_its_run(dify: DifyStandIn) -> None:
     # Airflow kills a task whose execution_timeout is over.
     dify.starts.append(start("running", then="pings", cut=2000))
     try:
@@ -324,7 +324,7 @@ def test_a_task_that_is_killed_stops_its_run(dify: LocalDify) -> None:
 # --- retries
 
 
-def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
     if AIRFLOW_3_0 and way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
@@ -333,8 +333,8 @@ def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: LocalDify
 
     async def sometimes(request: Any) -> Any:
         if request.method == "GET" and "/workflows/run/" in request.path and next(polls) < 4:
-            return await answer(503)(request)
-        return await dify._post(request) if request.method == "POST" else dify._dify(request)
+            return await respond(503)(request)
+        return await dify.respond_to(request)
 
     dify.misbehave_always(sometimes)
     # A deferred wait makes one request a poll, a worker's four.
@@ -348,15 +348,15 @@ def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: LocalDify
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_a_retry_waits_out_a_dify_that_is_away_for_longer_than_the_first_try_did(dify: LocalDify) -> None:
+def test_a_retry_waits_out_a_dify_that_is_away_for_longer_than_the_first_try_did(dify: DifyStandIn) -> None:
     dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
     polls = iter(range(100))
 
     async def go_away(request: Any) -> Any:
         # Each poll of a worker is four requests: two polls of the first try fail, and one of the retry.
         if request.method == "GET" and next(polls) < 12:
-            return await answer(503)(request)
-        return await dify._post(request) if request.method == "POST" else dify._dify(request)
+            return await respond(503)(request)
+        return await dify.respond_to(request)
 
     dify.misbehave_always(go_away)
     result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=1)
@@ -366,7 +366,7 @@ def test_a_retry_waits_out_a_dify_that_is_away_for_longer_than_the_first_try_did
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_a_retry_starts_anew_where_the_first_trys_run_failed(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_a_retry_starts_anew_where_the_first_trys_run_failed(dify: DifyStandIn, way: dict[str, Any]) -> None:
     if AIRFLOW_3_0 and way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.extend([start("running", cut=700), start("succeeded")])
@@ -375,8 +375,8 @@ def test_a_retry_starts_anew_where_the_first_trys_run_failed(dify: LocalDify, wa
     async def lose_sight(request: Any) -> Any:
         if request.method == "GET" and "/workflows/run/" in request.path and next(polls) < 4:
             dify.add_run("failed", run_id=dify.started[0].workflow_run_id)
-            return await answer(503)(request)
-        return await dify._post(request) if request.method == "POST" else dify._dify(request)
+            return await respond(503)(request)
+        return await dify.respond_to(request)
 
     dify.misbehave_always(lose_sight)
     # A deferred wait makes one request a poll, a worker's four.

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import AIRFLOW_HOME, AIRFLOW_SETTINGS
-from tests.dify_stand_in.server import LocalDify, answer, replay
+from tests.dify_stand_in.server import DifyStandIn, replay, respond
 
 # Unlike the stand-in's usual key, nothing else on the machine reads like it.
 KEY = "app-pBc7-a-key-to-search-for"
@@ -45,14 +45,14 @@ print("searched")
     ("mode", "ending"),
     [("poke", "succeeded"), ("poke", "failed"), ("poke", "refused"), ("poke", "broken"), ("reschedule", "failed")],
 )
-def test_the_key_is_nowhere_after_a_run(dify: LocalDify, mode: str, ending: str, tmp_path: Path) -> None:
+def test_the_key_is_nowhere_after_a_run(dify: DifyStandIn, mode: str, ending: str, tmp_path: Path) -> None:
     dify.api_keys = {KEY}
     run_id = dify.add_run("running", "succeeded" if ending == "succeeded" else "failed")
     if ending == "refused":
         dify.misbehave_always(replay("auth_bad_key"))
     if ending == "broken":
         # A server that gives back what it was sent.
-        dify.misbehave(answer(500, json.dumps({"message": f"no such key: {KEY}", "code": "unknown"})))
+        dify.misbehave(respond(500, json.dumps({"message": f"no such key: {KEY}", "code": "unknown"})))
     (tmp_path / "secrecy.py").write_text(DAG.format(mode=mode))
     done = subprocess.run(
         [sys.executable, "-m", "airflow", "dags", "test", "secrecy", "--conf", json.dumps({"run": run_id})],
@@ -71,8 +71,8 @@ def test_the_key_is_nowhere_after_a_run(dify: LocalDify, mode: str, ending: str,
     )
     # The one line that is Airflow's own: its in-process runner tells at DEBUG what it was asked to mask.
     said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "MaskSecret(" not in line)
-    assert len(dify.seen) >= (1 if ending == "refused" else 2), said[-3000:]
-    assert dify.seen[0].headers["Authorization"] == f"Bearer {KEY}"
+    assert len(dify.requests) >= (1 if ending == "refused" else 2), said[-3000:]
+    assert dify.requests[0].headers["Authorization"] == f"Bearer {KEY}"
     assert "DEBUG" in said.upper()
     assert run_id in said
     assert KEY not in said

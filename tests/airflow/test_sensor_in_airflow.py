@@ -22,7 +22,7 @@ from airflow_provider_dify.exceptions import (
 )
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_sensor
-from tests.dify_stand_in.server import LocalDify, Recording, answer, html, replay, reset
+from tests.dify_stand_in.server import DifyStandIn, Recording, html, replay, reset, respond
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -46,7 +46,9 @@ def way(request: pytest.FixtureRequest) -> dict[str, Any]:
     return WAYS[request.param]
 
 
-def test_a_succeeded_run_hands_its_outputs_to_the_next_task(dify: LocalDify, dialect: str, way: dict[str, Any]) -> None:
+def test_a_succeeded_run_hands_its_outputs_to_the_next_task(
+    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+) -> None:
     run_id = dify.add_run("running", "paused", "scheduled", "running", "succeeded", outputs=OUTPUTS)
     result = run_sensor(workflow_run_id=run_id, **way)
     assert result.state == "success"
@@ -70,32 +72,32 @@ def test_a_succeeded_run_hands_its_outputs_to_the_next_task(dify: LocalDify, dia
     assert result.xcoms["wait"] == {"return_value": OUTPUTS, **each}
 
 
-def test_a_poke_mode_wait_uses_one_connection(dify: LocalDify) -> None:
+def test_a_poke_mode_wait_uses_one_connection(dify: DifyStandIn) -> None:
     run_sensor(workflow_run_id=dify.add_run("running", "running", "running", "succeeded"))
-    assert len(dify.seen) == 4
+    assert len(dify.requests) == 4
     assert dify.connections_opened == 1
 
 
-def test_a_run_without_outputs_gives_an_empty_dict(dify: LocalDify, dialect: str) -> None:
+def test_a_run_without_outputs_gives_an_empty_dict(dify: DifyStandIn, dialect: str) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("detail_succeeded_no_outputs"))
     assert result.state == "success"
     assert result.received["outputs"] == {}
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
 
 
-def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: DifyStandIn, way: dict[str, Any]) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), **way)
     assert result.state == "success"
     assert result.received["outputs"] == {"workflow_run": 1, "b": 2}
     assert result.xcoms["wait"]["workflow_run"] == 1
 
 
-def test_multiple_outputs_can_be_turned_off(dify: LocalDify) -> None:
+def test_multiple_outputs_can_be_turned_off(dify: DifyStandIn) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs=OUTPUTS), multiple_outputs=False)
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
 
 
-def test_nothing_is_pushed_without_xcom_push(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_nothing_is_pushed_without_xcom_push(dify: DifyStandIn, way: dict[str, Any]) -> None:
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_dag(
         f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={run_id!r}, do_xcom_push=False, **{way!r})"
@@ -104,7 +106,7 @@ def test_nothing_is_pushed_without_xcom_push(dify: LocalDify, way: dict[str, Any
     assert result.xcoms == {}
 
 
-def test_one_output_can_be_taken_by_its_name(dify: LocalDify) -> None:
+def test_one_output_can_be_taken_by_its_name(dify: DifyStandIn) -> None:
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_dag(
         f"""
@@ -122,7 +124,7 @@ def test_one_output_can_be_taken_by_its_name(dify: LocalDify) -> None:
     assert result.received == {"answer": OUTPUTS["answer"], "tokens": 0}
 
 
-def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: DifyStandIn, way: dict[str, Any]) -> None:
     runs = [dify.add_run("running", "succeeded", outputs={"n": n}) for n in range(3)]
     result = run_dag(
         f"""
@@ -146,7 +148,7 @@ def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: LocalDi
 
 
 @pytest.mark.parametrize("template", ["{{ params.run }}", "{{ dag_run.conf['run'] }}"])
-def test_the_run_id_may_be_a_template(dify: LocalDify, template: str) -> None:
+def test_the_run_id_may_be_a_template(dify: DifyStandIn, template: str) -> None:
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_dag(
         f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={template!r})",
@@ -157,7 +159,7 @@ def test_the_run_id_may_be_a_template(dify: LocalDify, template: str) -> None:
     assert result.xcoms["wait"]["return_value"] == OUTPUTS
 
 
-def test_the_run_id_may_come_from_an_upstream_task(dify: LocalDify) -> None:
+def test_the_run_id_may_come_from_an_upstream_task(dify: DifyStandIn) -> None:
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_dag(
         f"""
@@ -192,7 +194,7 @@ FAILURES = [
 
 @pytest.mark.parametrize(("statuses", "arguments", "exception", "message"), FAILURES)
 def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
-    dify: LocalDify,
+    dify: DifyStandIn,
     dialect: str,
     way: dict[str, Any],
     statuses: list[str | None],
@@ -220,7 +222,7 @@ def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
 @pytest.mark.parametrize("skip", ["soft_fail", "never_fail"])
 @pytest.mark.parametrize("status", ["failed", None])
 def test_soft_fail_and_never_fail_skip_on_a_run_that_cannot_succeed(
-    dify: LocalDify, way: dict[str, Any], skip: str, status: str | None
+    dify: DifyStandIn, way: dict[str, Any], skip: str, status: str | None
 ) -> None:
     result = run_sensor(workflow_run_id=dify.add_run(status), **way, retries=2, retry_delay=0, **{skip: True})
     assert result.states["wait"] == "skipped"
@@ -228,7 +230,7 @@ def test_soft_fail_and_never_fail_skip_on_a_run_that_cannot_succeed(
 
 
 def test_a_partial_success_is_a_success_with_a_warning(
-    dify: LocalDify, dialect: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    dify: DifyStandIn, dialect: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("partial-succeeded"))
     assert result.state == "success"
@@ -237,14 +239,14 @@ def test_a_partial_success_is_a_success_with_a_warning(
     assert _logged("partial-succeeded", caplog, capfd)
 
 
-def test_an_unknown_run_is_waited_for_during_the_grace(dify: LocalDify, dialect: str, way: dict[str, Any]) -> None:
+def test_an_unknown_run_is_waited_for_during_the_grace(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
     run_id = dify.add_run(None, None, "running", "succeeded", outputs=OUTPUTS)
     result = run_sensor(workflow_run_id=run_id, **way, not_found_grace=60)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_a_status_of_the_future_is_waited_on_until_it_is_finished(dify: LocalDify, dialect: str) -> None:
+def test_a_status_of_the_future_is_waited_on_until_it_is_finished(dify: DifyStandIn, dialect: str) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("resuming", "succeeded", outputs=OUTPUTS))
     assert result.state == "success"
     result = run_sensor(workflow_run_id=dify.add_run("cancelled", finished_at=1_795_299_666))
@@ -253,7 +255,7 @@ def test_a_status_of_the_future_is_waited_on_until_it_is_finished(dify: LocalDif
 
 
 def test_a_status_is_told_once_and_not_at_every_poll(
-    dify: LocalDify, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_id = dify.add_run("running", "running", "running", "paused", "paused", "running", "succeeded")
     caplog.set_level(logging.INFO)
@@ -279,9 +281,9 @@ REJECTIONS = [
 
 @pytest.mark.parametrize(("recording", "exception", "message"), REJECTIONS)
 def test_a_rejected_request_fails_the_task_without_retry(
-    dify: LocalDify, way: dict[str, Any], recording: str, exception: type[Exception], message: str
+    dify: DifyStandIn, way: dict[str, Any], recording: str, exception: type[Exception], message: str
 ) -> None:
-    dify.misbehave(dify_answer(dify))
+    dify.misbehave(dify_response(dify))
     dify.misbehave_always(replay(recording))
     result = run_sensor(workflow_run_id=dify.add_run("running"), **way, retries=2, retry_delay=0)
     assert result.states["wait"] == "failed"
@@ -293,37 +295,37 @@ def test_a_rejected_request_fails_the_task_without_retry(
     assert error.status_code in (400, 401, 403)
     assert error.code
     assert error.message
-    assert len(dify.seen) == 2
+    assert len(dify.requests) == 2
 
 
 @pytest.mark.parametrize("rendered", ["", "None", "{{ none }}", "../../info", "not-a-uuid"])
-def test_a_run_id_that_is_none_fails_before_any_request(dify: LocalDify, way: dict[str, Any], rendered: str) -> None:
+def test_a_run_id_that_is_none_fails_before_any_request(dify: DifyStandIn, way: dict[str, Any], rendered: str) -> None:
     result = run_sensor(workflow_run_id=rendered, **way, retries=2, retry_delay=0)
     assert result.states["wait"] == "failed"
     assert result.tries["wait"] == 1
     assert isinstance(result.raised["wait"][0], DifyConfigurationError)
     assert repr("None" if "none" in rendered else rendered) in str(result.raised["wait"][0])
-    assert dify.seen == []
+    assert dify.requests == []
 
 
 @pytest.mark.parametrize("deferrable", [{"deferrable": True}, WAYS.get("end_from_trigger")])
 def test_failed_polls_are_waited_out_on_the_triggerer(
-    dify: LocalDify, dialect: str, deferrable: dict[str, Any] | None
+    dify: DifyStandIn, dialect: str, deferrable: dict[str, Any] | None
 ) -> None:
     if deferrable is None:
         pytest.skip("this Airflow cannot end a task from its trigger")
     run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
-    dify.misbehave(dify_answer(dify), answer(503), html(502), answer(429), answer(500), answer(408))
-    dify.misbehave(dify_answer(dify))
-    dify.misbehave(answer(504), times=5)
+    dify.misbehave(dify_response(dify), respond(503), html(502), respond(429), respond(500), respond(408))
+    dify.misbehave(dify_response(dify))
+    dify.misbehave(respond(504), times=5)
     result = run_sensor(workflow_run_id=run_id, retries=0, **deferrable)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
 
 @pytest.mark.skipif(AIRFLOW_3_0, reason="its dag.test() takes the retry of a deferred task for its resumption")
-def test_one_failed_poll_too_many_on_the_triggerer_ends_the_try_and_leaves_it_to_retries(dify: LocalDify) -> None:
-    dify.misbehave(dify_answer(dify), answer(503), answer(503), answer(503))
+def test_one_failed_poll_too_many_on_the_triggerer_ends_the_try_and_leaves_it_to_retries(dify: DifyStandIn) -> None:
+    dify.misbehave(dify_response(dify), respond(503), respond(503), respond(503))
     run_id = dify.add_run("running", "succeeded", outputs=OUTPUTS)
     result = run_sensor(workflow_run_id=run_id, deferrable=True, max_consecutive_failures=2, retries=1, retry_delay=0)
     assert result.state == "success"
@@ -334,7 +336,7 @@ def test_one_failed_poll_too_many_on_the_triggerer_ends_the_try_and_leaves_it_to
 
 
 def test_a_rotated_key_does_not_end_a_wait(
-    dify: LocalDify, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    dify: DifyStandIn, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
 
@@ -342,35 +344,35 @@ def test_a_rotated_key_does_not_end_a_wait(
         dify.api_keys = {"the-next-key"}
         connection = {"conn_type": "dify", "host": dify.base_url, "password": "the-next-key"}
         os.environ["AIRFLOW_CONN_DIFY_DEFAULT"] = json.dumps(connection)
-        return dify._dify(request)
+        return await dify.respond_to(request)
 
-    dify.misbehave(dify_answer(dify), rotate)
+    dify.misbehave(dify_response(dify), rotate)
     result = run_sensor(workflow_run_id=run_id, **way)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_failed_polls_are_waited_out_in_poke_mode(dify: LocalDify, dialect: str) -> None:
+def test_failed_polls_are_waited_out_in_poke_mode(dify: DifyStandIn, dialect: str) -> None:
     run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
     # Four attempts a poll: five failed polls in a row, an answer, five more.
-    dify.misbehave(answer(503), reset(), html(502), answer(500), times=5)
-    dify.misbehave(dify_answer(dify))
-    dify.misbehave(answer(504), times=20)
+    dify.misbehave(respond(503), reset(), html(502), respond(500), times=5)
+    dify.misbehave(dify_response(dify))
+    dify.misbehave(respond(504), times=20)
     result = run_sensor(workflow_run_id=run_id, retries=0)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
-    assert len(dify.seen) == 20 + 1 + 20 + 2
+    assert len(dify.requests) == 20 + 1 + 20 + 2
 
 
-def dify_answer(dify: LocalDify) -> Any:
+def dify_response(dify: DifyStandIn) -> Any:
     async def fault(request: Any) -> Any:
-        return dify._dify(request)
+        return await dify.respond_to(request)
 
     return fault
 
 
-def test_one_failed_poll_too_many_ends_the_try_in_poke_mode_and_leaves_it_to_retries(dify: LocalDify) -> None:
-    dify.misbehave(answer(503), times=4 * 3)
+def test_one_failed_poll_too_many_ends_the_try_in_poke_mode_and_leaves_it_to_retries(dify: DifyStandIn) -> None:
+    dify.misbehave(respond(503), times=4 * 3)
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_sensor(workflow_run_id=run_id, max_consecutive_failures=2, retries=1, retry_delay=0)
     assert result.state == "success"
@@ -380,28 +382,28 @@ def test_one_failed_poll_too_many_ends_the_try_in_poke_mode_and_leaves_it_to_ret
     assert error.status_code == 503
 
 
-def test_a_failed_poll_is_left_to_retries_in_reschedule_mode(dify: LocalDify) -> None:
-    dify.misbehave(answer(503), times=4)
+def test_a_failed_poll_is_left_to_retries_in_reschedule_mode(dify: DifyStandIn) -> None:
+    dify.misbehave(respond(503), times=4)
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_sensor(workflow_run_id=run_id, mode="reschedule", retries=1, retry_delay=0)
     assert result.state == "success"
     assert result.tries["wait"] == 2
 
 
-def test_soft_fail_does_not_hide_trouble_that_may_pass(dify: LocalDify, way: dict[str, Any]) -> None:
-    dify.misbehave(dify_answer(dify))
-    dify.misbehave_always(answer(503))
+def test_soft_fail_does_not_hide_trouble_that_may_pass(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.misbehave(dify_response(dify))
+    dify.misbehave_always(respond(503))
     result = run_sensor(workflow_run_id=dify.add_run("running"), **way, soft_fail=True, max_consecutive_failures=0)
     assert result.states["wait"] == "failed"
 
 
-def test_silent_fail_waits_on_whatever_the_failed_polls(dify: LocalDify, way: dict[str, Any]) -> None:
-    dify.misbehave(answer(503), times=8)
+def test_silent_fail_waits_on_whatever_the_failed_polls(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.misbehave(respond(503), times=8)
     result = run_sensor(workflow_run_id=dify.add_run("succeeded"), **way, silent_fail=True, max_consecutive_failures=0)
     assert result.state == "success"
 
 
-def test_the_sensor_times_out_as_any_sensor(dify: LocalDify, way: dict[str, Any]) -> None:
+def test_the_sensor_times_out_as_any_sensor(dify: DifyStandIn, way: dict[str, Any]) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("running"), **way, timeout=0.3)
     assert result.states["wait"] == "failed"
     (error,) = result.raised["wait"]

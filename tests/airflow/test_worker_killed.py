@@ -12,7 +12,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_processes import AIRFLOW_3_0, AirflowProcesses, airflow_processes
-from tests.dify_stand_in.server import API_KEY, LocalDify, Start
+from tests.dify_stand_in.server import API_KEY, DifyStandIn, Start
 
 pytestmark = pytest.mark.airflow_processes
 
@@ -42,9 +42,9 @@ if CAN_START_FROM_TRIGGER:
 
 
 @pytest.fixture(scope="module")
-def killed() -> Iterator[tuple[LocalDify, AirflowProcesses]]:
+def killed() -> Iterator[tuple[DifyStandIn, AirflowProcesses]]:
     """Run the Dag, kill each task's process once its run is started, and let the runs succeed after that."""
-    with LocalDify() as dify:
+    with DifyStandIn() as dify:
         dify.api_keys = {KEY}
         for _ in range(2 * len(USERS)):
             dify.starts.append(Start(statuses=("running",), cut=900, then="pings"))
@@ -67,7 +67,7 @@ def killed() -> Iterator[tuple[LocalDify, AirflowProcesses]]:
             yield dify, airflow
 
 
-def _kill_the_next(airflow: AirflowProcesses, dify: LocalDify) -> None:
+def _kill_the_next(airflow: AirflowProcesses, dify: DifyStandIn) -> None:
     def told_of() -> list[tuple[str, int]]:
         # Killed once each, and only when the run's id is in Airflow.
         return airflow.query(
@@ -89,7 +89,7 @@ def _kill_the_next(airflow: AirflowProcesses, dify: LocalDify) -> None:
 @pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 does not retry a task whose process was killed")
 @pytest.mark.parametrize("task_id", USERS)
 def test_the_retry_goes_on_with_the_run_of_the_killed_try(
-    killed: tuple[LocalDify, AirflowProcesses], task_id: str
+    killed: tuple[DifyStandIn, AirflowProcesses], task_id: str
 ) -> None:
     dify, airflow = killed
     assert airflow.query("SELECT state, try_number FROM task_instance WHERE task_id = ?", task_id) == [("success", 2)]
@@ -103,7 +103,7 @@ def test_the_retry_goes_on_with_the_run_of_the_killed_try(
     not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger is not told that its task is ended"
 )
 def test_a_deferred_task_that_a_user_ends_stops_its_run() -> None:
-    with LocalDify() as dify:
+    with DifyStandIn() as dify:
         dify.starts.append(Start(statuses=("running",)))
         connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
         with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
@@ -113,7 +113,7 @@ def test_a_deferred_task_that_a_user_ends_stops_its_run() -> None:
             )  # fmt: skip
             deferred = "SELECT count(*) FROM task_instance WHERE state = 'deferred'"
             # Until the triggerer polls it, which the worker before it does not.
-            airflow.wait_for(lambda: airflow.query(deferred) == [(1,)] and len(dify.seen) > 2, seconds=120)
+            airflow.wait_for(lambda: airflow.query(deferred) == [(1,)] and len(dify.requests) > 2, seconds=120)
             airflow.mark_failed("ended", "ended")
             airflow.wait_for(lambda: bool(dify.stopped), seconds=60)
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]

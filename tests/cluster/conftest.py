@@ -1,4 +1,4 @@
-"""The cluster, the local Dify, and the log of what is done to them; started once for all tests here."""
+"""The cluster, the stand-in for Dify, and the log of what is done to them; started once for all tests here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from airflow_cluster import AirflowCluster, airflow_cluster
 from waits import CONN_ID
 
-from tests.dify_stand_in.server import LocalDify
+from tests.dify_stand_in.server import DifyStandIn
 
 FIRST_KEY = "app-zQ9-the-first-key-of-this-test"
 SECOND_KEY = "app-xV4-the-second-key-of-this-test"
@@ -26,15 +26,15 @@ def say() -> Say:
 
 
 @pytest.fixture(scope="session")
-def dify() -> Iterator[LocalDify]:
+def dify() -> Iterator[DifyStandIn]:
     """The stand-in for Dify."""
-    with LocalDify() as server:
+    with DifyStandIn() as server:
         server.api_keys = {FIRST_KEY}
         yield server
 
 
 @pytest.fixture(scope="session")
-def cluster(say: Say, dify: LocalDify) -> Iterator[AirflowCluster]:
+def cluster(say: Say, dify: DifyStandIn) -> Iterator[AirflowCluster]:
     """The cluster, with a connection to the stand-in in its database."""
     say("Starting PostgreSQL, Redis, api-server, dag-processor, scheduler, two triggerers and two Celery workers.")
     with airflow_cluster() as airflow:

@@ -19,7 +19,7 @@ from airflow_cluster import AirflowCluster  # noqa: TC002
 from conftest import FIRST_KEY, SECOND_KEY, Say
 from waits import CONN_ID, DAG_ID, OPERATORS, SENSORS, STATE_OF_TASK, Wait, waits, workflow_run_id
 
-from tests.dify_stand_in.server import LocalDify, Recording, Start, answer, reset
+from tests.dify_stand_in.server import DifyStandIn, Recording, Start, reset, respond
 
 # How long each wait may take before the test calls it lost.
 PATIENCE = 300
@@ -32,16 +32,16 @@ class Ended:
 
     states: dict[str, str]
     xcoms: dict[tuple[str, str], Any]
-    dify: LocalDify
+    dify: DifyStandIn
     cluster: AirflowCluster
 
 
 @pytest.fixture(scope="module")
-def ended(say: Say, dify: LocalDify, cluster: AirflowCluster) -> Ended:
+def ended(say: Say, dify: DifyStandIn, cluster: AirflowCluster) -> Ended:
     """Let everything wait, do everything to it that is to be borne, end all runs, and collect what became of it."""
     events = _Events(say, dify, cluster)
     events.let_everything_wait()
-    events.misbehave_now_and_then()
+    events.misbehave_sometimes()
     events.kill_a_triggerer()
     events.kill_a_worker()
     events.wait_for_the_survivors()
@@ -49,14 +49,14 @@ def ended(say: Say, dify: LocalDify, cluster: AirflowCluster) -> Ended:
     events.stop_dify_for_20_seconds()
     events.rotate_the_key()
     events.end_all_runs()
-    dify.misbehave_now_and_then(0)
+    dify.misbehave_sometimes(0)
     rows = cluster.query("SELECT task_id, state, try_number FROM task_instance WHERE dag_id = %s", DAG_ID)
     xcoms = cluster.query("SELECT task_id, key, value::text FROM xcom WHERE dag_id = %s", DAG_ID)
     states = {task_id: state for task_id, state, _ in rows}
     count = Counter(states.values())
     repeated = sum(tries for *_, tries in rows) - len(rows)
     say(f"All is over: {count['success']} tasks succeeded, {count['failed']} failed, {repeated} tries were repeated.")
-    say(f"Dify answered {len(dify.seen)} requests, {dify.misbehaved} of them wrongly.")
+    say(f"Dify answered {len(dify.requests)} requests, {dify.fault_count} of them wrongly.")
     return Ended(
         states,
         {(task_id, key): json.loads(value) for task_id, key, value in xcoms},
@@ -68,7 +68,7 @@ def ended(say: Say, dify: LocalDify, cluster: AirflowCluster) -> Ended:
 class _Events:
     """What is done to the cluster and to Dify; a few runs end in each of the troubles, the rest after them."""
 
-    def __init__(self, say: Say, dify: LocalDify, cluster: AirflowCluster) -> None:
+    def __init__(self, say: Say, dify: DifyStandIn, cluster: AirflowCluster) -> None:
         self.say, self.dify, self.cluster = say, dify, cluster
         self.to_end = list(ALL.values())
         self.killed: dict[str, int] = {}
@@ -102,8 +102,8 @@ class _Events:
         rows = self.cluster.query("SELECT count(*) FROM trigger GROUP BY triggerer_id ORDER BY triggerer_id")
         return [count for (count,) in rows]
 
-    def misbehave_now_and_then(self) -> None:
-        self.dify.misbehave_now_and_then(0.05, answer(500), answer(502, "<html>"), answer(503), reset())
+    def misbehave_sometimes(self) -> None:
+        self.dify.misbehave_sometimes(0.05, respond(500), respond(502, "<html>"), respond(503), reset())
         self.say("From now on 5 % of the polls are answered with 500, 502, 503 or a reset.")
 
     def kill_a_triggerer(self) -> None:
@@ -147,7 +147,7 @@ class _Events:
         self.say("The scheduler was stopped and started again.")
 
     def stop_dify_for_20_seconds(self) -> None:
-        with self.dify.refusing():
+        with self.dify.refusing_connections():
             self.say("Dify is stopped.")
             self._end_some()
             time.sleep(20)
@@ -206,7 +206,7 @@ def test_the_outputs_are_byte_for_byte_what_the_server_gave(ended: Ended) -> Non
     for task_id, wait in ALL.items():
         if STATE_OF_TASK[wait.ending] == "success":
             run = ended.dify.runs[ended.xcoms[task_id, "workflow_run"]["id"]]
-            given = json.loads(run.answers[-1]["outputs"])
+            given = json.loads(run.responses[-1]["outputs"])
             if _as_bytes(ended.xcoms[task_id, "return_value"]) != _as_bytes(given):
                 different.append(task_id)
     assert not different

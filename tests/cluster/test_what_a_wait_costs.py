@@ -10,7 +10,7 @@ from airflow_cluster import TRIGGERERS, WORKERS, AirflowCluster
 from conftest import Say  # noqa: TC002
 from waits import COUNTED, COUNTED_INTERVAL, workflow_run_id
 
-from tests.dify_stand_in.server import LocalDify
+from tests.dify_stand_in.server import DifyStandIn
 
 WAITS = 10
 RUN_SECONDS = 30
@@ -44,7 +44,7 @@ class Cost:
 
 
 @pytest.fixture(scope="module")
-def costs(say: Say, dify: LocalDify, cluster: AirflowCluster) -> dict[str, Cost]:
+def costs(say: Say, dify: DifyStandIn, cluster: AirflowCluster) -> dict[str, Cost]:
     """What each way cost; printed as a table."""
     for name in (*WORKERS, *TRIGGERERS):
         if name not in cluster.processes:
@@ -60,17 +60,17 @@ def costs(say: Say, dify: LocalDify, cluster: AirflowCluster) -> dict[str, Cost]
     return costs
 
 
-def _wait(way: str, dify: LocalDify, cluster: AirflowCluster) -> None:
+def _wait(way: str, dify: DifyStandIn, cluster: AirflowCluster) -> None:
     cluster.unpause(f"counted_{way}")
     for number in range(WAITS):
         run_id = workflow_run_id(f"counted_{way}-{number}")
-        dify.add_run("running", "succeeded", run_id=run_id, lasting=RUN_SECONDS, outputs={"answer": "42"})
+        dify.add_run("running", "succeeded", run_id=run_id, duration=RUN_SECONDS, outputs={"answer": "42"})
         cluster.trigger(f"counted_{way}", workflow_run_id=run_id)
         time.sleep(SECONDS_BETWEEN)
     cluster.wait_for(lambda: cluster.is_over(f"counted_{way}"), seconds=240)
 
 
-def _until_now(dify: LocalDify, cluster: AirflowCluster) -> Cost:
+def _until_now(dify: DifyStandIn, cluster: AirflowCluster) -> Cost:
     time.sleep(STATISTICS_SECONDS)
     seconds = cluster.tasks_run_on_workers()
     # What the scheduler and the other processes write all the time, whatever the tasks do, stands in these tables.
@@ -78,7 +78,7 @@ def _until_now(dify: LocalDify, cluster: AirflowCluster) -> Cost:
         "SELECT sum(n_tup_ins + n_tup_upd + n_tup_del), sum(n_tup_ins - n_tup_del) FROM pg_stat_user_tables"
         " WHERE relname NOT IN ('job', 'dag', 'dag_run')"
     )
-    return Cost(time.monotonic(), len(seconds), sum(seconds), int(written), int(kept), len(dify.seen))
+    return Cost(time.monotonic(), len(seconds), sum(seconds), int(written), int(kept), len(dify.requests))
 
 
 def _print_table(costs: dict[str, Cost]) -> None:

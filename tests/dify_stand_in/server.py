@@ -5,9 +5,9 @@ It replays the answers in ``recorded/``, which a real server gave, and lets runs
 a poll. It speaks in two dialects: ``1.12`` (as recorded) and ``current`` (``outputs`` an object, an unknown run a 404).
 It misbehaves on demand, over a real socket::
 
-    with LocalDify() as dify:
+    with DifyStandIn() as dify:
         run_id = dify.add_run("running", "succeeded")
-        dify.misbehave(reset(), answer(503), times=2)
+        dify.misbehave(reset(), respond(503), times=2)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from aiohttp import web
 
 RECORDED = Path(__file__).parent.parent / "recorded" / "1.12.1"
 DIALECTS = ("1.12", "current")
-API_KEY = "app-key-of-the-local-dify"
+API_KEY = "app-key-of-the-stand-in"
 
 RECORDING_OF_STATUS = {
     "running": "detail_running_t0",
@@ -77,22 +77,22 @@ class Recording:
 @dataclass
 class Run:
     """
-    A workflow run of the stand-in: the answers still to come, one a poll; the last one stays.
+    A workflow run of the stand-in: the responses still to come, one a poll; the last one stays.
 
-    With ``lasting`` the first answer stays for so many seconds from the first poll, then comes the last one.
+    With ``duration`` the first response stays for so many seconds from the first poll, then comes the last one.
     """
 
     id: str
-    answers: deque[dict[str, Any] | None]
+    responses: deque[dict[str, Any] | None]
     fault_after_first: Fault | None = None
-    lasting: float | None = None
+    duration: float | None = None
     polls: list[float] = field(default_factory=list)
 
     def poll(self) -> dict[str, Any] | None:
         self.polls.append(time.monotonic())
-        if self.lasting is not None:
-            return self.answers[-1 if self.polls[-1] - self.polls[0] >= self.lasting else 0]
-        return self.answers.popleft() if len(self.answers) > 1 else self.answers[0]
+        if self.duration is not None:
+            return self.responses[-1 if self.polls[-1] - self.polls[0] >= self.duration else 0]
+        return self.responses.popleft() if len(self.responses) > 1 else self.responses[0]
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,11 @@ class Start:
     How the stand-in answers a request to start a run.
 
     :param recording: the stream to replay, with ids of its own.
-    :param statuses: what polls of the run's detail then find, as for :meth:`LocalDify.add_run`.
+    :param statuses: what polls of the run's detail then find, as for :meth:`DifyStandIn.add_run`.
     :param cut: after how many bytes of the stream to stop; at its end by default.
     :param then: what comes at the cut: ``close``, ``reset``, ``stall`` or ``pings``.
     :param piece: how many bytes to send at once.
-    :param fields: as for :meth:`LocalDify.add_run`.
+    :param fields: as for :meth:`DifyStandIn.add_run`.
     """
 
     recording: str = "run_streaming_echo"
@@ -128,7 +128,7 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReceivedRequest:
     """A request that reached the stand-in."""
 
     method: str
@@ -138,7 +138,7 @@ class Seen:
     connection: int
 
 
-class LocalDify:
+class DifyStandIn:
     """
     The stand-in, in a thread of its own, on a free port of the loopback interface.
 
@@ -155,25 +155,25 @@ class LocalDify:
         self.api_keys = {API_KEY}
         self.runs: dict[str, Run] = {}
         self.app_info = "app_info"
-        self.seen: list[Seen] = []
+        self.requests: list[ReceivedRequest] = []
         self.starts: deque[Start] = deque()
         self.started: list[Started] = []
         # Task ids that it was asked to stop, and by whom; the runs stop, unless they are to be orphaned.
         self.stopped: list[tuple[str, str]] = []
-        self.stop_orphans = False
-        self.logs_at_the_end = False
+        self.stop_leaves_running = False
+        self.log_row_at_end = False
         self.uploads: dict[str, tuple[str, bytes]] = {}
         self._faults: deque[Fault] = deque()
         self._always: Fault | None = None
-        self._now_and_then: tuple[float, tuple[Fault, ...]] = (0.0, ())
-        self.misbehaved = 0
+        self._sometimes: tuple[float, tuple[Fault, ...]] = (0.0, ())
+        self.fault_count = 0
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="local-dify", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="dify-stand-in", daemon=True)
         self._connections: dict[tuple[str, int], int] = {}
 
     # --- life
 
-    def __enter__(self) -> LocalDify:
+    def __enter__(self) -> DifyStandIn:
         self._thread.start()
         self._do(self._start())
         return self
@@ -226,7 +226,7 @@ class LocalDify:
         *statuses: str | None,
         run_id: str | None = None,
         fault_after_first: Fault | None = None,
-        lasting: float | None = None,
+        duration: float | None = None,
         **fields: Any,
     ) -> str:
         """
@@ -236,13 +236,13 @@ class LocalDify:
             name of a recording, such as ``detail_failed_parallel``.
         :param run_id: its id; a new one by default.
         :param fault_after_first: how to misbehave at each poll of this run but the first.
-        :param lasting: seconds from the first poll after which it has the last status, until then the first.
+        :param duration: seconds from the first poll after which it has the last status, until then the first.
         :param fields: fields of the recorded answer to replace, ``outputs`` as an object.
         :return: its id.
         """
         run_id = run_id or str(uuid.uuid4())
-        answers = deque(None if status is None else self._fields(status, run_id, fields) for status in statuses)
-        self.runs[run_id] = Run(run_id, answers, fault_after_first, lasting)
+        responses = deque(None if status is None else self._fields(status, run_id, fields) for status in statuses)
+        self.runs[run_id] = Run(run_id, responses, fault_after_first, duration)
         return run_id
 
     def _fields(self, status: str, run_id: str, replaced: dict[str, Any]) -> dict[str, Any]:
@@ -273,12 +273,12 @@ class LocalDify:
         """Answer every request with this fault, until called again with ``None``."""
         self._always = fault
 
-    def misbehave_now_and_then(self, share: float, *faults: Fault) -> None:
+    def misbehave_sometimes(self, share: float, *faults: Fault) -> None:
         """Answer this share of the requests for a run's detail with one of these faults, by chance."""
-        self._now_and_then = (share, faults)
+        self._sometimes = (share, faults)
 
     @contextlib.contextmanager
-    def refusing(self) -> Iterator[None]:
+    def refusing_connections(self) -> Iterator[None]:
         """Refuse connections for a while, and drop the open ones."""
         self._do(self._stop_listening())
         try:
@@ -302,17 +302,23 @@ class LocalDify:
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         number = self._connections.setdefault(request.transport.get_extra_info("peername"), len(self._connections))
-        self.seen.append(Seen(request.method, request.raw_path, dict(request.headers), time.monotonic(), number))
+        self.requests.append(
+            ReceivedRequest(request.method, request.raw_path, dict(request.headers), time.monotonic(), number)
+        )
         fault = self._faults.popleft() if self._faults else self._always
         if fault is None:
             run = self.runs.get(request.path.rpartition("/")[2])
             fault = run.fault_after_first if run and run.polls else None
-            share, faults = self._now_and_then
+            share, faults = self._sometimes
             if run and random.random() < share:
                 fault = random.choice(faults)
-                self.misbehaved += 1
+                self.fault_count += 1
         if fault is not None:
             return await fault(request)
+        return await self.respond_to(request)
+
+    async def respond_to(self, request: web.Request) -> web.StreamResponse:
+        """Respond as Dify does, without faults."""
         return await self._post(request) if request.method == "POST" else self._dify(request)
 
     async def _post(self, request: web.Request) -> web.StreamResponse:
@@ -373,7 +379,7 @@ class LocalDify:
             return Recording.load("stop_no_user").response()
         self.stopped.append((task_id, body["user"]))
         for run in self.started:
-            if run.task_id == task_id and not self.stop_orphans:
+            if run.task_id == task_id and not self.stop_leaves_running:
                 self.add_run("stopped", run_id=run.workflow_run_id)
         return Recording.load("stop_ok").response()
 
@@ -393,9 +399,9 @@ class LocalDify:
         recorded = Recording.load("logs").fields()
         rows = []
         for run in reversed(self.started):
-            now = self.runs[run.workflow_run_id].answers[0]
+            now = self.runs[run.workflow_run_id].responses[0]
             # Servers since about 1.9 write a run's row when the run starts, older ones when it ends.
-            if now is None or (self.logs_at_the_end and now["status"] in ("running", "scheduled")):
+            if now is None or (self.log_row_at_end and now["status"] in ("running", "scheduled")):
                 continue
             row = json.loads(json.dumps(recorded["data"][0]))
             kept = row["workflow_run"].keys() & now.keys()
@@ -457,7 +463,7 @@ class LocalDify:
 # --- faults
 
 
-def answer(
+def respond(
     status: int,
     body: bytes | str = b"",
     *,
@@ -485,17 +491,17 @@ def replay(name: str) -> Fault:
 def too_many_requests(retry_after: str | None = None) -> Fault:
     """Answer 429, with the ``Retry-After`` that proxies send."""
     body = {"code": "too_many_requests", "message": "Too many requests. Please try again later.", "status": 429}
-    return answer(429, json.dumps(body), headers={"Retry-After": retry_after} if retry_after else {})
+    return respond(429, json.dumps(body), headers={"Retry-After": retry_after} if retry_after else {})
 
 
 def html(status: int = 200, text: str = "<html><title>Sign in</title></html>") -> Fault:
     """Answer with a page, as a proxy or a login wall does."""
-    return answer(status, text, content_type="text/html; charset=utf-8")
+    return respond(status, text, content_type="text/html; charset=utf-8")
 
 
 def redirect(location: str, status: int = 302) -> Fault:
     """Redirect elsewhere."""
-    return answer(status, headers={"Location": location})
+    return respond(status, headers={"Location": location})
 
 
 def reset() -> Fault:
@@ -509,7 +515,7 @@ def reset() -> Fault:
     return fault
 
 
-def break_off(*, reset: bool, length: int = 1000) -> Fault:
+def truncate_body(*, reset: bool, length: int = 1000) -> Fault:
     """Announce a body, send the beginning of it, then reset or close the connection."""
 
     async def fault(request: web.Request) -> web.StreamResponse:
@@ -536,11 +542,11 @@ def stall(seconds: float) -> Fault:
     return fault
 
 
-def slowly(dify: LocalDify, seconds: float, pieces: int = 10) -> Fault:
+def slow_body(dify: DifyStandIn, seconds: float, pieces: int = 10) -> Fault:
     """Answer rightly, but in pieces over a while."""
 
     async def fault(request: web.Request) -> web.StreamResponse:
-        right = dify._dify(request)
+        right = await dify.respond_to(request)
         body = right.body
         assert isinstance(body, bytes)
         response = web.StreamResponse(status=right.status, headers={"Content-Type": "application/json"})
@@ -568,7 +574,7 @@ def main() -> None:
     parser.add_argument("--statuses", nargs="+", default=["running", "running", "running", "succeeded"])
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    with LocalDify(arguments.dialect, port=arguments.port) as dify:
+    with DifyStandIn(arguments.dialect, port=arguments.port) as dify:
         run_id = dify.add_run(*arguments.statuses)
         told = {"base_url": dify.base_url, "api_key": API_KEY, "workflow_run_id": run_id}
         print(json.dumps(told), flush=True)

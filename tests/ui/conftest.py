@@ -13,7 +13,7 @@ import requests
 from playwright.sync_api import Error, Page, Response, expect, sync_playwright
 
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses, airflow_processes, free_port
-from tests.dify_stand_in.server import API_KEY, LocalDify, Start
+from tests.dify_stand_in.server import API_KEY, DifyStandIn, Start
 from tests.ui.airflow_2_ui import Airflow2UI
 from tests.ui.airflow_3_ui import Airflow3UI
 from tests.ui.airflow_ui import AirflowUI
@@ -43,10 +43,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def dify() -> Iterator[LocalDify]:
+def dify() -> Iterator[DifyStandIn]:
     """A Dify with one workflow."""
     fields = {"outputs": OUTPUTS, "total_tokens": 42}
-    with LocalDify() as server:
+    with DifyStandIn() as server:
         server.starts.append(Start(statuses=("running", "running", "succeeded"), fields=fields))
         yield server
 
@@ -127,6 +127,6 @@ def ui(airflow: AirflowProcesses, page: Page, told_the_key: list[str]) -> Airflo
 
 
 @pytest.fixture(scope="session")
-def screenshots(request: pytest.FixtureRequest, page: Page, dify: LocalDify) -> Screenshots:
+def screenshots(request: pytest.FixtureRequest, page: Page, dify: DifyStandIn) -> Screenshots:
     """Where the documentation's screenshots are taken, if they are asked for."""
     return Screenshots(page, request.config.getoption("--screenshots"), dify)

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from playwright.sync_api import Locator, Page
 
 from tests.airflow.airflow_processes import AirflowProcesses
-from tests.dify_stand_in.server import LocalDify
+from tests.dify_stand_in.server import DifyStandIn
 
 # What stands in a picture for what differs from run to run.
 PORT = "5001"
@@ -36,7 +36,7 @@ class Screenshots:
     :param dify: whose port and run ids are not to be seen.
     """
 
-    def __init__(self, page: Page, folder: Path | None, dify: LocalDify) -> None:
+    def __init__(self, page: Page, folder: Path | None, dify: DifyStandIn) -> None:
         self.page = page
         self.folder = folder
         self.dify = dify

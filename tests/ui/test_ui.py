@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses
-from tests.dify_stand_in.server import API_KEY, LocalDify
+from tests.dify_stand_in.server import API_KEY, DifyStandIn
 from tests.ui.airflow_ui import AirflowUI
 from tests.ui.screenshots import Screenshots
 
@@ -57,7 +57,7 @@ def test_the_form_has_the_fields_that_a_connection_needs_and_no_others(ui: Airfl
         screenshots.take("connection-extra-fields", ui.form, height=1500)
 
 
-def test_pressing_test_with_a_wrong_key_tells_so(ui: AirflowUI, dify: LocalDify, screenshots: Screenshots) -> None:
+def test_pressing_test_with_a_wrong_key_tells_so(ui: AirflowUI, dify: DifyStandIn, screenshots: Screenshots) -> None:
     ui.add_connection(CONN_ID)
     ui.fill({"Base URL": "http://localhost", "API Key": "a-wrong-key", "Port": str(dify.port)})
     test = ui.test_and_save(CONN_ID)
@@ -70,7 +70,7 @@ def test_pressing_test_with_a_wrong_key_tells_so(ui: AirflowUI, dify: LocalDify,
 
 
 def test_pressing_test_with_the_right_key_names_the_app(
-    ui: AirflowUI, airflow: AirflowProcesses, dify: LocalDify, screenshots: Screenshots
+    ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn, screenshots: Screenshots
 ) -> None:
     ui.edit_connection(CONN_ID)
     ui.fill(
@@ -109,7 +109,7 @@ def test_the_key_is_not_read_back_and_outlives_an_edit(ui: AirflowUI, airflow: A
 
 
 def test_the_example_dag_succeeds_with_the_connection(
-    ui: AirflowUI, airflow: AirflowProcesses, dify: LocalDify, screenshots: Screenshots
+    ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn, screenshots: Screenshots
 ) -> None:
     ui.trigger(DAG_ID, RUN_ID)
     over = "SELECT count(*) FROM dag_run WHERE run_id = ? AND state IN ('success', 'failed')"
@@ -136,7 +136,7 @@ def test_the_xcom_tab_shows_the_outputs(ui: AirflowUI, screenshots: Screenshots)
 
 
 def test_the_link_leads_to_the_apps_log_in_difys_console(
-    ui: AirflowUI, dify: LocalDify, screenshots: Screenshots
+    ui: AirflowUI, dify: DifyStandIn, screenshots: Screenshots
 ) -> None:
     for task_id in ("wait", "start"):
         ui.open_run(DAG_ID, RUN_ID)
@@ -149,7 +149,7 @@ def test_the_link_leads_to_the_apps_log_in_difys_console(
             link.click()
         expect(opened.value).to_have_title("A page of Dify's console")
         assert re.fullmatch(f"{dify.origin}/app/[0-9a-f-]{{36}}/logs", opened.value.url)
-        assert "Authorization" not in dify.seen[-1].headers
+        assert "Authorization" not in dify.requests[-1].headers
         opened.value.close()
 
 

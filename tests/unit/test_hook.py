@@ -27,24 +27,24 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.hooks.dify import DifyHook
 from tests.dify_stand_in.server import (
     API_KEY,
-    LocalDify,
-    answer,
-    break_off,
+    DifyStandIn,
     html,
     redirect,
     replay,
     reset,
+    respond,
     retry_after_date,
-    slowly,
+    slow_body,
     stall,
     too_many_requests,
+    truncate_body,
 )
 
 Connect = Callable[..., DifyHook]
 
 
 @pytest.fixture
-def connect(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> Connect:
+def connect(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> Connect:
     """Make a hook of a connection with these fields; without, one that leads to the stand-in."""
 
     def make(fields: dict[str, Any] | None = None, **arguments: Any) -> DifyHook:
@@ -55,21 +55,21 @@ def connect(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> Connect:
     return make
 
 
-def test_a_run_is_looked_up_with_the_key_and_a_user_agent(dify: LocalDify, dialect: str, connect: Connect) -> None:
+def test_a_run_is_looked_up_with_the_key_and_a_user_agent(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
     run_id = dify.add_run("succeeded", outputs={"answer": "二"})
     with connect() as hook:
         run = hook.get_workflow_run(run_id.upper())
     assert run.outputs == {"answer": "二"}
-    (seen,) = dify.seen
-    assert (seen.method, seen.path) == ("GET", f"/v1/workflows/run/{run_id}")
-    assert seen.headers["Authorization"] == f"Bearer {API_KEY}"
-    assert seen.headers["User-Agent"] == f"airflow-provider-dify/{__version__}"
+    (request,) = dify.requests
+    assert (request.method, request.path) == ("GET", f"/v1/workflows/run/{run_id}")
+    assert request.headers["Authorization"] == f"Bearer {API_KEY}"
+    assert request.headers["User-Agent"] == f"airflow-provider-dify/{__version__}"
 
 
-def test_an_unknown_run_is_told_apart_over_the_wire(dify: LocalDify, dialect: str, connect: Connect) -> None:
+def test_an_unknown_run_is_told_apart_over_the_wire(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
     with connect() as hook, pytest.raises(DifyWorkflowRunNotFound):
         hook.get_workflow_run(str(uuid.uuid4()))
-    assert len(dify.seen) == 1
+    assert len(dify.requests) == 1
 
 
 def test_the_request_is_what_the_documentation_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +116,10 @@ def test_settings_reach_the_request_whatever_the_environment_says(
 
 
 @pytest.mark.parametrize("wrong", ["", "None", None, "../info", "e9d68a02-335c-48ff-bcca-2aa6ff006579/x", 5, ["x"]])
-def test_a_wrong_id_is_refused_before_any_request(dify: LocalDify, connect: Connect, wrong: Any) -> None:
+def test_a_wrong_id_is_refused_before_any_request(dify: DifyStandIn, connect: Connect, wrong: Any) -> None:
     with connect() as hook, pytest.raises(DifyConfigurationError, match=re.escape(repr(wrong))):
         hook.get_workflow_run(wrong)
-    assert dify.seen == []
+    assert dify.requests == []
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_connection_that_cannot_be_used_is_named(connect: Connect, fields: dic
 
 
 def test_a_netrc_does_not_take_the_place_of_the_key(
-    dify: LocalDify, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    dify: DifyStandIn, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password from-netrc\n")
@@ -145,20 +145,20 @@ def test_a_netrc_does_not_take_the_place_of_the_key(
     dify.misbehave(redirect(f"/v1/workflows/run/{run_id}"))
     with connect() as hook:
         hook.get_workflow_run(run_id)
-    assert [seen.headers["Authorization"] for seen in dify.seen] == [f"Bearer {API_KEY}"] * 2
+    assert [request.headers["Authorization"] for request in dify.requests] == [f"Bearer {API_KEY}"] * 2
 
 
-def test_a_redirect_within_the_server_is_followed_with_the_key(dify: LocalDify, connect: Connect) -> None:
+def test_a_redirect_within_the_server_is_followed_with_the_key(dify: DifyStandIn, connect: Connect) -> None:
     run_id = dify.add_run("running")
     dify.misbehave(redirect(f"{dify.origin}/v1//workflows/run/{run_id}", 308))
     with connect() as hook:
         assert hook.get_workflow_run(run_id).status == "running"
-    assert len(dify.seen) == 3  # the second one is Dify's own 308 on the double slash
+    assert len(dify.requests) == 3  # the second one is Dify's own 308 on the double slash
 
 
 @pytest.mark.parametrize("kind", ["another host", "another port", "another scheme"])
-def test_the_key_follows_no_redirect_elsewhere(dify: LocalDify, connect: Connect, kind: str) -> None:
-    with LocalDify() as other:
+def test_the_key_follows_no_redirect_elsewhere(dify: DifyStandIn, connect: Connect, kind: str) -> None:
+    with DifyStandIn() as other:
         target = {
             "another host": f"http://localhost:{dify.port}/v1/info",
             "another port": f"{other.base_url}/info",
@@ -167,27 +167,27 @@ def test_the_key_follows_no_redirect_elsewhere(dify: LocalDify, connect: Connect
         dify.misbehave(redirect(target, 307))
         with connect(retry_limit=0) as hook, pytest.raises(DifyConnectionError, match=f"redirect to {target}"):
             hook.get_workflow_run(dify.add_run("running"))
-        assert len(dify.seen) == 1
-        assert other.seen == []
+        assert len(dify.requests) == 1
+        assert other.requests == []
 
 
-def test_the_session_sends_the_key_to_the_connections_own_origin_only(dify: LocalDify, connect: Connect) -> None:
-    with LocalDify() as other, connect() as hook:
+def test_the_session_sends_the_key_to_the_connections_own_origin_only(dify: DifyStandIn, connect: Connect) -> None:
+    with DifyStandIn() as other, connect() as hook:
         hook.get_conn().get(f"{other.base_url}/info")
         hook.get_conn().get(f"{dify.base_url}/info")
-        assert "Authorization" not in other.seen[0].headers
-        assert "Authorization" in dify.seen[0].headers
+        assert "Authorization" not in other.requests[0].headers
+        assert "Authorization" in dify.requests[0].headers
 
 
-def test_no_cookie_is_kept(dify: LocalDify, connect: Connect) -> None:
+def test_no_cookie_is_kept(dify: DifyStandIn, connect: Connect) -> None:
     run_id = dify.add_run("running")
-    dify.misbehave(answer(503, headers={"Set-Cookie": "session=1; Path=/"}))
+    dify.misbehave(respond(503, headers={"Set-Cookie": "session=1; Path=/"}))
     with connect() as hook:
         hook.get_workflow_run(run_id)
-    assert "Cookie" not in dify.seen[1].headers
+    assert "Cookie" not in dify.requests[1].headers
 
 
-def test_one_session_serves_a_hook_until_it_is_closed(dify: LocalDify, connect: Connect) -> None:
+def test_one_session_serves_a_hook_until_it_is_closed(dify: DifyStandIn, connect: Connect) -> None:
     run_id = dify.add_run("running")
     hook = connect()
     for _ in range(3):
@@ -207,49 +207,49 @@ def test_one_session_serves_a_hook_until_it_is_closed(dify: LocalDify, connect: 
 PASSING = [
     pytest.param(lambda: replay("detail_not_a_uuid"), id="recorded-500"),
     pytest.param(lambda: html(502, "<html><h1>502 Bad Gateway</h1></html>"), id="502-html"),
-    pytest.param(lambda: answer(503), id="503-empty"),
-    pytest.param(lambda: answer(408), id="408"),
+    pytest.param(lambda: respond(503), id="503-empty"),
+    pytest.param(lambda: respond(408), id="408"),
     pytest.param(lambda: too_many_requests(), id="429"),
     pytest.param(lambda: replay("run_rate_limited_streaming"), id="400-too-many-requests"),
     pytest.param(lambda: reset(), id="reset-before-the-answer"),
-    pytest.param(lambda: break_off(reset=True), id="reset-in-the-body"),
-    pytest.param(lambda: break_off(reset=False), id="truncated-body"),
+    pytest.param(lambda: truncate_body(reset=True), id="reset-in-the-body"),
+    pytest.param(lambda: truncate_body(reset=False), id="truncated-body"),
     pytest.param(lambda: stall(2), id="stall"),
     pytest.param(lambda: html(), id="html"),
-    pytest.param(lambda: answer(200, '{"hello": "world"}'), id="other-json"),
-    pytest.param(lambda: answer(200, "OK", content_type="text/plain"), id="no-json"),
+    pytest.param(lambda: respond(200, '{"hello": "world"}'), id="other-json"),
+    pytest.param(lambda: respond(200, "OK", content_type="text/plain"), id="no-json"),
     pytest.param(lambda: redirect("https://login.example.com/"), id="redirect-elsewhere"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_what_may_pass_is_tried_again(dify: LocalDify, connect: Connect, fault: Callable[[], Any]) -> None:
+def test_what_may_pass_is_tried_again(dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]) -> None:
     run_id = dify.add_run("succeeded", outputs={"a": 1})
     dify.misbehave(fault(), times=3)
     with connect(timeout=0.3) as hook:
         assert hook.get_workflow_run(run_id).outputs == {"a": 1}
-    assert len(dify.seen) == 4
+    assert len(dify.requests) == 4
 
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_does_not_pass_is_told_after_the_last_retry(
-    dify: LocalDify, connect: Connect, fault: Callable[[], Any]
+    dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]
 ) -> None:
     run_id = dify.add_run("running")
     dify.misbehave_always(fault())
     with connect(timeout=0.3, retry_limit=1) as hook, pytest.raises(DifyConnectionError) as caught:
         hook.get_workflow_run(run_id)
-    assert len(dify.seen) == 2
+    assert len(dify.requests) == 2
     assert run_id in str(caught.value)
     assert dify.origin in str(caught.value)
     assert API_KEY not in str(caught.value)
 
 
-def test_a_refused_connection_is_tried_again_and_told(dify: LocalDify, connect: Connect) -> None:
+def test_a_refused_connection_is_tried_again_and_told(dify: DifyStandIn, connect: Connect) -> None:
     run_id = dify.add_run("running")
     with connect() as hook:
         hook.get_workflow_run(run_id)
-        with dify.refusing(), pytest.raises(DifyConnectionError, match=r"could not be reached.*refused"):
+        with dify.refusing_connections(), pytest.raises(DifyConnectionError, match=r"could not be reached.*refused"):
             hook.get_workflow_run(run_id)
         assert hook.get_workflow_run(run_id).status == "running"
 
@@ -265,36 +265,36 @@ REJECTED = [
 
 @pytest.mark.parametrize(("recording", "exception", "status"), REJECTED)
 def test_a_rejection_is_told_at_once(
-    dify: LocalDify, connect: Connect, recording: str, exception: type[DifyError], status: int | None
+    dify: DifyStandIn, connect: Connect, recording: str, exception: type[DifyError], status: int | None
 ) -> None:
     dify.misbehave_always(replay(recording))
     with connect() as hook, pytest.raises(exception) as caught:
         hook.get_workflow_run(str(uuid.uuid4()))
     assert type(caught.value) is exception
-    assert len(dify.seen) == 1
+    assert len(dify.requests) == 1
     if isinstance(caught.value, DifyRequestError):
         assert caught.value.status_code == status
 
 
-def test_a_revoked_key_is_told(dify: LocalDify, connect: Connect) -> None:
+def test_a_revoked_key_is_told(dify: DifyStandIn, connect: Connect) -> None:
     dify.api_keys.clear()
     with connect() as hook, pytest.raises(DifyAuthenticationError, match=r"'my_dify'.*Access token is invalid"):
         hook.get_workflow_run(dify.add_run("running"))
 
 
-def test_a_base_url_without_v1_is_hinted_at(dify: LocalDify, connect: Connect) -> None:
+def test_a_base_url_without_v1_is_hinted_at(dify: DifyStandIn, connect: Connect) -> None:
     with connect({"host": f"{dify.origin}/api"}, retry_limit=0) as hook:  # noqa: SIM117
         with pytest.raises(DifyConnectionError, match=r"404 Not Found.*/v1: is that missing"):
             hook.get_workflow_run(dify.add_run("running"))
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_honoured(dify: LocalDify, connect: Connect, as_date: bool) -> None:
+def test_retry_after_is_honoured(dify: DifyStandIn, connect: Connect, as_date: bool) -> None:
     in_a_second = datetime.now(timezone.utc) + timedelta(seconds=2)
     dify.misbehave(too_many_requests(retry_after_date(in_a_second) if as_date else "1"))
     with connect() as hook:
         hook.get_workflow_run(dify.add_run("running"))
-    assert 0.8 < dify.seen[1].at - dify.seen[0].at < 2.5
+    assert 0.8 < dify.requests[1].at - dify.requests[0].at < 2.5
 
 
 def test_retry_after_is_honoured_up_to_a_bound(connect: Connect) -> None:
@@ -312,16 +312,16 @@ def test_retry_after_is_honoured_up_to_a_bound(connect: Connect) -> None:
         assert least <= hook._retry_wait(state) <= min(least + 1, 60)
 
 
-def test_a_slow_and_a_huge_body_arrive_whole(dify: LocalDify, dialect: str, connect: Connect) -> None:
+def test_a_slow_and_a_huge_body_arrive_whole(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
     outputs = {"text": "二" * 800_000}
     run_id = dify.add_run("succeeded", outputs=outputs)
-    dify.misbehave(slowly(dify, 1.0))
+    dify.misbehave(slow_body(dify, 1.0))
     with connect(timeout=0.5) as hook:
         assert hook.get_workflow_run(run_id).outputs == outputs
-    assert len(dify.seen) == 1
+    assert len(dify.requests) == 1
 
 
-def test_a_stall_is_bounded_by_the_timeout(dify: LocalDify, connect: Connect) -> None:
+def test_a_stall_is_bounded_by_the_timeout(dify: DifyStandIn, connect: Connect) -> None:
     dify.misbehave_always(stall(3))
     started = time.monotonic()
     with (
@@ -335,14 +335,14 @@ def test_a_stall_is_bounded_by_the_timeout(dify: LocalDify, connect: Connect) ->
 # --- the Test button
 
 
-def test_the_test_names_the_app(dify: LocalDify, connect: Connect) -> None:
+def test_the_test_names_the_app(dify: DifyStandIn, connect: Connect) -> None:
     works, told = connect().test_connection()
     assert works
     assert "'echo' (workflow)" in told
     assert dify.base_url in told
 
 
-def test_the_test_tells_of_an_app_without_workflow_runs(dify: LocalDify, connect: Connect) -> None:
+def test_the_test_tells_of_an_app_without_workflow_runs(dify: DifyStandIn, connect: Connect) -> None:
     dify.app_info = "app_info_chat"
     works, told = connect().test_connection()
     assert not works
@@ -365,7 +365,7 @@ def test_the_test_tells_what_is_wrong(connect: Connect, fields: dict[str, Any], 
     assert time.monotonic() - started < 3
 
 
-def test_airflow_itself_can_press_the_button(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_airflow_itself_can_press_the_button(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     from airflow.models.connection import Connection
 
     connection = Connection(conn_id="new_dify", conn_type="dify", host=dify.base_url, password=API_KEY)

@@ -28,14 +28,14 @@ from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.waiting import spread
 from tests.dify_stand_in.server import (
     API_KEY,
-    LocalDify,
-    answer,
-    break_off,
+    DifyStandIn,
     html,
     redirect,
     reset,
+    respond,
     stall,
     too_many_requests,
+    truncate_body,
 )
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
@@ -81,7 +81,7 @@ def trigger_of(run_id: str, **arguments: Any) -> DifyWorkflowRunTrigger:
     return trigger
 
 
-def test_the_event_is_small_and_holds_no_outputs(dify: LocalDify, dialect: str) -> None:
+def test_the_event_is_small_and_holds_no_outputs(dify: DifyStandIn, dialect: str) -> None:
     run_id = dify.add_run("running", "running", "succeeded", outputs={"secret": "not for the event"})
     payload = payload_of(trigger_of(run_id))
     assert payload == {
@@ -107,7 +107,7 @@ def test_the_event_is_small_and_holds_no_outputs(dify: LocalDify, dialect: str) 
     ],
 )
 def test_every_ending_is_one_event(
-    dify: LocalDify, dialect: str, statuses: list[str | None], arguments: dict[str, Any], end: str, message: str
+    dify: DifyStandIn, dialect: str, statuses: list[str | None], arguments: dict[str, Any], end: str, message: str
 ) -> None:
     run_id = dify.add_run(*statuses, **({"created_at": 1_700_000_000} if "run_timeout" in arguments else {}))
     payload = payload_of(trigger_of(run_id, **arguments))
@@ -120,10 +120,10 @@ def test_every_ending_is_one_event(
 
 
 @pytest.mark.parametrize("wrong", ["", "None", "../info"])
-def test_a_wrong_id_is_one_event_and_no_request(dify: LocalDify, wrong: str) -> None:
+def test_a_wrong_id_is_one_event_and_no_request(dify: DifyStandIn, wrong: str) -> None:
     payload = payload_of(trigger_of(wrong))
     assert payload["error"]["type"] == "DifyConfigurationError"
-    assert dify.seen == []
+    assert dify.requests == []
 
 
 def test_trouble_of_an_unforeseen_kind_is_one_event_too() -> None:
@@ -132,14 +132,14 @@ def test_trouble_of_an_unforeseen_kind_is_one_event_too() -> None:
     assert "no_such_connection" in payload["message"]
 
 
-def test_a_worker_ends_the_task_where_the_triggerer_cannot_push_its_outputs(dify: LocalDify) -> None:
+def test_a_worker_ends_the_task_where_the_triggerer_cannot_push_its_outputs(dify: DifyStandIn) -> None:
     # Outside a triggerer there is nothing to push through.
     trigger = trigger_of(dify.add_run("succeeded"), end_from_trigger=True)
     assert payload_of(trigger)["end"] == "run_is_over"
 
 
 @pytest.mark.skipif(not CAN_END_FROM_TRIGGER, reason="this Airflow cannot end a task from its trigger")
-def test_only_a_success_ends_the_task_from_the_trigger(dify: LocalDify) -> None:
+def test_only_a_success_ends_the_task_from_the_trigger(dify: DifyStandIn) -> None:
     arguments: dict[str, Any] = {"end_from_trigger": True, "do_xcom_push": False}
     (event,) = run(events_of(trigger_of(dify.add_run("succeeded"), **arguments)))
     assert type(event).__name__ == "TaskSuccessEvent"
@@ -173,7 +173,7 @@ def test_an_older_form_still_loads() -> None:
     assert DifyWorkflowRunTrigger(**old).serialize()[1] == {**DifyWorkflowRunTrigger("r").serialize()[1], **old}
 
 
-def test_no_secret_is_in_what_it_gives(dify: LocalDify) -> None:
+def test_no_secret_is_in_what_it_gives(dify: DifyStandIn) -> None:
     trigger = trigger_of(dify.add_run("succeeded"))
     payload_of(trigger)
     assert API_KEY not in repr(trigger.serialize())
@@ -183,7 +183,7 @@ def test_no_secret_is_in_what_it_gives(dify: LocalDify) -> None:
 # --- connections
 
 
-def test_many_waits_share_a_few_connections(dify: LocalDify) -> None:
+def test_many_waits_share_a_few_connections(dify: DifyStandIn) -> None:
     runs = [dify.add_run(*["running"] * 5, "succeeded") for _ in range(100)]
 
     async def all_of_them() -> list[Any]:
@@ -192,28 +192,28 @@ def test_many_waits_share_a_few_connections(dify: LocalDify) -> None:
 
     for (event,) in run(all_of_them()):
         assert event.payload["status"] == "succeeded"
-    assert len(dify.seen) == 100 * 6
+    assert len(dify.requests) == 100 * 6
     assert dify.connections_opened <= 20
 
 
-def test_polls_of_waits_that_start_together_are_spread(dify: LocalDify) -> None:
+def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn) -> None:
     runs = [dify.add_run("succeeded") for _ in range(100)]
 
     async def all_of_them() -> None:
         await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=1.0)) for run_id in runs))
 
     run(all_of_them())
-    moments = sorted(seen.at - dify.seen[0].at for seen in dify.seen)
+    moments = sorted(request.at - dify.requests[0].at for request in dify.requests)
     assert 0.3 < moments[50] < 0.7
     assert moments[-1] > 0.8
 
 
-def test_polls_keep_their_rhythm_whatever_an_answer_takes(dify: LocalDify) -> None:
+def test_polls_keep_their_rhythm_whatever_an_answer_takes(dify: DifyStandIn) -> None:
     run_id = dify.add_run(*["running"] * 8, "succeeded")
 
     async def late(request: Any) -> Any:
         await asyncio.sleep(0.1)
-        return dify._dify(request)
+        return await dify.respond_to(request)
 
     dify.misbehave_always(late)
     payload_of(trigger_of(run_id, poll_interval=0.2))
@@ -222,7 +222,7 @@ def test_polls_keep_their_rhythm_whatever_an_answer_takes(dify: LocalDify) -> No
 
 
 def test_a_kept_alive_connection_that_the_server_closed_is_no_failed_poll(
-    dify: LocalDify, caplog: pytest.LogCaptureFixture
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_id = dify.add_run(*["running"] * 4, "succeeded")
     dify.misbehave(*[close_after(dify)] * 4)
@@ -230,9 +230,9 @@ def test_a_kept_alive_connection_that_the_server_closed_is_no_failed_poll(
     assert "failed" not in caplog.text
 
 
-def close_after(dify: LocalDify) -> Any:
+def close_after(dify: DifyStandIn) -> Any:
     async def fault(request: Any) -> Any:
-        response = dify._dify(request)
+        response = await dify.respond_to(request)
         await response.prepare(request)
         await response.write_eof()
         request.transport.close()
@@ -241,7 +241,7 @@ def close_after(dify: LocalDify) -> Any:
     return fault
 
 
-def test_a_second_event_loop_has_a_session_of_its_own(dify: LocalDify) -> None:
+def test_a_second_event_loop_has_a_session_of_its_own(dify: DifyStandIn) -> None:
     import threading
 
     run_ids = [dify.add_run("running", "running", "succeeded") for _ in range(2)]
@@ -254,7 +254,7 @@ def test_a_second_event_loop_has_a_session_of_its_own(dify: LocalDify) -> None:
     assert [payload["status"] for payload in payloads] == ["succeeded"] * 2
 
 
-def test_the_session_lives_as_long_as_someone_uses_it(dify: LocalDify) -> None:
+def test_the_session_lives_as_long_as_someone_uses_it(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running")
 
     async def work() -> None:
@@ -277,18 +277,18 @@ def test_the_session_lives_as_long_as_someone_uses_it(dify: LocalDify) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        lambda: answer(500),
-        lambda: answer(503, "<html>"),
+        lambda: respond(500),
+        lambda: respond(503, "<html>"),
         lambda: html(),
         lambda: too_many_requests(),
-        lambda: break_off(reset=True),
-        lambda: break_off(reset=False),
+        lambda: truncate_body(reset=True),
+        lambda: truncate_body(reset=False),
         lambda: stall(3),
         lambda: redirect("https://login.example.com/"),
     ],
 )
 def test_passing_trouble_is_waited_out_with_a_warning_each(
-    dify: LocalDify, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: Callable[[], Any]
+    dify: DifyStandIn, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: Callable[[], Any]
 ) -> None:
     connection_with(timeout=0.2)
     run_id = dify.add_run("succeeded")
@@ -298,7 +298,7 @@ def test_passing_trouble_is_waited_out_with_a_warning_each(
 
 
 @pytest.fixture
-def connection_with(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def connection_with(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Give the connection these extras."""
 
     def make(**extra: Any) -> None:
@@ -308,24 +308,24 @@ def connection_with(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> Callabl
     return make
 
 
-def test_one_failed_poll_too_many_ends_the_wait_with_the_reason(dify: LocalDify) -> None:
+def test_one_failed_poll_too_many_ends_the_wait_with_the_reason(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running")
-    dify.misbehave_always(answer(503, json.dumps({"code": "unavailable", "message": "busy"})))
+    dify.misbehave_always(respond(503, json.dumps({"code": "unavailable", "message": "busy"})))
     payload = payload_of(trigger_of(run_id, max_consecutive_failures=2))
-    assert len(dify.seen) == 3
+    assert len(dify.requests) == 3
     error = DifyError.from_event(payload["error"])
     assert type(error) is DifyConnectionError
     assert (error.status_code, error.code, error.message) == (503, "unavailable", "busy")
     assert "busy" in payload["message"]
 
 
-def test_a_refused_connection_is_waited_out(dify: LocalDify) -> None:
+def test_a_refused_connection_is_waited_out(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running", "running", "succeeded")
 
     async def work() -> Any:
         wait = asyncio.create_task(events_of(trigger_of(run_id, poll_interval=0.2, max_consecutive_failures=None)))
         await asyncio.sleep(0.3)
-        refusing = dify.refusing()
+        refusing = dify.refusing_connections()
         await asyncio.to_thread(refusing.__enter__)
         await asyncio.sleep(0.5)
         await asyncio.to_thread(refusing.__exit__, None, None, None)
@@ -336,13 +336,13 @@ def test_a_refused_connection_is_waited_out(dify: LocalDify) -> None:
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_honoured(dify: LocalDify, as_date: bool) -> None:
+def test_retry_after_is_honoured(dify: DifyStandIn, as_date: bool) -> None:
     from tests.dify_stand_in.server import retry_after_date
 
     until = datetime.now(timezone.utc) + timedelta(seconds=2)
     dify.misbehave(too_many_requests(retry_after_date(until) if as_date else "1"))
     payload_of(trigger_of(dify.add_run("succeeded")))
-    assert 0.7 < dify.seen[1].at - dify.seen[0].at < 2.5
+    assert 0.7 < dify.requests[1].at - dify.requests[0].at < 2.5
 
 
 def test_no_delay_after_a_failure_is_without_bounds() -> None:
@@ -351,7 +351,7 @@ def test_no_delay_after_a_failure_is_without_bounds() -> None:
     assert trigger._delay_after(DifyConnectionError(""), 10_000) == 60
 
 
-def test_backoff_and_its_limit_are_honoured(dify: LocalDify) -> None:
+def test_backoff_and_its_limit_are_honoured(dify: DifyStandIn) -> None:
     run_id = dify.add_run(*["running"] * 6, "succeeded")
     payload_of(trigger_of(run_id, poll_interval=0.1, exponential_backoff=True, max_wait=0.5))
     polls = dify.runs[run_id].polls
@@ -365,58 +365,58 @@ def test_backoff_never_overflows() -> None:
     assert spread(10, 5) == 10
 
 
-def test_a_key_that_was_rotated_is_read_again(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_was_rotated_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     run_id = dify.add_run("running", "running", "succeeded")
 
     async def rotate(request: Any) -> Any:
         dify.api_keys = {"the-next-key"}
         connection = {"conn_type": "dify", "host": dify.base_url, "password": "the-next-key"}
         monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
-        return dify._dify(request)
+        return await dify.respond_to(request)
 
     dify.misbehave(rotate)
     assert payload_of(trigger_of(run_id))["status"] == "succeeded"
-    keys = [seen.headers["Authorization"] for seen in dify.seen]
+    keys = [request.headers["Authorization"] for request in dify.requests]
     assert keys == [f"Bearer {API_KEY}", *["Bearer the-next-key"] * 3]
 
 
-def test_a_revoked_key_ends_the_wait(dify: LocalDify) -> None:
+def test_a_revoked_key_ends_the_wait(dify: DifyStandIn) -> None:
     dify.api_keys.clear()
     payload = payload_of(trigger_of(dify.add_run("running")))
     assert payload["error"]["type"] == "DifyAuthenticationError"
-    assert len(dify.seen) == 1
+    assert len(dify.requests) == 1
 
 
-def test_the_key_follows_no_redirect_elsewhere(dify: LocalDify) -> None:
-    with LocalDify() as other:
+def test_the_key_follows_no_redirect_elsewhere(dify: DifyStandIn) -> None:
+    with DifyStandIn() as other:
         dify.misbehave_always(redirect(f"{other.base_url}/info"))
         payload = payload_of(trigger_of(dify.add_run("running"), max_consecutive_failures=0))
         assert f"redirect to {other.base_url}" in payload["message"]
-        assert other.seen == []
+        assert other.requests == []
 
 
-def test_a_redirect_within_the_server_is_followed(dify: LocalDify) -> None:
+def test_a_redirect_within_the_server_is_followed(dify: DifyStandIn) -> None:
     run_id = dify.add_run("succeeded")
     dify.misbehave(redirect(f"/v1/workflows/run/{run_id}", 308))
     assert payload_of(trigger_of(run_id, max_consecutive_failures=0))["status"] == "succeeded"
 
 
-def test_no_cookie_is_kept_and_no_netrc_read(dify: LocalDify, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_no_cookie_is_kept_and_no_netrc_read(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login me password from-netrc\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    dify.misbehave(answer(503, headers={"Set-Cookie": "session=1; Path=/"}))
+    dify.misbehave(respond(503, headers={"Set-Cookie": "session=1; Path=/"}))
     payload_of(trigger_of(dify.add_run("succeeded")))
-    assert "Cookie" not in dify.seen[1].headers
-    assert {seen.headers["Authorization"] for seen in dify.seen} == {f"Bearer {API_KEY}"}
+    assert "Cookie" not in dify.requests[1].headers
+    assert {request.headers["Authorization"] for request in dify.requests} == {f"Bearer {API_KEY}"}
 
 
 def test_the_proxy_of_the_connection_is_used(
-    dify: LocalDify, connection_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    dify: DifyStandIn, connection_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_PROXY")
     monkeypatch.delenv("no_proxy")
-    with LocalDify() as proxy:
+    with DifyStandIn() as proxy:
         run_id = proxy.add_run("succeeded")
 
         async def as_proxy(request: Any) -> Any:
@@ -425,25 +425,25 @@ def test_the_proxy_of_the_connection_is_used(
         proxy.misbehave_always(as_proxy)
         connection_with(proxies={"http": proxy.origin})
         assert payload_of(trigger_of(run_id))["status"] == "succeeded"
-        assert len(proxy.seen) == 1
-        assert dify.seen == []
+        assert len(proxy.requests) == 1
+        assert dify.requests == []
 
 
-def test_a_killed_wait_stops_the_run_that_its_operator_started(dify: LocalDify) -> None:
+def test_a_killed_wait_stops_the_run_that_its_operator_started(dify: DifyStandIn) -> None:
     task_id = str(uuid.uuid4())
     run(trigger_of(dify.add_run("running"), stop_task_id=task_id, stop_user="airflow").on_kill())
     assert dify.stopped == [(task_id, "airflow")]
 
 
-def test_a_killed_wait_of_a_sensor_stops_nothing(dify: LocalDify) -> None:
+def test_a_killed_wait_of_a_sensor_stops_nothing(dify: DifyStandIn) -> None:
     run(trigger_of(dify.add_run("running")).on_kill())
-    assert dify.seen == []
+    assert dify.requests == []
 
 
 # --- the event loop
 
 
-def test_nothing_blocks_the_loop(dify: LocalDify) -> None:
+def test_nothing_blocks_the_loop(dify: DifyStandIn) -> None:
     runs = [dify.add_run(*["running"] * 3, "succeeded") for _ in range(50)]
     worst = 0.0
 
@@ -480,7 +480,7 @@ def test_the_http_client_is_loaded_off_the_loop_and_not_with_the_trigger() -> No
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_what_changes_is_logged_and_not_each_poll(dify: LocalDify, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_changes_is_logged_and_not_each_poll(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     run_id = dify.add_run("running", "running", "paused", "paused", "running", "succeeded")
     payload_of(trigger_of(run_id))
@@ -494,16 +494,16 @@ def test_what_changes_is_logged_and_not_each_poll(dify: LocalDify, caplog: pytes
 
 
 def test_five_hundred_waits_started_and_cancelled_at_random_leave_nothing(
-    dify: LocalDify, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture
+    dify: DifyStandIn, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     connection_with(timeout=0.3)
     dice = random.Random(7)
     faults = [
-        lambda: answer(503),
+        lambda: respond(503),
         lambda: reset(),
         lambda: stall(0.5),
-        lambda: break_off(reset=True),
-        lambda: break_off(reset=False),
+        lambda: truncate_body(reset=True),
+        lambda: truncate_body(reset=False),
         lambda: close_after(dify),
         lambda: html(),
     ]
@@ -511,7 +511,7 @@ def test_five_hundred_waits_started_and_cancelled_at_random_leave_nothing(
     async def misbehave(request: Any) -> Any:
         if dice.random() < 0.5:
             return await dice.choice(faults)()(request)
-        return dify._dify(request)
+        return await dify.respond_to(request)
 
     dify.misbehave_always(misbehave)
     runs = [dify.add_run(*["running"] * dice.randrange(6), "succeeded") for _ in range(500)]
