@@ -52,7 +52,7 @@ def target() -> Iterator[Target]:
     if base_url or api_key or inputs or run_id:
         sys.exit(f"Set both {' and '.join(SERVER)}, and {' or '.join(WHAT)} if you like; or none of them.")
     sys.path.insert(0, str(ROOT))
-    from tests.dify_stand_in.server import API_KEY, DifyStandIn, Start
+    from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 
     outputs = {"text": "Hello from a workflow run — héllo 你好 🎉", "score": 0.75}
     asked = {"query": "Hello"}

@@ -38,7 +38,7 @@ for name in [name for name in os.environ if name.startswith(("AIRFLOW_", "DIFY_"
 os.environ.update(AIRFLOW_SETTINGS)
 (AIRFLOW_HOME / "dags").mkdir()
 
-from tests.dify_stand_in.server import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
+from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
 
 
 @pytest.fixture(scope="session")

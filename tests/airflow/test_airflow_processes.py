@@ -14,7 +14,7 @@ import pytest
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from airflow_provider_dify.links.dify import RUN_LOG_KEY
 from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0, airflow_processes
-from tests.dify_stand_in.server import DifyStandIn, Start, respond
+from tests.dify_stand_in import DifyStandIn, Start, respond
 
 pytestmark = pytest.mark.airflow_processes
 

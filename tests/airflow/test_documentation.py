@@ -14,7 +14,7 @@ from airflow_provider_dify import exceptions
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_processes import AIRFLOW_2
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
-from tests.dify_stand_in.server import DifyStandIn, Start
+from tests.dify_stand_in import DifyStandIn, Start
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

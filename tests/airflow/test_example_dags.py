@@ -13,7 +13,7 @@ import pytest
 
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
 from tests.conftest import AIRFLOW_SETTINGS
-from tests.dify_stand_in.server import DifyStandIn, Start
+from tests.dify_stand_in import DifyStandIn, Start
 
 Run = Callable[[str, dict[str, object]], str]
 EXAMPLES = Path(__file__).parent.parent.parent / "example_dags"

@@ -9,7 +9,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_runs import run_operator, run_sensor
-from tests.dify_stand_in.server import API_KEY, DifyStandIn, Start
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection")
 

@@ -22,7 +22,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.operators.dify import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_operator
-from tests.dify_stand_in.server import DifyStandIn, Start, replay, reset, respond, too_many_requests
+from tests.dify_stand_in import DifyStandIn, Start, replay, reset, respond, too_many_requests
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import AIRFLOW_HOME, AIRFLOW_SETTINGS
-from tests.dify_stand_in.server import DifyStandIn, replay, respond
+from tests.dify_stand_in import DifyStandIn, replay, respond
 
 # Unlike the stand-in's usual key, nothing else on the machine reads like it.
 KEY = "app-pBc7-a-key-to-search-for"

@@ -22,7 +22,7 @@ from airflow_provider_dify.exceptions import (
 )
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_sensor
-from tests.dify_stand_in.server import DifyStandIn, Recording, html, replay, reset, respond
+from tests.dify_stand_in import DifyStandIn, Recording, html, replay, reset, respond
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 

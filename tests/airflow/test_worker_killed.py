@@ -12,7 +12,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_processes import AIRFLOW_3_0, AirflowProcesses, airflow_processes
-from tests.dify_stand_in.server import API_KEY, DifyStandIn, Start
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 
 pytestmark = pytest.mark.airflow_processes
 

@@ -9,7 +9,7 @@ import pytest
 from airflow_cluster import AirflowCluster, airflow_cluster
 from waits import CONN_ID
 
-from tests.dify_stand_in.server import DifyStandIn
+from tests.dify_stand_in import DifyStandIn
 
 FIRST_KEY = "app-zQ9-the-first-key-of-this-test"
 SECOND_KEY = "app-xV4-the-second-key-of-this-test"

@@ -19,7 +19,7 @@ from airflow_cluster import AirflowCluster  # noqa: TC002
 from conftest import FIRST_KEY, SECOND_KEY, Say
 from waits import CONN_ID, DAG_ID, OPERATORS, SENSORS, STATE_OF_TASK, Wait, waits, workflow_run_id
 
-from tests.dify_stand_in.server import DifyStandIn, Recording, Start, reset, respond
+from tests.dify_stand_in import DifyStandIn, Recording, Start, reset, respond
 
 # How long each wait may take before the test calls it lost.
 PATIENCE = 300

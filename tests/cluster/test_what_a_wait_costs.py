@@ -10,7 +10,7 @@ from airflow_cluster import TRIGGERERS, WORKERS, AirflowCluster
 from conftest import Say  # noqa: TC002
 from waits import COUNTED, COUNTED_INTERVAL, workflow_run_id
 
-from tests.dify_stand_in.server import DifyStandIn
+from tests.dify_stand_in import DifyStandIn
 
 WAITS = 10
 RUN_SECONDS = 30

@@ -1,141 +1,27 @@
-"""
-A stand-in for Dify's Service API on this machine. A test double: nothing of it is in the wheel, nothing of it is Dify.
-
-It replays the answers in ``recorded/``, which a real server gave, and lets runs move from status to status, one step
-a poll. It speaks in two dialects: ``1.12`` (as recorded) and ``current`` (``outputs`` an object, an unknown run a 404).
-It misbehaves on demand, over a real socket::
-
-    with DifyStandIn() as dify:
-        run_id = dify.add_run("running", "succeeded")
-        dify.misbehave(reset(), respond(503), times=2)
-"""
+"""The server: what it knows, how it misbehaves, how it responds."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import json
-import logging
 import random
 import ssl
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
-from email.utils import format_datetime
-from pathlib import Path
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 from aiohttp import web
 
-RECORDED = Path(__file__).parent.parent / "recorded" / "1.12.1"
-DIALECTS = ("1.12", "current")
+from tests.dify_stand_in.dialects import DIALECTS, run_detail, unknown_run
+from tests.dify_stand_in.faults import Fault
+from tests.dify_stand_in.recordings import Recording
+from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
+
 API_KEY = "app-key-of-the-stand-in"
-
-RECORDING_OF_STATUS = {
-    "running": "detail_running_t0",
-    "scheduled": "detail_running_t0",
-    "paused": "detail_paused",
-    "succeeded": "detail_succeeded_echo",
-    "partial-succeeded": "detail_partial_default",
-    "failed": "detail_failed",
-    "stopped": "detail_stopped",
-}
-
-NOT_FOUND = {"code": "not_found", "message": "Workflow run not found.", "status": 404}
-
-
-Fault = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@dataclass(frozen=True)
-class Recording:
-    """One recorded answer: status, headers, body."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @classmethod
-    def load(cls, name: str) -> Recording:
-        head, _, body = (RECORDED / f"{name}.http").read_bytes().partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
-        headers = dict(line.split(": ", 1) for line in lines)
-        return cls(int(first.split(" ")[1]), headers, body)
-
-    def fields(self) -> dict[str, Any]:
-        return json.loads(self.body)
-
-    def response(self) -> web.Response:
-        kept = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "content-length", "date")}
-        return web.Response(status=self.status, headers=kept, body=self.body)
-
-
-@dataclass
-class Run:
-    """
-    A workflow run of the stand-in: the responses still to come, one a poll; the last one stays.
-
-    With ``duration`` the first response stays for so many seconds from the first poll, then comes the last one.
-    """
-
-    id: str
-    responses: deque[dict[str, Any] | None]
-    fault_after_first: Fault | None = None
-    duration: float | None = None
-    polls: list[float] = field(default_factory=list)
-
-    def poll(self) -> dict[str, Any] | None:
-        self.polls.append(time.monotonic())
-        if self.duration is not None:
-            return self.responses[-1 if self.polls[-1] - self.polls[0] >= self.duration else 0]
-        return self.responses.popleft() if len(self.responses) > 1 else self.responses[0]
-
-
-@dataclass(frozen=True)
-class Start:
-    """
-    How the stand-in answers a request to start a run.
-
-    :param recording: the stream to replay, with ids of its own.
-    :param statuses: what polls of the run's detail then find, as for :meth:`DifyStandIn.add_run`.
-    :param cut: after how many bytes of the stream to stop; at its end by default.
-    :param then: what comes at the cut: ``close``, ``reset``, ``stall`` or ``pings``.
-    :param piece: how many bytes to send at once.
-    :param fields: as for :meth:`DifyStandIn.add_run`.
-    """
-
-    recording: str = "run_streaming_echo"
-    statuses: tuple[str | None, ...] = ("succeeded",)
-    cut: int | None = None
-    then: str = "close"
-    piece: int = 100_000
-    fields: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Started:
-    """A run that the stand-in was asked to start."""
-
-    workflow_run_id: str
-    task_id: str
-    user: str
-    inputs: dict[str, Any]
-    workflow_id: str | None
-
-
-@dataclass(frozen=True)
-class ReceivedRequest:
-    """A request that reached the stand-in."""
-
-    method: str
-    path: str
-    headers: dict[str, str]
-    at: float
-    connection: int
 
 
 class DifyStandIn:
@@ -241,27 +127,11 @@ class DifyStandIn:
         :return: its id.
         """
         run_id = run_id or str(uuid.uuid4())
-        responses = deque(None if status is None else self._fields(status, run_id, fields) for status in statuses)
+        responses = deque(
+            None if status is None else run_detail(self.dialect, status, run_id, fields) for status in statuses
+        )
         self.runs[run_id] = Run(run_id, responses, fault_after_first, duration)
         return run_id
-
-    def _fields(self, status: str, run_id: str, replaced: dict[str, Any]) -> dict[str, Any]:
-        name = status if status.startswith("detail_") else RECORDING_OF_STATUS.get(status, "detail_running_t0")
-        recording = Recording.load(name)
-        recorded_id = recording.fields()["id"]
-        fields = json.loads(recording.body.replace(recorded_id.encode(), run_id.encode()))
-        if name != status:
-            fields["status"] = status
-        if fields["finished_at"] is None:
-            # One that is not over has begun lately, whenever the answer was recorded.
-            fields["created_at"] = int(time.time())
-        fields.update(replaced)
-        outputs = fields["outputs"]
-        if self.dialect == "1.12" and isinstance(outputs, dict) and "outputs" in replaced:
-            fields["outputs"] = json.dumps(outputs)
-        if self.dialect == "current" and (outputs is None or isinstance(outputs, str)):
-            fields["outputs"] = json.loads(outputs) if outputs else {}
-        return fields
 
     # --- how it misbehaves
 
@@ -455,132 +325,4 @@ class DifyStandIn:
         fields = run.poll() if run else None
         if fields is not None:
             return web.json_response(fields)
-        if self.dialect == "current":
-            return web.json_response(NOT_FOUND, status=404)
-        return Recording.load("detail_unknown_uuid").response()
-
-
-# --- faults
-
-
-def respond(
-    status: int,
-    body: bytes | str = b"",
-    *,
-    content_type: str = "application/json",
-    headers: dict[str, str] | None = None,
-) -> Fault:
-    """Answer with this status and body."""
-
-    async def fault(request: web.Request) -> web.StreamResponse:
-        raw = body.encode() if isinstance(body, str) else body
-        return web.Response(status=status, body=raw, headers={"Content-Type": content_type, **(headers or {})})
-
-    return fault
-
-
-def replay(name: str) -> Fault:
-    """Answer with a recording."""
-
-    async def fault(request: web.Request) -> web.StreamResponse:
-        return Recording.load(name).response()
-
-    return fault
-
-
-def too_many_requests(retry_after: str | None = None) -> Fault:
-    """Answer 429, with the ``Retry-After`` that proxies send."""
-    body = {"code": "too_many_requests", "message": "Too many requests. Please try again later.", "status": 429}
-    return respond(429, json.dumps(body), headers={"Retry-After": retry_after} if retry_after else {})
-
-
-def html(status: int = 200, text: str = "<html><title>Sign in</title></html>") -> Fault:
-    """Answer with a page, as a proxy or a login wall does."""
-    return respond(status, text, content_type="text/html; charset=utf-8")
-
-
-def redirect(location: str, status: int = 302) -> Fault:
-    """Redirect elsewhere."""
-    return respond(status, headers={"Location": location})
-
-
-def reset() -> Fault:
-    """Reset the connection before anything is answered."""
-
-    async def fault(request: web.Request) -> web.StreamResponse:
-        assert request.transport is not None
-        request.transport.abort()
-        return web.Response()
-
-    return fault
-
-
-def truncate_body(*, reset: bool, length: int = 1000) -> Fault:
-    """Announce a body, send the beginning of it, then reset or close the connection."""
-
-    async def fault(request: web.Request) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "application/json", "Content-Length": str(length)})
-        await response.prepare(request)
-        await response.write(b'{"id": "')
-        assert request.transport is not None
-        if reset:
-            request.transport.abort()
-        else:
-            request.transport.close()
-        return response
-
-    return fault
-
-
-def stall(seconds: float) -> Fault:
-    """Take the request and say nothing for a while."""
-
-    async def fault(request: web.Request) -> web.StreamResponse:
-        await asyncio.sleep(seconds)
-        return web.Response(status=504)
-
-    return fault
-
-
-def slow_body(dify: DifyStandIn, seconds: float, pieces: int = 10) -> Fault:
-    """Answer rightly, but in pieces over a while."""
-
-    async def fault(request: web.Request) -> web.StreamResponse:
-        right = await dify.respond_to(request)
-        body = right.body
-        assert isinstance(body, bytes)
-        response = web.StreamResponse(status=right.status, headers={"Content-Type": "application/json"})
-        response.content_length = len(body)
-        await response.prepare(request)
-        step = max(1, len(body) // pieces)
-        for start in range(0, len(body), step):
-            await response.write(body[start : start + step])
-            await asyncio.sleep(seconds / pieces)
-        return response
-
-    return fault
-
-
-def retry_after_date(moment: Any) -> str:
-    """Write a moment as HTTP does."""
-    return format_datetime(moment, usegmt=True)
-
-
-def main() -> None:
-    """Serve one run that is running for a few polls and then succeeds, until ended; print where, as JSON."""
-    parser = argparse.ArgumentParser(description="A stand-in for Dify's Service API. A test double, not Dify.")
-    parser.add_argument("--dialect", choices=DIALECTS, default="1.12")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--statuses", nargs="+", default=["running", "running", "running", "succeeded"])
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.WARNING)
-    with DifyStandIn(arguments.dialect, port=arguments.port) as dify:
-        run_id = dify.add_run(*arguments.statuses)
-        told = {"base_url": dify.base_url, "api_key": API_KEY, "workflow_run_id": run_id}
-        print(json.dumps(told), flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()
+        return unknown_run(self.dialect)

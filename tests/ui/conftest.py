@@ -13,7 +13,7 @@ import requests
 from playwright.sync_api import Error, Page, Response, expect, sync_playwright
 
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses, airflow_processes, free_port
-from tests.dify_stand_in.server import API_KEY, DifyStandIn, Start
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 from tests.ui.airflow_2_ui import Airflow2UI
 from tests.ui.airflow_3_ui import Airflow3UI
 from tests.ui.airflow_ui import AirflowUI

@@ -11,7 +11,7 @@ from PIL import Image, ImageChops
 from playwright.sync_api import Locator, Page
 
 from tests.airflow.airflow_processes import AirflowProcesses
-from tests.dify_stand_in.server import DifyStandIn
+from tests.dify_stand_in import DifyStandIn
 
 # What stands in a picture for what differs from run to run.
 PORT = "5001"

@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses
-from tests.dify_stand_in.server import API_KEY, DifyStandIn
+from tests.dify_stand_in import API_KEY, DifyStandIn
 from tests.ui.airflow_ui import AirflowUI
 from tests.ui.screenshots import Screenshots
 

@@ -25,7 +25,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
-from tests.dify_stand_in.server import (
+from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
     html,

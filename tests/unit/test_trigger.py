@@ -26,7 +26,7 @@ from airflow_provider_dify.hooks import dify_async
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.waiting import spread
-from tests.dify_stand_in.server import (
+from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
     html,
@@ -337,7 +337,7 @@ def test_a_refused_connection_is_waited_out(dify: DifyStandIn) -> None:
 
 @pytest.mark.parametrize("as_date", [False, True])
 def test_retry_after_is_honoured(dify: DifyStandIn, as_date: bool) -> None:
-    from tests.dify_stand_in.server import retry_after_date
+    from tests.dify_stand_in import retry_after_date
 
     until = datetime.now(timezone.utc) + timedelta(seconds=2)
     dify.misbehave(too_many_requests(retry_after_date(until) if as_date else "1"))

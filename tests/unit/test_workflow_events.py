@@ -7,7 +7,7 @@ import json
 import pytest
 
 from airflow_provider_dify.workflow_events import EventStreamReader, WorkflowEvent
-from tests.dify_stand_in.server import RECORDED, Recording
+from tests.dify_stand_in import RECORDED, Recording
 
 STREAMS = sorted(
     path.stem for path in RECORDED.glob("run_streaming_*.http") if b"text/event-stream" in path.read_bytes()

@@ -30,7 +30,7 @@ from airflow_provider_dify.workflow_run import (
     read_app_info,
     read_workflow_run,
 )
-from tests.dify_stand_in.server import RECORDED, Recording
+from tests.dify_stand_in import RECORDED, Recording
 
 RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"
 KEY = "app-some-key"
