@@ -9,8 +9,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,13 +37,6 @@ os.environ.update(AIRFLOW_SETTINGS)
 (AIRFLOW_HOME / "dags").mkdir()
 
 from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def airflow_db() -> Path:
-    """Airflow's database, migrated."""
-    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True)
-    return AIRFLOW_HOME / "airflow.db"
 
 
 @pytest.fixture(params=DIALECTS)
