@@ -230,7 +230,7 @@ def test_the_run_id_may_come_from_upstream_or_from_params_in_every_way(tasks: di
 
 
 @pytest.mark.parametrize("way", OPERATOR_WAYS)
-def test_the_operator_starts_a_run_and_hands_its_outputs_on(tasks: dict[str, Task], way: str) -> None:
+def test_the_operator_starts_a_run_and_passes_its_outputs_to_the_next_task(tasks: dict[str, Task], way: str) -> None:
     task = ended(tasks, f"run-{way}")
     assert task.state == "success"
     assert task.xcoms["return_value"] == OUTPUTS
@@ -239,7 +239,7 @@ def test_the_operator_starts_a_run_and_hands_its_outputs_on(tasks: dict[str, Tas
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a sensor on the triggerer")
-def test_a_wait_that_starts_and_ends_on_the_triggerer_takes_no_worker(tasks: dict[str, Task]) -> None:
+def test_a_wait_that_starts_and_ends_on_the_triggerer_uses_no_worker(tasks: dict[str, Task]) -> None:
     for name in ("succeeded", "of_upstream", "of_params", "slow"):
         assert not tasks[f"{name}-start_end"].ran_on_a_worker
         assert tasks[f"{name}-start"].ran_on_a_worker

@@ -135,7 +135,7 @@ def test_every_page_is_in_the_order_of_pages() -> None:
     )
 
 
-def test_the_cost_of_a_wait_is_the_same_on_both_pages_that_tell_it() -> None:
+def test_both_pages_that_state_the_cost_of_a_wait_agree() -> None:
     readme, waiting = (
         re.findall(r"^\| way \| worker starts \|.*\n(?:\|.*\n)+", page.read_text(encoding="utf-8"), re.M)
         for page in (ROOT / "README.md", ROOT / "docs" / "waiting.md")

@@ -52,7 +52,7 @@ def test_an_example_runs_from_airflows_command_line(dify: DifyStandIn) -> None:
     assert "state=success" in said
 
 
-def test_the_example_hands_an_output_and_the_tokens_on(dify: DifyStandIn, run_example: Run) -> None:
+def test_the_example_passes_an_output_and_the_tokens_to_the_next_task(dify: DifyStandIn, run_example: Run) -> None:
     run_id = dify.add_run("running", "succeeded", outputs={"text": "hello"}, total_tokens=42)
     said = run_example("example_dify_workflow_run", {"workflow_run_id": run_id})
     assert "The workflow answered 'hello' and used 42 tokens." in said
@@ -69,7 +69,9 @@ def queue(dify: DifyStandIn, outputs: dict[str, object], **fields: object) -> No
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": outputs, **fields}))
 
 
-def test_the_example_that_starts_and_waits_hands_an_output_on(dify: DifyStandIn, run_example: Run) -> None:
+def test_the_example_that_starts_and_waits_passes_an_output_to_the_next_task(
+    dify: DifyStandIn, run_example: Run
+) -> None:
     queue(dify, {"text": "hello"})
     said = run_example("example_dify_start_and_wait", {"query": "Who is there?"})
     assert "The workflow answered 'hello'." in said

@@ -74,7 +74,7 @@ def test_the_button_leads_to_the_console_that_the_connection_names(
     [None, {}, {"sys.app_id": None}, {"sys.app_id": "../../x"}, {"sys.app_id": 5}],
     ids=["no inputs", "empty", "null", "no UUID", "a number"],
 )
-def test_there_is_no_button_where_the_run_does_not_tell_its_app(dify: DifyStandIn, inputs: Any) -> None:
+def test_there_is_no_button_when_the_run_does_not_name_its_app(dify: DifyStandIn, inputs: Any) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("succeeded", inputs=inputs))
     assert result.state == "success"
     assert result.links["wait"] == {LINK: ""}

@@ -175,7 +175,9 @@ def test_stopping_can_be_left_out(dify: DifyStandIn, way: dict[str, Any]) -> Non
     assert dify.stopped == []
 
 
-def test_a_run_that_is_written_late_is_waited_for(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
+def test_a_run_that_is_written_late_is_polled_until_it_appears(
+    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+) -> None:
     dify.starts.append(start(None, None, "running", "succeeded"))
     assert run_operator(**way).state == "success"
 
@@ -196,7 +198,7 @@ def test_a_rejected_start_fails_without_retry_and_says_what_dify_said(
     assert len(dify.requests) == 1
 
 
-def test_too_many_requests_are_waited_out_before_anything_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_too_many_requests_before_a_start_are_retried(dify: DifyStandIn, way: dict[str, Any]) -> None:
     dify.misbehave(too_many_requests(), replay("run_rate_limited_streaming"))
     dify.starts.append(start("succeeded"))
     assert run_operator(**way).state == "success"
@@ -264,7 +266,7 @@ def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: DifyStandIn
 # --- the wait on a worker
 
 
-def test_the_log_tells_each_node(
+def test_the_log_has_a_line_for_each_node(
     dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level("INFO")
@@ -279,7 +281,7 @@ def test_the_log_tells_each_node(
 
 @pytest.mark.parametrize("then", ["close", "reset", "stall", "pings"])
 @pytest.mark.parametrize("cut", [650, 2000])
-def test_a_stream_that_gives_out_is_followed_by_polls(
+def test_polls_follow_a_stream_that_breaks(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, then: str, cut: int
 ) -> None:
     connection = {"conn_type": "dify", "host": dify.base_url, "password": "app-key-of-the-stand-in",
@@ -324,7 +326,7 @@ def test_a_task_that_is_killed_stops_its_run(dify: DifyStandIn) -> None:
 # --- retries
 
 
-def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
     if AIRFLOW_3_0 and way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
@@ -348,7 +350,7 @@ def test_a_retry_goes_on_with_the_run_that_the_first_try_started(dify: DifyStand
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_a_retry_waits_out_a_dify_that_is_away_for_longer_than_the_first_try_did(dify: DifyStandIn) -> None:
+def test_a_retry_survives_an_outage_that_is_longer_than_the_first_try(dify: DifyStandIn) -> None:
     dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
     polls = iter(range(100))
 
@@ -366,7 +368,7 @@ def test_a_retry_waits_out_a_dify_that_is_away_for_longer_than_the_first_try_did
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_a_retry_starts_anew_where_the_first_trys_run_failed(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_a_retry_starts_a_new_run_when_the_first_trys_run_failed(dify: DifyStandIn, way: dict[str, Any]) -> None:
     if AIRFLOW_3_0 and way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.extend([start("running", cut=700), start("succeeded")])

@@ -102,7 +102,7 @@ def test_airflow_3_shows_labels_and_extra_fields_in_its_form() -> None:
     }
 
 
-def test_the_hook_gives_airflow_2_the_same_form() -> None:
+def test_the_hook_defines_the_same_form_for_airflow_2() -> None:
     from airflow_provider_dify.hooks.dify import DifyHook
 
     behaviour = DifyHook.get_ui_field_behaviour()

@@ -45,7 +45,7 @@ print("searched")
     ("mode", "ending"),
     [("poke", "succeeded"), ("poke", "failed"), ("poke", "refused"), ("poke", "broken"), ("reschedule", "failed")],
 )
-def test_the_key_is_nowhere_after_a_run(dify: DifyStandIn, mode: str, ending: str, tmp_path: Path) -> None:
+def test_a_run_leaves_the_key_nowhere(dify: DifyStandIn, mode: str, ending: str, tmp_path: Path) -> None:
     dify.api_keys = {KEY}
     run_id = dify.add_run("running", "succeeded" if ending == "succeeded" else "failed")
     if ending == "refused":

@@ -46,7 +46,7 @@ def way(request: pytest.FixtureRequest) -> dict[str, Any]:
     return WAYS[request.param]
 
 
-def test_a_succeeded_run_hands_its_outputs_to_the_next_task(
+def test_a_succeeded_run_passes_its_outputs_to_the_next_task(
     dify: DifyStandIn, dialect: str, way: dict[str, Any]
 ) -> None:
     run_id = dify.add_run("running", "paused", "scheduled", "running", "succeeded", outputs=OUTPUTS)
@@ -78,7 +78,7 @@ def test_a_poke_mode_wait_uses_one_connection(dify: DifyStandIn) -> None:
     assert dify.connections_opened == 1
 
 
-def test_a_run_without_outputs_gives_an_empty_dict(dify: DifyStandIn, dialect: str) -> None:
+def test_a_run_without_outputs_returns_an_empty_dict(dify: DifyStandIn, dialect: str) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("detail_succeeded_no_outputs"))
     assert result.state == "success"
     assert result.received["outputs"] == {}
@@ -239,14 +239,14 @@ def test_a_partial_success_is_a_success_with_a_warning(
     assert _logged("partial-succeeded", caplog, capfd)
 
 
-def test_an_unknown_run_is_waited_for_during_the_grace(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
+def test_an_unknown_run_is_polled_during_the_grace_period(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
     run_id = dify.add_run(None, None, "running", "succeeded", outputs=OUTPUTS)
     result = run_sensor(workflow_run_id=run_id, **way, not_found_grace=60)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_a_status_of_the_future_is_waited_on_until_it_is_finished(dify: DifyStandIn, dialect: str) -> None:
+def test_an_unknown_status_is_polled_until_the_run_has_finished(dify: DifyStandIn, dialect: str) -> None:
     result = run_sensor(workflow_run_id=dify.add_run("resuming", "succeeded", outputs=OUTPUTS))
     assert result.state == "success"
     result = run_sensor(workflow_run_id=dify.add_run("cancelled", finished_at=1_795_299_666))
@@ -254,7 +254,7 @@ def test_a_status_of_the_future_is_waited_on_until_it_is_finished(dify: DifyStan
     assert "'cancelled', which this version" in str(result.raised["wait"][0])
 
 
-def test_a_status_is_told_once_and_not_at_every_poll(
+def test_a_status_is_logged_once_and_not_at_every_poll(
     dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run_id = dify.add_run("running", "running", "running", "paused", "paused", "running", "succeeded")
@@ -309,7 +309,7 @@ def test_a_run_id_that_is_none_fails_before_any_request(dify: DifyStandIn, way: 
 
 
 @pytest.mark.parametrize("deferrable", [{"deferrable": True}, WAYS.get("end_from_trigger")])
-def test_failed_polls_are_waited_out_on_the_triggerer(
+def test_failed_polls_on_the_triggerer_are_retried(
     dify: DifyStandIn, dialect: str, deferrable: dict[str, Any] | None
 ) -> None:
     if deferrable is None:
@@ -352,7 +352,7 @@ def test_a_rotated_key_does_not_end_a_wait(
     assert result.received["outputs"] == OUTPUTS
 
 
-def test_failed_polls_are_waited_out_in_poke_mode(dify: DifyStandIn, dialect: str) -> None:
+def test_failed_polls_in_poke_mode_are_retried(dify: DifyStandIn, dialect: str) -> None:
     run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
     # Four attempts a poll: five failed polls in a row, an answer, five more.
     dify.misbehave(respond(503), reset(), html(502), respond(500), times=5)
@@ -390,14 +390,14 @@ def test_a_failed_poll_is_left_to_retries_in_reschedule_mode(dify: DifyStandIn) 
     assert result.tries["wait"] == 2
 
 
-def test_soft_fail_does_not_hide_trouble_that_may_pass(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_soft_fail_does_not_hide_a_temporary_failure(dify: DifyStandIn, way: dict[str, Any]) -> None:
     dify.misbehave(dify_response(dify))
     dify.misbehave_always(respond(503))
     result = run_sensor(workflow_run_id=dify.add_run("running"), **way, soft_fail=True, max_consecutive_failures=0)
     assert result.states["wait"] == "failed"
 
 
-def test_silent_fail_waits_on_whatever_the_failed_polls(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_silent_fail_keeps_waiting_after_any_number_of_failed_polls(dify: DifyStandIn, way: dict[str, Any]) -> None:
     dify.misbehave(respond(503), times=8)
     result = run_sensor(workflow_run_id=dify.add_run("succeeded"), **way, silent_fail=True, max_consecutive_failures=0)
     assert result.state == "success"
@@ -425,7 +425,7 @@ def test_the_sensor_times_out_as_any_sensor(dify: DifyStandIn, way: dict[str, An
         {"max_consecutive_failures": 2.5},
     ],
 )
-def test_a_wrong_argument_is_told_when_the_dag_is_parsed(arguments: dict[str, Any]) -> None:
+def test_a_wrong_argument_fails_when_the_dag_is_parsed(arguments: dict[str, Any]) -> None:
     from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 
     with pytest.raises(ValueError, match=next(iter(arguments))):

@@ -88,7 +88,7 @@ def _kill_the_next(airflow: AirflowProcesses, dify: DifyStandIn) -> None:
 
 @pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 does not retry a task whose process was killed")
 @pytest.mark.parametrize("task_id", USERS)
-def test_the_retry_goes_on_with_the_run_of_the_killed_try(
+def test_the_retry_continues_the_run_of_the_killed_try(
     killed: tuple[DifyStandIn, AirflowProcesses], task_id: str
 ) -> None:
     dify, airflow = killed

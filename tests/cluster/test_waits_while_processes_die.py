@@ -201,7 +201,7 @@ def test_no_run_is_asked_to_stop(ended: Ended) -> None:
     assert ended.dify.stopped == []
 
 
-def test_the_outputs_are_byte_for_byte_what_the_server_gave(ended: Ended) -> None:
+def test_the_outputs_are_byte_for_byte_what_the_server_sent(ended: Ended) -> None:
     different = []
     for task_id, wait in ALL.items():
         if STATE_OF_TASK[wait.ending] == "success":
@@ -212,14 +212,14 @@ def test_the_outputs_are_byte_for_byte_what_the_server_gave(ended: Ended) -> Non
     assert not different
 
 
-def test_the_next_task_gets_a_megabyte_as_the_server_gave_it(ended: Ended) -> None:
+def test_the_next_task_gets_a_megabyte_as_the_server_sent_it(ended: Ended) -> None:
     for way in {**SENSORS, **OPERATORS}:
         outputs = _as_bytes(ALL[f"{way}-0"].outputs)
         assert len(outputs) > 1_000_000
         assert ended.xcoms[f"digest-{way}", "return_value"] == hashlib.sha256(outputs).hexdigest()
 
 
-def test_a_run_that_ended_badly_is_told_of(ended: Ended) -> None:
+def test_every_task_pushes_how_its_run_ended(ended: Ended) -> None:
     for task_id, wait in ALL.items():
         assert ended.xcoms[task_id, "workflow_run"]["status"] == wait.ending
 

@@ -57,7 +57,9 @@ def test_the_form_has_the_fields_that_a_connection_needs_and_no_others(ui: Airfl
         screenshots.take("connection-extra-fields", ui.form, height=1500)
 
 
-def test_pressing_test_with_a_wrong_key_tells_so(ui: AirflowUI, dify: DifyStandIn, screenshots: Screenshots) -> None:
+def test_pressing_test_with_a_wrong_key_shows_the_error(
+    ui: AirflowUI, dify: DifyStandIn, screenshots: Screenshots
+) -> None:
     ui.add_connection(CONN_ID)
     ui.fill({"Base URL": "http://localhost", "API Key": "a-wrong-key", "Port": str(dify.port)})
     test = ui.test_and_save(CONN_ID)

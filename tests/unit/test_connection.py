@@ -51,7 +51,7 @@ def read(**fields: Any) -> DifyConnection:
         ({"host": "dify.münchen.example"}, "https://dify.münchen.example/v1"),
     ],
 )
-def test_a_host_means_what_it_looks_like(fields: dict[str, Any], base_url: str) -> None:
+def test_a_host_becomes_the_expected_base_url(fields: dict[str, Any], base_url: str) -> None:
     assert read(**fields).base_url == base_url
 
 
@@ -80,14 +80,14 @@ def test_a_host_means_what_it_looks_like(fields: dict[str, Any], base_url: str) 
         {"port": 8443},
     ],
 )
-def test_a_host_that_makes_no_url_is_told_with_its_connection(fields: dict[str, Any]) -> None:
+def test_an_invalid_host_is_reported_with_its_connection(fields: dict[str, Any]) -> None:
     with pytest.raises(DifyConfigurationError, match="'my_dify'") as caught:
         print(read(**fields))
     assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize("password", [None, "", "   ", "app-some key", "app-some\nkey", "app-ключ", "app-\x00"])
-def test_a_missing_or_broken_key_is_told_and_not_shown(password: str | None) -> None:
+def test_a_missing_or_broken_key_is_reported_and_not_shown(password: str | None) -> None:
     with pytest.raises(DifyConfigurationError, match=r"'my_dify'.*password") as caught:
         read(password=password)
     assert "app-" not in str(caught.value)
@@ -97,13 +97,13 @@ def test_white_space_around_a_key_does_not_count() -> None:
     assert read(password=f" {KEY}\n").api_key == KEY
 
 
-def test_a_user_and_password_in_the_host_are_told_and_not_shown() -> None:
+def test_a_user_and_password_in_the_host_are_reported_and_not_shown() -> None:
     with pytest.raises(DifyConfigurationError, match="user name or password") as caught:
         read(host="https://me:secret@dify.example.com/v1")
     assert "secret" not in str(caught.value)
 
 
-def test_the_key_is_not_in_what_a_connection_shows_of_itself() -> None:
+def test_the_key_is_not_in_the_repr_of_a_connection() -> None:
     shown = repr(read(extra={"proxies": {"https": "http://me:secret@proxy:3128"}}))
     assert KEY not in shown
     assert "secret" not in shown

@@ -66,7 +66,7 @@ def test_a_run_is_looked_up_with_the_key_and_a_user_agent(dify: DifyStandIn, dia
     assert request.headers["User-Agent"] == f"airflow-provider-dify/{__version__}"
 
 
-def test_an_unknown_run_is_told_apart_over_the_wire(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
+def test_an_unknown_run_is_recognized_over_the_wire(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
     with connect() as hook, pytest.raises(DifyWorkflowRunNotFound):
         hook.get_workflow_run(str(uuid.uuid4()))
     assert len(dify.requests) == 1
@@ -94,7 +94,7 @@ def test_the_request_is_what_the_documentation_says(monkeypatch: pytest.MonkeyPa
         ({"extra": {"timeout": 4}}, {"timeout": 7}, (7.0, 7.0)),
     ],
 )
-def test_settings_reach_the_request_whatever_the_environment_says(
+def test_settings_of_the_connection_override_the_environment(
     connect: Connect,
     monkeypatch: pytest.MonkeyPatch,
     fields: dict[str, Any],
@@ -223,7 +223,7 @@ PASSING = [
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_what_may_pass_is_tried_again(dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]) -> None:
+def test_a_temporary_failure_is_retried(dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]) -> None:
     run_id = dify.add_run("succeeded", outputs={"a": 1})
     dify.misbehave(fault(), times=3)
     with connect(timeout=0.3) as hook:
@@ -232,7 +232,7 @@ def test_what_may_pass_is_tried_again(dify: DifyStandIn, connect: Connect, fault
 
 
 @pytest.mark.parametrize("fault", PASSING)
-def test_what_does_not_pass_is_told_after_the_last_retry(
+def test_a_lasting_failure_is_raised_after_the_last_retry(
     dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]
 ) -> None:
     run_id = dify.add_run("running")
@@ -245,7 +245,7 @@ def test_what_does_not_pass_is_told_after_the_last_retry(
     assert API_KEY not in str(caught.value)
 
 
-def test_a_refused_connection_is_tried_again_and_told(dify: DifyStandIn, connect: Connect) -> None:
+def test_a_refused_connection_is_retried_and_then_raised(dify: DifyStandIn, connect: Connect) -> None:
     run_id = dify.add_run("running")
     with connect() as hook:
         hook.get_workflow_run(run_id)
@@ -264,7 +264,7 @@ REJECTED = [
 
 
 @pytest.mark.parametrize(("recording", "exception", "status"), REJECTED)
-def test_a_rejection_is_told_at_once(
+def test_a_rejection_is_raised_at_once(
     dify: DifyStandIn, connect: Connect, recording: str, exception: type[DifyError], status: int | None
 ) -> None:
     dify.misbehave_always(replay(recording))
@@ -276,7 +276,7 @@ def test_a_rejection_is_told_at_once(
         assert caught.value.status_code == status
 
 
-def test_a_revoked_key_is_told(dify: DifyStandIn, connect: Connect) -> None:
+def test_a_revoked_key_raises_an_authentication_error(dify: DifyStandIn, connect: Connect) -> None:
     dify.api_keys.clear()
     with connect() as hook, pytest.raises(DifyAuthenticationError, match=r"'my_dify'.*Access token is invalid"):
         hook.get_workflow_run(dify.add_run("running"))
@@ -342,7 +342,7 @@ def test_the_test_names_the_app(dify: DifyStandIn, connect: Connect) -> None:
     assert dify.base_url in told
 
 
-def test_the_test_tells_of_an_app_without_workflow_runs(dify: DifyStandIn, connect: Connect) -> None:
+def test_the_test_reports_an_app_without_workflow_runs(dify: DifyStandIn, connect: Connect) -> None:
     dify.app_info = "app_info_chat"
     works, told = connect().test_connection()
     assert not works
@@ -357,7 +357,7 @@ def test_the_test_tells_of_an_app_without_workflow_runs(dify: DifyStandIn, conne
         ({"host": "http://127.0.0.1:9"}, "could not be reached"),
     ],
 )
-def test_the_test_tells_what_is_wrong(connect: Connect, fields: dict[str, Any], told: str) -> None:
+def test_the_test_reports_what_is_wrong(connect: Connect, fields: dict[str, Any], told: str) -> None:
     started = time.monotonic()
     works, message = connect(fields, retry_delay=5).test_connection()
     assert not works

@@ -39,7 +39,7 @@ def hook(dify: DifyStandIn, dify_connection: str) -> DifyHook:
     return DifyHook(retry_delay=0.01, timeout=0.5)
 
 
-def test_a_started_run_tells_its_ids_and_its_events(dify: DifyStandIn, hook: DifyHook) -> None:
+def test_a_started_run_has_its_ids_and_its_events(dify: DifyStandIn, hook: DifyHook) -> None:
     inputs = {"query": "héllo 你好", "obj": {"items": [1, None]}}
     with hook.start_workflow_run(inputs, "airflow") as run:
         names = [event.name for event in run]
@@ -73,7 +73,7 @@ def test_a_rejected_start_says_what_dify_said(dify: DifyStandIn, hook: DifyHook,
     assert len(dify.requests) == 1
 
 
-def test_a_refused_key_is_told(dify: DifyStandIn, hook: DifyHook) -> None:
+def test_a_refused_key_raises_an_authentication_error(dify: DifyStandIn, hook: DifyHook) -> None:
     dify.api_keys.clear()
     with pytest.raises(DifyAuthenticationError):
         hook.start_workflow_run({}, "airflow")
@@ -151,16 +151,14 @@ def test_a_start_follows_no_redirect(dify: DifyStandIn, hook: DifyHook) -> None:
 
 
 @pytest.mark.parametrize("user", ["", None, "x" * 256, 5])
-def test_a_user_that_dify_does_not_take_is_told_before_any_request(
-    dify: DifyStandIn, hook: DifyHook, user: Any
-) -> None:
+def test_an_invalid_user_fails_before_any_request(dify: DifyStandIn, hook: DifyHook, user: Any) -> None:
     with pytest.raises(DifyConfigurationError, match="user must be text"):
         hook.start_workflow_run({}, user)
     assert dify.requests == []
 
 
 @pytest.mark.parametrize("inputs", [{"a": object()}, {"a": float("nan")}, {"a": b"x"}])
-def test_inputs_that_are_no_json_are_told_before_any_request(dify: DifyStandIn, hook: DifyHook, inputs: Any) -> None:
+def test_inputs_that_are_not_json_fail_before_any_request(dify: DifyStandIn, hook: DifyHook, inputs: Any) -> None:
     with pytest.raises(DifyConfigurationError, match="inputs must be"):
         hook.start_workflow_run(inputs, "airflow")
     assert dify.requests == []

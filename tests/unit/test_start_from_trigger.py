@@ -20,13 +20,13 @@ def sensor(workflow_run_id: Any = "x", **arguments: Any) -> DifyWorkflowRunSenso
 
 
 @pytest.mark.skipif(CAN_START_FROM_TRIGGER, reason="this Airflow can")
-def test_an_older_airflow_is_told() -> None:
+def test_an_older_airflow_raises_a_configuration_error() -> None:
     with pytest.raises(DifyConfigurationError, match=r"needs Airflow 3\.3"):
         sensor()
 
 
 @pytest.mark.skipif(CAN_END_FROM_TRIGGER, reason="this Airflow can")
-def test_an_airflow_that_cannot_end_a_task_there_is_told() -> None:
+def test_an_airflow_that_cannot_end_a_task_there_raises_a_configuration_error() -> None:
     with pytest.raises(DifyConfigurationError, match=r"needs Airflow 3\.0"):
         sensor(start_from_trigger=False, end_from_trigger=True)
 
@@ -42,7 +42,7 @@ def test_an_airflow_that_cannot_end_a_task_there_is_told() -> None:
         "{{ (ti.xcom_pull(task_ids='upstream', key='k', map_indexes=0) or {}).get('id') }}",
     ],
 )
-def test_what_works_is_handed_to_the_trigger_as_it_is(run_id: str) -> None:
+def test_what_works_is_passed_to_the_trigger_unchanged(run_id: str) -> None:
     args = sensor(run_id, timeout=60).start_trigger_args
     assert args is not None
     assert args.trigger_cls == "airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger"
@@ -70,7 +70,7 @@ def test_a_template_that_would_hang_is_refused(template: str, argument: str) -> 
 
 
 @needs_start
-def test_a_broken_template_is_told() -> None:
+def test_a_broken_template_raises_a_configuration_error() -> None:
     with pytest.raises(DifyConfigurationError, match="is no template"):
         sensor("{{ ti.xcom_pull( }}")
 

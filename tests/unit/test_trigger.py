@@ -126,7 +126,7 @@ def test_a_wrong_id_is_one_event_and_no_request(dify: DifyStandIn, wrong: str) -
     assert dify.requests == []
 
 
-def test_trouble_of_an_unforeseen_kind_is_one_event_too() -> None:
+def test_an_unexpected_exception_is_one_event_too() -> None:
     payload = payload_of(trigger_of(str(uuid.uuid4()), dify_conn_id="no_such_connection"))
     assert payload["error"]["type"] == "DifyError"
     assert "no_such_connection" in payload["message"]
@@ -149,7 +149,7 @@ def test_only_a_success_ends_the_task_from_the_trigger(dify: DifyStandIn) -> Non
 # --- serialization
 
 
-def test_it_is_made_again_from_what_it_gives() -> None:
+def test_a_trigger_is_rebuilt_from_its_serialized_form() -> None:
     trigger = DifyWorkflowRunTrigger(
         "r", "c", 1.5, 2.5, 3.5, True, 4.5, 5.5, None, True, 6.5, True, False, False, "t", "u"
     )  # fmt: skip
@@ -173,7 +173,7 @@ def test_an_older_form_still_loads() -> None:
     assert DifyWorkflowRunTrigger(**old).serialize()[1] == {**DifyWorkflowRunTrigger("r").serialize()[1], **old}
 
 
-def test_no_secret_is_in_what_it_gives(dify: DifyStandIn) -> None:
+def test_no_secret_is_in_its_serialized_form_or_attributes(dify: DifyStandIn) -> None:
     trigger = trigger_of(dify.add_run("succeeded"))
     payload_of(trigger)
     assert API_KEY not in repr(trigger.serialize())
@@ -208,7 +208,7 @@ def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn) -> Non
     assert moments[-1] > 0.8
 
 
-def test_polls_keep_their_rhythm_whatever_an_answer_takes(dify: DifyStandIn) -> None:
+def test_slow_responses_do_not_delay_the_next_poll(dify: DifyStandIn) -> None:
     run_id = dify.add_run(*["running"] * 8, "succeeded")
 
     async def late(request: Any) -> Any:
@@ -241,7 +241,7 @@ def close_after(dify: DifyStandIn) -> Any:
     return fault
 
 
-def test_a_second_event_loop_has_a_session_of_its_own(dify: DifyStandIn) -> None:
+def test_a_second_event_loop_has_its_own_session(dify: DifyStandIn) -> None:
     import threading
 
     run_ids = [dify.add_run("running", "running", "succeeded") for _ in range(2)]
@@ -287,7 +287,7 @@ def test_the_session_lives_as_long_as_someone_uses_it(dify: DifyStandIn) -> None
         lambda: redirect("https://login.example.com/"),
     ],
 )
-def test_passing_trouble_is_waited_out_with_a_warning_each(
+def test_each_temporary_failure_is_retried_with_a_warning(
     dify: DifyStandIn, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: Callable[[], Any]
 ) -> None:
     connection_with(timeout=0.2)
@@ -319,7 +319,7 @@ def test_one_failed_poll_too_many_ends_the_wait_with_the_reason(dify: DifyStandI
     assert "busy" in payload["message"]
 
 
-def test_a_refused_connection_is_waited_out(dify: DifyStandIn) -> None:
+def test_a_refused_connection_is_retried(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running", "running", "succeeded")
 
     async def work() -> Any:

@@ -41,7 +41,7 @@ def test_a_recorded_stream_is_read_the_same_wherever_it_is_cut(name: str, line_e
     assert read(*(stream[i : i + 1] for i in range(len(stream)))) == whole
 
 
-def test_pings_are_told_and_comments_and_other_fields_passed_over() -> None:
+def test_pings_are_events_and_comments_and_other_fields_are_skipped() -> None:
     assert read(b'event: ping\n\n: hello\n\nid: 7\nretry: 5\ndata: {"event": "x"}\n\nevent: ping\n\n') == [
         WorkflowEvent("ping", None, None, {}),
         WorkflowEvent("x", None, None, {}),
@@ -69,7 +69,7 @@ def test_an_event_of_another_shape_is_an_error(broken: bytes) -> None:
         read(broken)
 
 
-def test_nodes_are_told_as_lines_and_the_rest_is_not() -> None:
+def test_node_events_become_lines_and_others_do_not() -> None:
     lines = [event.progress() for event in read(Recording.load("run_streaming_failed").body)]
     assert [line for line in lines if line] == [
         "Node 'start' (start) started.",
@@ -87,7 +87,7 @@ def test_nodes_are_told_as_lines_and_the_rest_is_not() -> None:
     assert used.progress() == "Node 'LLM' (llm) succeeded after 1.50 seconds, 42 tokens."
 
 
-def test_an_error_event_tells_what_stands_beside_its_name() -> None:
+def test_an_error_event_has_the_fields_beside_its_name() -> None:
     (event,) = read(b'data: {"event": "error", "status": 400, "code": "invalid_param", "message": "no"}\n\n')
     assert event.is_ending
     assert event.data == {"status": 400, "code": "invalid_param", "message": "no"}

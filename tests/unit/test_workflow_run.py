@@ -176,7 +176,7 @@ def test_a_field_of_a_wrong_type_is_named(field: str, value: object) -> None:
         http_answer(404, b""),
     ],
 )
-def test_an_unknown_run_is_told_apart_in_every_dialect(answer: HttpAnswer) -> None:
+def test_an_unknown_run_is_recognized_in_every_dialect(answer: HttpAnswer) -> None:
     error = refused(answer, DifyWorkflowRunNotFound)
     assert error.workflow_run_id == RUN_ID
     assert "my_dify" in str(error)
@@ -206,7 +206,7 @@ def test_recorded_errors_keep_what_dify_said(
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 524])
 @pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b'{"message": "busy", "code": "x"}', b"[1]"])
-def test_what_may_pass_is_told_apart_whatever_the_body(status: int, body: bytes) -> None:
+def test_temporary_failures_are_recognized_with_any_body(status: int, body: bytes) -> None:
     assert refused(http_answer(status, body), DifyConnectionError).status_code == status
 
 
