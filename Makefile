@@ -83,28 +83,28 @@ bench: .venv/bench/installed
 # Waits on a cluster (PostgreSQL, Celery on Redis, two workers, two triggerers) while its processes are killed, and counts
 # what a wait costs. Needs Linux and a quarter of an hour; as root on Debian it installs PostgreSQL and Redis if need be.
 test-cluster: .venv/cluster/installed
-	cluster/install_servers.sh
-	.venv/cluster/bin/python -m pytest --capture=no cluster
+	tests/cluster/install_servers.sh
+	.venv/cluster/bin/python -m pytest --capture=no tests/cluster
 
-.venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt cluster/requirements.txt
+.venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt tests/cluster/requirements.txt
 	$(PYTHON) -m venv --clear .venv/cluster
 	.venv/cluster/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3-cluster.txt uv
 	.venv/cluster/bin/uv pip install --quiet --python .venv/cluster/bin/python --constraints constraints/airflow-3.3-cluster.txt \
-		--editable . --group test --requirements cluster/requirements.txt
+		--editable . --group test --requirements tests/cluster/requirements.txt
 	touch $@
 
 # Goes through the UI of Airflow 3.3 and 2.11 in Debian's Chromium, and takes the documentation's screenshots on the way.
 # Needs Python 3.10 to 3.12.
 test-ui: .venv/ui-3.3/installed .venv/ui-2.11/installed
 	command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
-	.venv/ui-3.3/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
-	.venv/ui-2.11/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
+	.venv/ui-3.3/bin/python -m pytest --exitfirst tests/ui --screenshots docs/images $(PYTEST_ARGS)
+	.venv/ui-2.11/bin/python -m pytest --exitfirst tests/ui --screenshots docs/images $(PYTEST_ARGS)
 
-.venv/ui-%/installed: pyproject.toml constraints/airflow-%.txt browser/requirements.txt
+.venv/ui-%/installed: pyproject.toml constraints/airflow-%.txt tests/ui/requirements.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-$*.txt uv
 	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --constraints constraints/airflow-$*.txt \
-		--editable . --group test --requirements browser/requirements.txt
+		--editable . --group test --requirements tests/ui/requirements.txt
 	touch $@
 
 # Pins anew what is tested with. Looks at the package index.

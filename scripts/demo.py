@@ -52,11 +52,11 @@ def target() -> Iterator[Target]:
     if base_url or api_key or inputs or run_id:
         sys.exit(f"Set both {' and '.join(SERVER)}, and {' or '.join(WHAT)} if you like; or none of them.")
     sys.path.insert(0, str(ROOT))
-    from tests.local_dify import API_KEY, LocalDify, Start
+    from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 
     outputs = {"text": "Hello from a workflow run — héllo 你好 🎉", "score": 0.75}
     asked = {"query": "Hello"}
-    with LocalDify() as dify:
+    with DifyStandIn() as dify:
         dify.starts.append(
             Start(
                 statuses=("running", "running", "running", "succeeded"),

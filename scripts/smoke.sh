@@ -17,7 +17,7 @@ python="$place/venv/bin/python"
 # The demo, without the package's sources beside it.
 mkdir -p "$place/demo/tests"
 cp -r scripts example_dags "$place/demo/"
-cp -r tests/__init__.py tests/local_dify.py tests/recorded "$place/demo/tests/"
+cp -r tests/__init__.py tests/dify_stand_in tests/recorded "$place/demo/tests/"
 cd "$place/demo"
 "$python" - <<'PYTHON'
 import airflow_provider_dify, airflow, sys
