@@ -15,7 +15,7 @@ CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 PYTEST = $(VENV)/bin/python -m pytest --numprocesses=logical --maxprocesses=4
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke bench constraints clean
+.PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke check-release try-release bench constraints clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py
@@ -44,7 +44,7 @@ lint: $(VENV)/installed
 
 # Makes build/docs/index.html out of docs/ and the docstrings. A warning is an error.
 docs: .venv/docs/installed
-	.venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	REPOSITORY_URL="$(REPOSITORY_URL)" .venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
 
 .venv/docs/installed: pyproject.toml constraints/airflow-3.3-docs.txt
 	$(PYTHON) -m venv --clear .venv/docs
@@ -62,6 +62,16 @@ package: $(VENV)/installed
 # Installs dist/*.whl with AIRFLOW into an environment of its own and runs the demo there, away from the sources.
 smoke:
 	PYTHON="$(PYTHON)" scripts/smoke.sh $(AIRFLOW)
+
+# Checks that TAG, the package's version and the changelog name the same version, and that the package names
+# REPOSITORY_URL, if that is set.
+check-release: $(VENV)/installed
+	$(VENV)/bin/python scripts/check_release.py "$(TAG)" --repository-url "$(REPOSITORY_URL)"
+
+# Uploads dist/* to a package index on this machine, installs it from there with AIRFLOW, and runs the demo.
+try-release: $(VENV)/installed
+	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group build
+	PYTHON="$(PYTHON)" scripts/try_release.sh $(AIRFLOW) $(VENV)/bin/python
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
