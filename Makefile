@@ -41,10 +41,13 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(if $(wildcard .github),$(VENV)/bin/zizmor --offline --quiet .github)
 
-# Makes build/docs/index.html out of docs/ and the docstrings. A warning is an error.
+# Builds build/docs/index.html from docs/ and the docstrings, and follows the links between its pages. A warning is an
+# error. REPOSITORY_URL=https://... adds edit links.
 docs: .venv/docs/installed
 	REPOSITORY_URL="$(REPOSITORY_URL)" .venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	.venv/docs/bin/python scripts/check_site.py build/docs
 
 .venv/docs/installed: pyproject.toml constraints/airflow-3.3-docs.txt
 	$(PYTHON) -m venv --clear .venv/docs
