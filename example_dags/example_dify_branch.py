@@ -16,7 +16,15 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 @dag(
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    params={"query": Param("Hello", type="string", minLength=1, title="Query", description="What to ask the workflow")},
+    params={
+        "query": Param(
+            "Hello",
+            type="string",
+            minLength=1,
+            title="Query",
+            description="What to ask the workflow",
+        )
+    },
     doc_md=__doc__,
     tags=["example", "dify"],
 )

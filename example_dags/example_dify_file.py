@@ -20,7 +20,12 @@ USER = "airflow-reports"
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     params={
-        "path": Param(type="string", minLength=1, title="Path", description="The path of a PDF file on the worker"),
+        "path": Param(
+            type="string",
+            minLength=1,
+            title="Path",
+            description="The path of a PDF file on the worker",
+        ),
     },
     doc_md=__doc__,
     tags=["example", "dify"],

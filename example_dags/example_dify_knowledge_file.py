@@ -24,9 +24,17 @@ from airflow.providers.common.compat.sdk import (  # on Airflow 3 also: from air
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     params={
         "dataset_id": Param(
-            type="string", minLength=32, title="Knowledge base", description="The UUID in the address of its page"
+            type="string",
+            minLength=32,
+            title="Knowledge base",
+            description="The UUID in the address of its page",
         ),
-        "path": Param(type="string", minLength=1, title="Path", description="The file's path on the worker"),
+        "path": Param(
+            type="string",
+            minLength=1,
+            title="Path",
+            description="The file's path on the worker",
+        ),
     },
     doc_md=__doc__,
     tags=["example", "dify"],

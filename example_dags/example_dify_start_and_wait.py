@@ -15,7 +15,15 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 @dag(
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    params={"query": Param("Hello", type="string", minLength=1, title="Query", description="What to ask the workflow")},
+    params={
+        "query": Param(
+            "Hello",
+            type="string",
+            minLength=1,
+            title="Query",
+            description="What to ask the workflow",
+        )
+    },
     doc_md=__doc__,
     tags=["example", "dify"],
 )
@@ -24,7 +32,7 @@ def example_dify_start_and_wait():
         task_id="run",
         inputs={"query": "{{ params.query }}"},
         timeout=3600,
-        # A retry goes on with the run that an earlier try started, if that run can still succeed.
+        # A retry continues with the run of an earlier try, if that run can still succeed.
         retries=2,
     )
 

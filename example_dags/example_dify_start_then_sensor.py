@@ -18,7 +18,12 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     params={
-        "inputs": Param({"query": "Hello"}, type="object", title="Inputs", description="The workflow's inputs by name")
+        "inputs": Param(
+            {"query": "Hello"},
+            type="object",
+            title="Inputs",
+            description="The workflow's inputs by name",
+        )
     },
     # The template below then renders to the object itself, not to its text.
     render_template_as_native_obj=True,
@@ -45,7 +50,7 @@ def example_dify_start_then_sensor():
 
     @task
     def report(outputs: dict, run: dict) -> dict:
-        # An output has the name that it has in the workflow's end node. This takes "text", or the first one there is.
+        # Outputs are named as in the workflow's end node. This takes "text", or the first one.
         answer = outputs.get("text", next(iter(outputs.values()), None))
         print(f"The workflow answered {answer!r} and used {run['total_tokens']} tokens.")
         return {"answer": answer, "total_tokens": run["total_tokens"]}

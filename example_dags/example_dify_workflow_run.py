@@ -19,7 +19,10 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
     params={
         # Without a default: the form asks for it.
         "workflow_run_id": Param(
-            type="string", minLength=32, title="Workflow run id", description="The Dify workflow run to wait on"
+            type="string",
+            minLength=32,
+            title="Workflow run id",
+            description="The Dify workflow run to wait on",
         )
     },
     doc_md=__doc__,
@@ -37,7 +40,7 @@ def example_dify_workflow_run():
 
     @task
     def report(outputs: dict, run: dict) -> dict:
-        # An output has the name that it has in the workflow's end node. This takes "text", or the first one there is.
+        # Outputs are named as in the workflow's end node. This takes "text", or the first one.
         answer = outputs.get("text", next(iter(outputs.values()), None))
         print(f"The workflow answered {answer!r} and used {run['total_tokens']} tokens.")
         return {"answer": answer, "total_tokens": run["total_tokens"]}
