@@ -40,6 +40,11 @@ html_theme_options = {
 }
 # The missing page may be at any depth, so its links are absolute.
 notfound_urls_prefix = urlsplit(SITE).path or "/"
+notfound_context = {
+    "title": "Page not found",
+    "body": "<h1>Page not found</h1><p>This page is not here any more, or never was. Use the search, or choose a page "
+    "on the left. For the message of a failed task, see <em>Failures</em>.</p>",
+}
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
