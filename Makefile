@@ -8,7 +8,12 @@ AIRFLOW ?= 3.3
 ifneq ($(shell command -v pyenv),)
 export PYENV_VERSION := $(shell echo "$$(pyenv version-name):$$(pyenv versions --bare | grep -E '^3\.1[0-3]\.' | paste -sd: -)")
 endif
-PYTHON_VERSION := $(shell PYENV_VERSION="$(PYENV_VERSION)" $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PYTHON_VERSION := $(shell PYENV_VERSION="$(PYENV_VERSION)" $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+ifneq ($(MAKECMDGOALS),clean)
+ifeq ($(filter 3.10 3.11 3.12 3.13,$(PYTHON_VERSION)),)
+$(error PYTHON=$(PYTHON) is $(or $(PYTHON_VERSION),not there): use Python 3.10 to 3.13, such as PYTHON=python3.12)
+endif
+endif
 VENV := .venv/airflow-$(AIRFLOW)-python$(PYTHON_VERSION)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 # Side by side, but real Airflow processes for themselves, because they go by time.
@@ -81,6 +86,10 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --editable . --group test
 	touch $@
+
+# Reached only for an AIRFLOW without such a file.
+constraints/airflow-%.txt:
+	@echo "There is no Airflow $*. AIRFLOW can be: $(filter-out %-cluster %-docs,$(patsubst constraints/airflow-%.txt,%,$(wildcard constraints/*.txt)))" >&2; exit 1
 
 # Compares waiting with this provider to waiting with others. Needs Linux, Python 3.11 or later, and four minutes.
 bench: .venv/bench/installed

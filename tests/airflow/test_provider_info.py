@@ -22,6 +22,19 @@ def test_the_provider_info_is_what_airflow_asks_for() -> None:
     jsonschema.validate(get_provider_info(), schema)
 
 
+def test_the_form_names_what_is_required_and_what_may_be_empty() -> None:
+    (connection_type,) = get_provider_info()["connection-types"]
+    placeholders = connection_type["ui-field-behaviour"]["placeholders"]
+    assert placeholders["host"].startswith("Empty for Dify Cloud")
+    assert placeholders["password"].startswith("Required")
+    assert placeholders["port"].startswith("443")
+    assert "https://cloud.dify.ai for Dify Cloud" in CONNECTION_FIELDS["console_url"]["description"]
+
+
+def test_the_page_of_providers_has_no_word_that_belongs_to_an_address() -> None:
+    assert "://" not in get_provider_info()["description"]
+
+
 def test_the_entry_point_leads_to_the_provider_info() -> None:
     found = {e.value: e for e in entry_points(group="apache_airflow_provider")}
     entry_point = found["airflow_provider_dify.get_provider_info:get_provider_info"]

@@ -35,9 +35,10 @@ def stored(airflow: AirflowProcesses) -> dict[str, Any]:
 def test_the_form_has_the_fields_that_a_connection_needs_and_no_others(ui: AirflowUI, screenshots: Screenshots) -> None:
     ui.add_connection(CONN_ID)
     fields = ui.fields()
-    assert fields["Base URL"] == "https://api.dify.ai/v1"
-    assert fields["API Key"] == "API key of the Dify app"
-    assert fields["Port"] == "443"
+    assert fields["Base URL"].startswith("Empty for Dify Cloud")
+    assert fields["API Key"].startswith("Required")
+    # Of a field for numbers a browser may show nothing else.
+    assert fields["Port"].startswith("443")
     airflows_own = (
         {"Connection Id", "Connection Type", "Description", "Extra"}
         if AIRFLOW_2
