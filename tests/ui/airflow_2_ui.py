@@ -71,8 +71,10 @@ class Airflow2UI(AirflowUI):
         self.save()
         return test
 
-    def trigger(self, dag_id: str, run_id: str) -> None:
+    def trigger(self, dag_id: str, run_id: str, params: dict[str, str] | None = None) -> None:
         self.page.goto(f"{self.address}/dags/{dag_id}/trigger")
+        for name, value in (params or {}).items():
+            self.page.locator(f"[name=element_{name}]").fill(value)
         self.page.get_by_text("Generated Configuration JSON and Dagrun Options").click()
         self.page.locator("[name=run_id]").fill(run_id)
         self.page.get_by_role("button", name="Trigger", exact=True).click()

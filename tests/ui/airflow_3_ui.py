@@ -80,9 +80,12 @@ class Airflow3UI(AirflowUI):
         expect(note).to_be_visible()
         return ConnectionTest(answer["status"], answer["message"], shown=note.inner_text())
 
-    def trigger(self, dag_id: str, run_id: str) -> None:
+    def trigger(self, dag_id: str, run_id: str, params: dict[str, str] | None = None) -> None:
         self.page.goto(f"{self.address}/dags/{dag_id}")
         self.page.get_by_role("button", name="Trigger").first.click()
+        for name, value in (params or {}).items():
+            self.form.locator(f"[name=element_{name}]").fill(value)
+            self.form.locator(f"[name=element_{name}]").blur()
         self.form.get_by_role("button", name="Advanced Options").click()
         self.form.locator("[name=dagRunId]").fill(run_id)
         self.form.get_by_role("button", name="Trigger").click()

@@ -79,8 +79,8 @@ class AirflowUI(ABC):
     # --- Dags
 
     @abstractmethod
-    def trigger(self, dag_id: str, run_id: str) -> None:
-        """Trigger a Dag, with what its trigger form proposes."""
+    def trigger(self, dag_id: str, run_id: str, params: dict[str, str] | None = None) -> None:
+        """Trigger a Dag with the defaults of its form, except for these params."""
 
     @abstractmethod
     def open_run(self, dag_id: str, run_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,9 @@ from tests.ui.screenshots import Screenshots
 PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
 
-EXAMPLE_DAGS = Path(__file__).parent.parent.parent / "example_dags"
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLE_DAGS = ROOT / "example_dags"
+README = ROOT / "README.md"
 OUTPUTS = {"text": "Hello from a workflow run", "score": 0.75}
 ADMIN = "admin"
 CHROMIUM_ARGUMENTS = [
@@ -52,10 +55,22 @@ def dify() -> Iterator[DifyStandIn]:
 
 
 @pytest.fixture(scope="session")
-def airflow() -> Iterator[AirflowProcesses]:
-    """An Airflow with the example Dags and no connection."""
+def dags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example Dags and those of the README."""
+    folder = tmp_path_factory.mktemp("dags")
+    for path in EXAMPLE_DAGS.glob("*.py"):
+        shutil.copy(path, folder)
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    for number, block in enumerate(blocks):
+        (folder / f"readme_{number}.py").write_text(block, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def airflow(dags: Path) -> Iterator[AirflowProcesses]:
+    """An Airflow with these Dags and no connection."""
     environment = {
-        "AIRFLOW__CORE__DAGS_FOLDER": str(EXAMPLE_DAGS),
+        "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
         "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
         "NO_PROXY": "127.0.0.1,localhost",
     }
@@ -106,7 +121,7 @@ def told_the_key(page: Page) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def ui(airflow: AirflowProcesses, page: Page, told_the_key: list[str]) -> AirflowUI:
+def ui(airflow: AirflowProcesses, dags: Path, page: Page, told_the_key: list[str]) -> AirflowUI:
     """Airflow's UI, logged in, once it answers and knows the Dags."""
     port = airflow.environment["AIRFLOW__WEBSERVER__WEB_SERVER_PORT" if AIRFLOW_2 else "AIRFLOW__API__PORT"]
     address = f"http://127.0.0.1:{port}"
@@ -117,7 +132,7 @@ def ui(airflow: AirflowProcesses, page: Page, told_the_key: list[str]) -> Airflo
         return False
 
     def knows_the_dags() -> bool:
-        return airflow.query("SELECT count(*) FROM serialized_dag") >= [(len(list(EXAMPLE_DAGS.glob("*.py"))),)]
+        return airflow.query("SELECT count(*) FROM serialized_dag") >= [(len(list(dags.glob("*.py"))),)]
 
     airflow.wait_for(is_up, seconds=180)
     airflow.wait_for(knows_the_dags, seconds=180)

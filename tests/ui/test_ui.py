@@ -10,11 +10,12 @@ import json
 import re
 from typing import Any
 
+import pytest
 from playwright.sync_api import expect
 
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses
-from tests.dify_stand_in import API_KEY, DifyStandIn
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 from tests.ui.airflow_ui import AirflowUI
 from tests.ui.screenshots import Screenshots
 
@@ -22,6 +23,7 @@ CONN_ID = "dify_default"
 DAG_ID = "example_dify_start_then_sensor"
 RUN_ID = "hello"
 TASKS = ["start", "wait", "report"]
+OUTPUTS = {"text": "hello", "summary": "short"}
 PROXIES = '{"https": "http://proxy.example.com:3128"}'
 
 
@@ -154,6 +156,22 @@ def test_the_link_leads_to_the_apps_log_in_difys_console(
         assert re.fullmatch(f"{dify.origin}/app/[0-9a-f-]{{36}}/logs", opened.value.url)
         assert "Authorization" not in dify.requests[-1].headers
         opened.value.close()
+
+
+@pytest.mark.parametrize(
+    ("dag_id", "asks_for_a_run"),
+    [("answers", False), ("summaries", True), ("example_dify_workflow_run", True), ("example_dify_fan_out", False)],
+)
+def test_pressing_trigger_with_what_the_form_asks_for_runs_a_dag(
+    ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn, dag_id: str, asks_for_a_run: bool
+) -> None:
+    dify.starts.extend([Start(fields={"outputs": OUTPUTS, "total_tokens": 42})] * 2)
+    params = {"workflow_run_id": dify.add_run("succeeded", outputs=OUTPUTS, total_tokens=42)} if asks_for_a_run else {}
+    run_id = f"triggered_{dag_id}"
+    ui.trigger(dag_id, run_id, params)
+    over = "SELECT state FROM dag_run WHERE run_id = ? AND state IN ('success', 'failed')"
+    airflow.wait_for(lambda: len(airflow.query(over, run_id)) == 1, seconds=300)
+    assert airflow.query(over, run_id) == [("success",)]
 
 
 def test_the_key_came_back_in_no_answer_and_stands_in_no_file(
