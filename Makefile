@@ -51,6 +51,7 @@ lint: $(VENV)/installed
 # Builds build/docs/index.html from docs/ and the docstrings, and follows the links between its pages. A warning is an
 # error. REPOSITORY_URL=https://... adds edit links.
 docs: .venv/docs/installed
+	rm -rf build/docs
 	REPOSITORY_URL="$(REPOSITORY_URL)" .venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
 	.venv/docs/bin/python scripts/check_site.py build/docs
 

@@ -44,7 +44,7 @@ def example_dify_start_then_sensor():
         timeout=3600,
         # Some servers write a run a moment after they started it.
         not_found_grace=60,
-        # Dify leaves a run "running" for ever if the server that ran it was killed.
+        # Dify leaves a run "running" forever if the server that ran it was killed.
         run_timeout=6 * 3600,
     )
 

@@ -34,7 +34,7 @@ def example_dify_workflow_run():
         workflow_run_id="{{ params.workflow_run_id }}",
         deferrable=True,
         timeout=24 * 3600,
-        # Dify leaves a run "running" for ever if the server that ran it was killed.
+        # Dify leaves a run "running" forever if the server that ran it was killed.
         run_timeout=6 * 3600,
     )
 

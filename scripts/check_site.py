@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,11 +27,12 @@ class Page(HTMLParser):
                 self.targets.append(value)
 
 
-def find_broken_links(site: Path) -> list[str]:
+def find_broken_links(site: Path, prefix: str = "/") -> list[str]:
     """
     Follow the links of all pages of a site, as far as they lead to the site itself.
 
     :param site: the folder of the built site.
+    :param prefix: the path that the site will have on its server, which absolute links begin with.
     :return: a line for each link that leads nowhere.
     """
     pages = {path: Page(path) for path in sorted(site.rglob("*.html"))}
@@ -40,9 +42,9 @@ def find_broken_links(site: Path) -> list[str]:
             url = urlsplit(target)
             if url.scheme or url.netloc or target.startswith("data:"):
                 continue
-            # The missing page's links are absolute.
-            start = site if url.path.startswith("/") else path.parent
-            leads_to = (start / unquote(url.path).lstrip("/")).resolve() if url.path else path
+            # The links of the page for missing pages are absolute.
+            start = site if url.path.startswith(prefix) else path.parent
+            leads_to = (start / unquote(url.path).removeprefix(prefix)).resolve() if url.path else path
             if leads_to.is_dir():
                 leads_to /= "index.html"
             anchor = unquote(url.fragment)
@@ -55,7 +57,7 @@ def find_broken_links(site: Path) -> list[str]:
 def main() -> None:
     """Check the site that is named on the command line."""
     site = Path(sys.argv[1]).resolve()
-    broken = find_broken_links(site)
+    broken = find_broken_links(site, urlsplit(os.environ.get("READTHEDOCS_CANONICAL_URL", "")).path or "/")
     if broken:
         sys.exit("These links lead nowhere:\n" + "\n".join(broken))
     if not (site / "objects.inv").exists() or not (site / "404.html").exists():

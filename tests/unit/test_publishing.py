@@ -150,5 +150,8 @@ def test_a_release_needs_one_version_and_one_repository_everywhere(
 def test_a_link_of_the_site_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text('<a href="a.html#here"></a><a href="a.html#gone"></a><img src="gone.png">')
     (tmp_path / "a.html").write_text('<p id="here"></p><a href="/index.html"></a><a href="https://example.com/"></a>')
-    broken = script("check_site").find_broken_links(tmp_path)
-    assert broken == ["index.html: a.html#gone", "index.html: gone.png"]
+    find_broken_links = script("check_site").find_broken_links
+    assert find_broken_links(tmp_path) == ["index.html: a.html#gone", "index.html: gone.png"]
+    (tmp_path / "index.html").write_text('<a href="/en/latest/a.html#here"></a><a href="/en/latest/gone.html"></a>')
+    (tmp_path / "a.html").write_text('<p id="here"></p>')
+    assert find_broken_links(tmp_path, "/en/latest/") == ["index.html: /en/latest/gone.html"]
