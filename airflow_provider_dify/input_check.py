@@ -249,9 +249,10 @@ def _mapping_problem(field: InputField, file: dict[str, Any]) -> str | None:
     if isinstance(upload_file_id, str) and upload_file_id and not _may_be_file_id(upload_file_id):
         return f"must have the UUID of an uploaded file as 'upload_file_id', not {_describe(upload_file_id)}"
     allowed_types, allowed_methods = field.file_types, field.file_transfer_methods
-    # Dify up to 1.13 lets the type "custom" pass where the form doesn't name it, and from 1.14 on a form that names
-    # "custom" lets every type pass; the file's extension then decides.
-    if file_type and file_type != "custom" and allowed_types and not {file_type, "custom"} & set(allowed_types):
+    # From 1.14 on, a form that names "custom" lets every type pass. A missing type counts as "custom", which passes
+    # up to 1.13 if the form lists its extension, even where the form does not name "custom".
+    may_be_custom = "custom" in allowed_types or (file_type in (None, "", "custom") and field.file_extensions)
+    if allowed_types and file_type not in allowed_types and not may_be_custom:
         return f"must have a 'type' of {_listed(allowed_types)}, not {_describe(file_type)}"
     if file_type != "image" and allowed_methods and method not in allowed_methods:
         return f"must have a 'transfer_method' of {_listed(allowed_methods)}, not {_describe(method)}"

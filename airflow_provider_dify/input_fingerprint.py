@@ -15,6 +15,8 @@ from typing import Any
 # What Dify reads as true and false for a checkbox: 1.12.1 to 1.16.1, base_app_generator, _validate_inputs.
 _TRUE = frozenset({"true", "1", "yes", "on"})
 _FALSE = frozenset({"false", "0", "no", "off"})
+# Seen on Dify 1.12.1, 1.13.0, 1.14.2 and 1.16.1: whole numbers out of this range become floats.
+_WHOLE = range(-(2**63), 2**64)
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> dict[str, str]:
@@ -73,18 +75,23 @@ def _normalize(value: Any) -> str | None:
         if number is None:
             return f"text {value}"
         value = number
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, (int, float)):
         return None
     if value == 1 or value == 0:
         return "true" if value == 1 else "false"
-    # 3.0 is 3. In hexadecimal, because Python limits the digits of a decimal text.
-    return f"number {int(value):x}" if value == int(value) else f"number {float(value)!r}"
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and value in _WHOLE:
+        return f"number {value}"
+    try:
+        return f"number {float(value)!r}" if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def _parse_number(text: str) -> int | float | None:
-    """Return the number that a text is for Dify's number fields; ``None`` if none, or none that JSON has."""
+    """Return the number that a text is for Dify's number fields; ``None`` for none."""
     try:
-        number = float(text) if "." in text else int(text)
+        return float(text) if "." in text else int(text)
     except ValueError:
         return None
-    return number if math.isfinite(number) else None

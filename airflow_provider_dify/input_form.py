@@ -24,6 +24,7 @@ class InputField:
     :param max_length: most characters of a text, or most files of a list; ``None`` for no limit.
     :param options: the values that a ``select`` takes; empty for not known.
     :param file_types: the types that a file may have; empty for any.
+    :param file_extensions: the extensions that a file of type ``custom`` may have; empty for none.
     :param file_transfer_methods: how a file may be handed over; empty for any.
     """
 
@@ -35,6 +36,7 @@ class InputField:
     max_length: int | None = None
     options: tuple[str, ...] = ()
     file_types: tuple[str, ...] = ()
+    file_extensions: tuple[str, ...] = ()
     file_transfer_methods: tuple[str, ...] = ()
 
 
@@ -87,6 +89,7 @@ def _parse_field(field_type: str, data: Any) -> InputField | None:
         max_length=max_length if type(max_length) is int and max_length > 0 else None,
         options=_parse_texts(data.get("options")),
         file_types=_parse_texts(data.get("allowed_file_types")),
+        file_extensions=_parse_texts(data.get("allowed_file_extensions")),
         file_transfer_methods=_parse_texts(data.get("allowed_file_upload_methods")),
     )
 

@@ -220,17 +220,27 @@ class TestFile:
             "Input 'doc' must have 'url', because its 'transfer_method' is 'remote_url'."
         )
 
-    def test_a_type_that_the_form_does_not_allow_is_wrong(self) -> None:
+    @pytest.mark.parametrize(
+        ("file_type", "described"),
+        [("document", "'document'"), ("custom", "'custom'"), ("", "''"), (None, "null")],
+    )
+    def test_a_type_that_the_form_does_not_allow_is_wrong_and_so_is_none(self, file_type: Any, described: str) -> None:
         field = InputField("doc", "file", file_types=("image", "audio"))
-        assert problem(field, DOCUMENT) == "Input 'doc' must have a 'type' of 'image', 'audio', not 'document'."
+        assert problem(field, {**DOCUMENT, "type": file_type}) == (
+            f"Input 'doc' must have a 'type' of 'image', 'audio', not {described}."
+        )
+
+    @pytest.mark.parametrize("file_type", ["custom", "", None])
+    def test_a_form_with_extensions_may_take_a_file_without_its_type(self, file_type: Any) -> None:
+        field = InputField("doc", "file", file_types=("image",), file_extensions=(".csv",))
+        assert check(field, {**DOCUMENT, "type": file_type}) == InputCheck()
 
     @pytest.mark.parametrize(
         ("file_types", "file"),
         [
             (("document",), DOCUMENT),
             (("image", "custom"), DOCUMENT),
-            (("image",), {**DOCUMENT, "type": "custom"}),
-            (("image",), {"transfer_method": "local_file", "upload_file_id": FILE_ID}),
+            (("custom",), {"transfer_method": "local_file", "upload_file_id": FILE_ID}),
             (("image",), {"type": "document", "transfer_method": "tool_file", "tool_file_id": "x"}),
             (("image",), {"type": "document", "transfer_method": "datasource_file", "datasource_file_id": "x"}),
         ],
@@ -347,6 +357,7 @@ FIELDS = st.builds(
     max_length=st.none() | st.integers(min_value=1),
     options=st.lists(st.text()).map(tuple),
     file_types=st.lists(st.sampled_from(["image", "custom", "pdf"])).map(tuple),
+    file_extensions=st.lists(st.text()).map(tuple),
     file_transfer_methods=st.lists(st.sampled_from(["local_file", "remote_url"])).map(tuple),
 )
 FILES = st.dictionaries(

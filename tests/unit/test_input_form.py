@@ -54,10 +54,17 @@ def test_the_recorded_form_of_1_16_is_read_too() -> None:
 
 
 def test_a_file_field_says_which_files_it_takes() -> None:
-    file = {"variable": "doc", "type": "file", "allowed_file_types": ["document"]}
-    file["allowed_file_upload_methods"] = ["local_file"]
+    file = {
+        "variable": "doc",
+        "type": "file",
+        "allowed_file_types": ["document", "custom"],
+        "allowed_file_extensions": [".csv"],
+        "allowed_file_upload_methods": ["local_file"],
+    }
     (field,) = parse_input_form(parameters({"file": file})).fields
-    assert (field.file_types, field.file_transfer_methods) == (("document",), ("local_file",))
+    assert field.file_types == ("document", "custom")
+    assert field.file_extensions == (".csv",)
+    assert field.file_transfer_methods == ("local_file",)
 
 
 def test_a_form_without_fields_is_known_to_take_no_input() -> None:
