@@ -22,8 +22,9 @@ PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
 .PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke check-release try-release bench constraints clean
 
+# DIFY=1.13.0 chooses the version that the stand-in for Dify speaks like.
 demo: $(VENV)/installed
-	$(VENV)/bin/python scripts/demo.py
+	$(VENV)/bin/python scripts/demo.py $(DIFY)
 
 # A selection by PYTEST_ARGS may leave one of the two with no tests, which pytest tells by a 5.
 test: $(VENV)/installed

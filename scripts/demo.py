@@ -2,7 +2,8 @@
 Start a Dify workflow run with real Airflow, wait on it and print what the downstream task received.
 
 ``make demo`` runs this. Without settings it starts the tests' stand-in for Dify, on this machine, whose run is running
-for a few polls and then succeeds. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a run on that real Dify,
+for a few polls and then succeeds. The stand-in speaks like the newest Dify that was recorded; ``make demo DIFY=1.13.0``
+chooses another version. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a run on that real Dify,
 with the inputs in ``DIFY_INPUTS`` (a JSON object; ``{}`` by default). With ``WORKFLOW_RUN_ID`` set as well it starts
 none, but waits on that run.
 """
@@ -44,8 +45,12 @@ class Target:
 
 
 @contextlib.contextmanager
-def target() -> Iterator[Target]:
-    """Give the Dify of the environment, or the stand-in."""
+def target(dialect: str) -> Iterator[Target]:
+    """
+    Return the Dify of the environment, or the stand-in.
+
+    :param dialect: the version that the stand-in speaks like.
+    """
     base_url, api_key = (os.environ.get(name, "") for name in SERVER)
     inputs, run_id = (os.environ.get(name, "") for name in WHAT)
     if base_url and api_key:
@@ -57,18 +62,20 @@ def target() -> Iterator[Target]:
     if base_url or api_key or inputs or run_id:
         sys.exit(f"Set both {' and '.join(SERVER)}, and {' or '.join(WHAT)} if you like; or none of them.")
     sys.path.insert(0, str(ROOT))
-    from tests.dify_stand_in import API_KEY, DifyStandIn, Start
+    from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn, Start
 
+    if dialect not in (*DIALECTS, "current"):
+        sys.exit(f"DIFY={dialect}: the stand-in speaks like {', '.join(DIALECTS)}; current is {DIALECTS[-1]}.")
     outputs = {"text": "Hello from a workflow run — héllo 你好 🎉", "score": 0.75}
     asked = {"query": "Hello"}
-    with DifyStandIn() as dify:
+    with DifyStandIn(dialect) as dify:
         dify.starts.append(
             Start(
                 statuses=("running", "running", "running", "succeeded"),
                 fields={"outputs": outputs, "total_tokens": 42},
             )
         )
-        print(f"A stand-in for Dify (a test double) listens at {dify.base_url}.")
+        print(f"A stand-in for Dify {dify.dialect} (a test double) listens at {dify.base_url}.")
         yield Target(dify.base_url, API_KEY, STARTING, {"inputs": asked}, outputs)
         if [run.inputs for run in dify.started] != [asked]:
             sys.exit(f"The stand-in was not asked for one run with the inputs {asked}, but for {dify.started}.")
@@ -207,11 +214,12 @@ def xcoms(env: dict[str, str]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the example Dag and check its result."""
+    dialect = sys.argv[1] if len(sys.argv) > 1 else "current"
     log_path = Path(tempfile.mkstemp(prefix="dify-demo-", suffix=".log")[1])
     with (
         tempfile.TemporaryDirectory(prefix="airflow-demo-") as home,
         log_path.open("w", encoding="utf-8") as log,
-        target() as dify,
+        target(dialect) as dify,
     ):
         env = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")}
         env |= {

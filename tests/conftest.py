@@ -41,14 +41,14 @@ from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
 
 @pytest.fixture(params=DIALECTS)
 def dialect(request: pytest.FixtureRequest) -> str:
-    """Each generation of servers in turn."""
+    """Each version of Dify in turn."""
     return request.param
 
 
 @pytest.fixture
 def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
-    """A stand-in for Dify: in each dialect if the test asks for one, else as recorded."""
-    dialect = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "1.12"
+    """A stand-in for Dify: in each dialect if the test asks for one, else in that of 1.12.1."""
+    dialect = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "1.12.1"
     with DifyStandIn(dialect) as server:
         yield server
 

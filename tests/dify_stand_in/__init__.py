@@ -1,9 +1,9 @@
 """
 A stand-in for Dify's Service API on this machine. A test double: nothing of it is in the wheel, nothing of it is Dify.
 
-It replays recorded answers of a real server, from ``tests/recorded/``, and moves runs from status to status, one step a
-poll. It speaks two dialects: ``1.12`` (as recorded) and ``current`` (``outputs`` an object, an unknown run a 404). It
-misbehaves on demand, over a real socket::
+It answers out of recorded responses of real servers, in ``tests/recorded/``. It speaks like one of five Dify versions:
+what a run's detail looks like, what a rejected start gets, how starts queue, what a stop does, how paused runs go on.
+Runs move from status to status, one step a poll, or in real time. It misbehaves on demand, over a real socket::
 
     with DifyStandIn() as dify:
         run_id = dify.add_run("running", "succeeded")
@@ -11,9 +11,16 @@ misbehaves on demand, over a real socket::
 """
 
 from tests.dify_stand_in.dialects import DIALECTS
+from tests.dify_stand_in.events import iteration, node_finished, node_retry
 from tests.dify_stand_in.faults import (
     Fault,
+    close,
+    dribble,
+    dribble_headers,
     html,
+    lose_response,
+    pings_only,
+    quota_reached,
     redirect,
     replay,
     reset,
@@ -23,7 +30,9 @@ from tests.dify_stand_in.faults import (
     stall,
     too_many_requests,
     truncate_body,
+    unchunked,
 )
+from tests.dify_stand_in.input_form import form_field
 from tests.dify_stand_in.recordings import RECORDED, Recording
 from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
 from tests.dify_stand_in.server import API_KEY, DifyStandIn
@@ -39,7 +48,17 @@ __all__ = [
     "Run",
     "Start",
     "Started",
+    "close",
+    "dribble",
+    "dribble_headers",
+    "form_field",
     "html",
+    "iteration",
+    "lose_response",
+    "node_finished",
+    "node_retry",
+    "pings_only",
+    "quota_reached",
     "redirect",
     "replay",
     "reset",
@@ -49,4 +68,5 @@ __all__ = [
     "stall",
     "too_many_requests",
     "truncate_body",
+    "unchunked",
 ]

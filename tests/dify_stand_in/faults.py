@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Awaitable, Callable
 from email.utils import format_datetime
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from tests.dify_stand_in.server import DifyStandIn
 
 Fault = Callable[[web.Request], Awaitable[web.StreamResponse]]
+STAND_IN: web.AppKey[DifyStandIn] = web.AppKey("stand_in")
 
 
 def respond(
@@ -34,11 +36,12 @@ def respond(
     return fault
 
 
-def replay(name: str) -> Fault:
-    """Answer with a recording."""
+def replay(name: str, version: str | None = None) -> Fault:
+    """Respond with a recording, by default of the version that the stand-in speaks like."""
 
     async def fault(request: web.Request) -> web.StreamResponse:
-        return Recording.load(name).response()
+        stand_in = request.app[STAND_IN]
+        return Recording.load(name, version or stand_in.dialect).response()
 
     return fault
 
@@ -46,6 +49,13 @@ def replay(name: str) -> Fault:
 def too_many_requests(retry_after: str | None = None) -> Fault:
     """Answer 429, with the ``Retry-After`` that proxies send."""
     body = {"code": "too_many_requests", "message": "Too many requests. Please try again later.", "status": 429}
+    return respond(429, json.dumps(body), headers={"Retry-After": retry_after} if retry_after else {})
+
+
+def quota_reached(retry_after: str | None = None) -> Fault:
+    """Respond 429 ``rate_limit_error``: the plan's quota of runs is used up (from the source; Dify Cloud only)."""
+    message = "Workflow execution quota limit reached for tenant 46e43c4b-4b6b-4a9a-bc99-14cc4754a332"
+    body = {"code": "rate_limit_error", "message": message, "status": 429}
     return respond(429, json.dumps(body), headers={"Retry-After": retry_after} if retry_after else {})
 
 
@@ -97,6 +107,17 @@ def stall(seconds: float) -> Fault:
     return fault
 
 
+def close() -> Fault:
+    """Close the connection before anything is answered."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        request.transport.close()
+        return web.Response()
+
+    return fault
+
+
 def slow_body(dify: DifyStandIn, seconds: float, pieces: int = 10) -> Fault:
     """Respond as Dify does, but in pieces over a while."""
 
@@ -113,6 +134,86 @@ def slow_body(dify: DifyStandIn, seconds: float, pieces: int = 10) -> Fault:
             await response.write(body[start : start + step])
             await asyncio.sleep(seconds / pieces)
         return response
+
+    return fault
+
+
+def lose_response(then: Fault) -> Fault:
+    """Let a start reach Dify, which takes it, but let the client get this fault instead of the response."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        await request.app[STAND_IN].routes.accept_start(request)
+        return await then(request)
+
+    return fault
+
+
+def pings_only(interval: float = 0.05) -> Fault:
+    """Respond with an event stream that has pings, and nothing else, for ever. No run is started."""
+    return dribble(b"event: ping\n\n", interval, content_type="text/event-stream")
+
+
+def dribble(data: bytes = b" ", interval: float = 0.05, *, content_type: str = "application/json") -> Fault:
+    """Respond with a body that repeats these bytes, for ever."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": content_type})
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(data)
+                await asyncio.sleep(interval)
+        return response
+
+    return fault
+
+
+def dribble_headers(interval: float = 0.05) -> Fault:
+    """Respond with a header that goes on for ever, one byte at a time."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        transport = request.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nX-Padding: ")
+        while not transport.is_closing():
+            transport.write(b"x")
+            await asyncio.sleep(interval)
+        return web.Response()
+
+    return fault
+
+
+def unchunked(interval: float = 0.01, piece: int = 64) -> Fault:
+    """Respond as Dify does, but as HTTP/1.0: neither chunked nor with a length, in pieces, and closed at its end."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        stand_in = request.app[STAND_IN]
+        transport = request.transport
+        assert isinstance(transport, asyncio.Transport)
+
+        async def write(data: bytes) -> None:
+            for begin in range(0, len(data), piece):
+                transport.write(data[begin : begin + piece])
+                await asyncio.sleep(interval)
+
+        def begin_response(status: int, content_type: str) -> None:
+            head = f"HTTP/1.0 {status} -\r\nContent-Type: {content_type}\r\nX-Version: {stand_in.dialect}\r\n"
+            transport.write(f"{head}Connection: close\r\n\r\n".encode())
+
+        accepted: Any = None
+        if request.method == "POST" and request.path.endswith("/run"):
+            accepted = await stand_in.routes.accept_start(request)
+        if accepted is None or isinstance(accepted, web.Response):
+            right = await stand_in.respond_to(request) if accepted is None else accepted
+            assert isinstance(right, web.Response)
+            assert isinstance(right.body, bytes)
+            begin_response(right.status, right.content_type)
+            await write(right.body)
+        else:
+            begin_response(200, "text/event-stream")
+            await stand_in.routes.starts.send(accepted, request, write)
+        transport.close()
+        return web.Response()
 
     return fault
 

@@ -1,24 +1,26 @@
-"""The server: what it knows, how it misbehaves, how it responds."""
+"""The server: its settings, its runs, how it misbehaves, and its life."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
+import re
 import ssl
 import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from typing import Any
 
 from aiohttp import web
 
-from tests.dify_stand_in.dialects import DIALECTS, run_detail, unknown_run
-from tests.dify_stand_in.faults import Fault
-from tests.dify_stand_in.recordings import Recording
+from tests.dify_stand_in.dialects import DIALECT_OF_VERSION
+from tests.dify_stand_in.execution import Execution
+from tests.dify_stand_in.faults import STAND_IN, Fault
+from tests.dify_stand_in.input_form import Form
+from tests.dify_stand_in.routes import Routes
 from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
 
 API_KEY = "app-key-of-the-stand-in"
@@ -28,34 +30,71 @@ class DifyStandIn:
     """
     The stand-in, in a thread of its own, on a free port of the loopback interface.
 
-    :param dialect: ``1.12`` or ``current``.
+    :param dialect: the version that it speaks like, one of :data:`~tests.dify_stand_in.DIALECTS`, or ``current``.
     :param port: port to listen on; a free one by default.
     :param tls: server side TLS settings, for an https stand-in.
     """
 
-    def __init__(self, dialect: str = "1.12", *, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
-        assert dialect in DIALECTS
-        self.dialect = dialect
+    def __init__(self, dialect: str = "1.12.1", *, port: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self.dialect_rules = DIALECT_OF_VERSION[dialect]
+        self.dialect = self.dialect_rules.version
         self.port = port
         self.tls = tls
         self.api_keys = {API_KEY}
         self.runs: dict[str, Run] = {}
+        #: The recording of ``GET /info``, and with it the app's mode.
         self.app_info = "app_info"
+        #: All requests so far.
         self.requests: list[ReceivedRequest] = []
+        #: How the next starts go, one after another; then as ``Start()``.
         self.starts: deque[Start] = deque()
+        #: The starts that were taken, and the runs of them. A run stands in ``log`` as soon as it has begun.
         self.started: list[Started] = []
-        # Task ids that it was asked to stop, and by whom; the runs stop, unless they are to be orphaned.
+        self.accepted: list[Run] = []
+        self.log: list[Run] = []
+        #: Task ids that it was asked to stop, and by which user.
         self.stopped: list[tuple[str, str]] = []
-        self.stop_leaves_running = False
-        self.log_row_at_end = False
+        #: Uploaded files by their ids: name and content; user; content type.
         self.uploads: dict[str, tuple[str, bytes]] = {}
-        self._faults: deque[Fault] = deque()
-        self._always: Fault | None = None
-        self._sometimes: tuple[float, tuple[Fault, ...]] = (0.0, ())
+        self.upload_users: dict[str, str] = {}
+        self.upload_types: dict[str, str] = {}
+
+        #: Seconds that a run runs and holds its slot, unless its :class:`Start` says it. 0: over at once.
+        self.run_duration = 0.0
+        #: Seconds without a slot, or after a rejected input on 1.13 and 1.14, after which the stream ends. Dify: 300.
+        self.silence_limit = 300.0
+        #: Seconds between the pings of a run that has begun. Dify: 10.
+        self.ping_interval = 10.0
+        #: Seconds from the last event to the end of the stream. Dify 1.13.0 and 1.14.2: 1.
+        self.close_delay = 0.0
+        #: Seconds from a stop until the detail says so, on versions that write it.
+        self.stop_delay = 0.2
+        #: Seconds that a run takes to its end after its form was sent.
+        self.resume_duration = 0.1
+        #: Whether the detail stays ``running`` after a stop; ``None``: as the version does.
+        self.stop_leaves_running: bool | None = None
+        #: Starts are turned away while so many runs are queued or running.
+        self.active_runs_limit: int | None = None
+        #: The form that inputs are checked against. ``None``: ``GET /parameters`` shows the recorded form with nothing
+        #: required in it, and nothing is checked.
+        self.user_input_form: Form | None = None
+        #: Bytes of a file that are too many.
+        self.upload_limit = 15 * 1024 * 1024
+        #: Whether a run's row appears in the log only at its end, as before about Dify 1.9.
+        self.log_row_at_end = False
+        #: Whether the log ignores the parameter with the user, as a server that doesn't know it would.
+        self.logs_ignore_user = False
+
         self.fault_count = 0
+        self._faults: list[tuple[Fault, str]] = []
+        self._always: tuple[Fault, str] | None = None
+        self._sometimes: tuple[float, tuple[Fault, ...]] = (0.0, ())
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dify-stand-in", daemon=True)
         self._connections: dict[tuple[str, int], int] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.execution = Execution(self)
+        self.routes = Routes(self)
 
     # --- life
 
@@ -85,7 +124,8 @@ class DifyStandIn:
 
     async def _start(self) -> None:
         app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self._answer)
+        app[STAND_IN] = self
+        app.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, keepalive_timeout=30)
         await self._runner.setup()
         await self._listen()
@@ -97,20 +137,39 @@ class DifyStandIn:
         await self._site.start()
         self.port = self._site._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
 
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the request that is being handled."""
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     @property
     def origin(self) -> str:
+        """Scheme, host and port."""
         return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def base_url(self) -> str:
+        """The base URL of the API."""
         return f"{self.origin}/v1"
 
-    # --- what it knows
+    @property
+    def app_mode(self) -> str:
+        """The mode of the app that the key belongs to."""
+        return str(self.dialect_rules.recording(self.app_info).fields()["mode"])
+
+    @property
+    def connections_opened(self) -> int:
+        """How many connections the requests came through."""
+        return len(self._connections)
+
+    # --- runs
 
     def add_run(
         self,
         *statuses: str | None,
         run_id: str | None = None,
+        user: str | None = None,
         fault_after_first: Fault | None = None,
         duration: float | None = None,
         **fields: Any,
@@ -121,30 +180,92 @@ class DifyStandIn:
         :param statuses: a status a poll, ``None`` for "not written yet"; the last one stays. A status may also be the
             name of a recording, such as ``detail_failed_parallel``.
         :param run_id: its id; a new one by default.
+        :param user: who started it; with a user it is in the log, too.
         :param fault_after_first: how to misbehave at each poll of this run but the first.
         :param duration: seconds from the first poll after which it has the last status, until then the first.
-        :param fields: fields of the recorded answer to replace, ``outputs`` as an object.
+        :param fields: fields of the recorded response to replace, ``outputs`` as an object.
         :return: its id.
         """
         run_id = run_id or str(uuid.uuid4())
         responses = deque(
-            None if status is None else run_detail(self.dialect, status, run_id, fields) for status in statuses
+            None if status is None else self.dialect_rules.run_detail(status, run_id, fields) for status in statuses
         )
-        self.runs[run_id] = Run(run_id, responses, fault_after_first, duration)
+        known = self.runs.get(run_id)
+        if known is not None and known.start is not None:
+            # What a started run's polls find from now on.
+            known.responses = responses
+            return run_id
+        run = Run(run_id, responses, fault_after_first, duration, task_id=str(uuid.uuid4()), user=user or "")
+        self.runs[run_id] = run
+        if user is not None:
+            self.log.append(run)
         return run_id
+
+    def add_logged_runs(
+        self, count: int, *, user: str = "somebody", status: str = "succeeded", ending: float | None = None
+    ) -> list[str]:
+        """
+        Add many runs to the log.
+
+        :param count: how many.
+        :param user: who started them.
+        :param status: what they all have.
+        :param ending: when the last of them was created, in epoch seconds; one a second before it; now by default.
+        :return: their ids, the oldest first.
+        """
+        detail = self.dialect_rules.run_detail(status, str(uuid.uuid4()), {})
+        oldest = int(time.time() if ending is None else ending) - count + 1
+        ids = [str(uuid.uuid4()) for _ in range(count)]
+        for number, run_id in enumerate(ids):
+            created = {"id": run_id, "created_at": oldest + number}
+            self.runs[run_id] = Run(run_id, deque([{**detail, **created}]), user=user)
+            self.log.append(self.runs[run_id])
+        return ids
+
+    @property
+    def slots(self) -> int | None:
+        """How many streaming starts run at once; the others queue. ``None``: all. 0 keeps all of them queued."""
+        return self.execution.slots.count
+
+    @slots.setter
+    def slots(self, count: int | None) -> None:
+        self.execution.slots.count = count
+        self._loop.call_soon_threadsafe(self.execution.slots.serve)
+
+    def submit_form(self, run_id: str, action: str = "yes", **inputs: Any) -> str | None:
+        """
+        Submit the form of a paused run, as a person does in Dify's web app (on 1.13.0 nothing else can).
+
+        :param run_id: the run.
+        :param action: the id of the action, ``yes`` or ``no`` in the recorded form.
+        :param inputs: what the person entered; ``comment`` in the recorded form.
+        :return: what is wrong with it, or ``None``.
+        """
+
+        async def submit() -> str | None:
+            return self.routes.human_input.submit(self.runs[run_id], action, inputs)
+
+        wrong: str | None = self._do(submit())
+        return wrong
 
     # --- how it misbehaves
 
-    def misbehave(self, *faults: Fault, times: int = 1) -> None:
-        """Answer the next requests with these faults, in order, the whole series ``times`` times."""
-        self._faults.extend(faults * times)
+    def misbehave(self, *faults: Fault, times: int = 1, only: str = "") -> None:
+        """
+        Respond to the next requests with these faults, in order.
 
-    def misbehave_always(self, fault: Fault | None) -> None:
-        """Answer every request with this fault, until called again with ``None``."""
-        self._always = fault
+        :param faults: the faults.
+        :param times: how often the whole series.
+        :param only: a regular expression for the requests that get them, such as ``POST`` or ``GET .*/logs``.
+        """
+        self._faults.extend((fault, only) for fault in faults * times)
+
+    def misbehave_always(self, fault: Fault | None, only: str = "") -> None:
+        """Respond to every request, or those that ``only`` matches, with this fault, until called with ``None``."""
+        self._always = None if fault is None else (fault, only)
 
     def misbehave_sometimes(self, share: float, *faults: Fault) -> None:
-        """Answer this share of the requests for a run's detail with one of these faults, by chance."""
+        """Respond to this share of the requests for a run's detail with one of these faults, by chance."""
         self._sometimes = (share, faults)
 
     @contextlib.contextmanager
@@ -162,167 +283,33 @@ class DifyStandIn:
             if handler.transport is not None:
                 handler.transport.abort()
 
-    # --- answering
+    # --- requests
 
-    @property
-    def connections_opened(self) -> int:
-        """How many connections the requests came through."""
-        return len(self._connections)
-
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
         assert request.transport is not None
         number = self._connections.setdefault(request.transport.get_extra_info("peername"), len(self._connections))
         self.requests.append(
             ReceivedRequest(request.method, request.raw_path, dict(request.headers), time.monotonic(), number)
         )
-        fault = self._faults.popleft() if self._faults else self._always
-        if fault is None:
-            run = self.runs.get(request.path.rpartition("/")[2])
-            fault = run.fault_after_first if run and run.polls else None
-            share, faults = self._sometimes
-            if run and random.random() < share:
-                fault = random.choice(faults)
-                self.fault_count += 1
-        if fault is not None:
-            return await fault(request)
-        return await self.respond_to(request)
+        fault = self._fault(request)
+        return await self.respond_to(request) if fault is None else await fault(request)
+
+    def _fault(self, request: web.Request) -> Fault | None:
+        line = f"{request.method} {request.raw_path}"
+        for number, (fault, only) in enumerate(self._faults):
+            if re.search(only, line):
+                del self._faults[number]
+                return fault
+        if self._always is not None and re.search(self._always[1], line):
+            return self._always[0]
+        run = self.runs.get(request.path.rpartition("/")[2])
+        chosen = run.fault_after_first if run and run.polls else None
+        share, faults = self._sometimes
+        if run and random.random() < share:
+            chosen = random.choice(faults)
+            self.fault_count += 1
+        return chosen
 
     async def respond_to(self, request: web.Request) -> web.StreamResponse:
         """Respond as Dify does, without faults."""
-        return await self._post(request) if request.method == "POST" else self._dify(request)
-
-    async def _post(self, request: web.Request) -> web.StreamResponse:
-        refused = self._refused(request)
-        if refused is not None:
-            return refused
-        path = request.path.removeprefix("/v1")
-        if path == "/files/upload":
-            return await self._upload(request)
-        body = await request.json()
-        if path.startswith("/workflows/tasks/"):
-            return self._stop_task(path.split("/")[3], body)
-        if path == "/workflows/run" or (path.startswith("/workflows/") and path.endswith("/run")):
-            return await self._start_run(request, body, None if path == "/workflows/run" else path.split("/")[2])
-        return Recording.load("detail_no_v1_prefix").response()
-
-    async def _start_run(
-        self, request: web.Request, body: dict[str, Any], workflow_id: str | None
-    ) -> web.StreamResponse:
-        if not body.get("user"):
-            return Recording.load("run_missing_user").response()
-        start = self.starts.popleft() if self.starts else Start()
-        recording = Recording.load(start.recording)
-        if recording.status != 200:
-            return recording.response()
-        stream = recording.body
-        first = json.loads(stream.split(b"\n\n")[0].removeprefix(b"data: "))
-        run = Started(str(uuid.uuid4()), str(uuid.uuid4()), body["user"], body["inputs"], workflow_id)
-        stream = stream.replace(first["workflow_run_id"].encode(), run.workflow_run_id.encode())
-        stream = stream.replace(first["task_id"].encode(), run.task_id.encode())
-        self.add_run(*start.statuses, run_id=run.workflow_run_id, **start.fields)
-        self.started.append(run)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
-        await response.prepare(request)
-        sent = stream[: start.cut]
-        # A client that hangs up is no trouble of the run.
-        with contextlib.suppress(ConnectionError):
-            for begin in range(0, len(sent), start.piece):
-                await response.write(sent[begin : begin + start.piece])
-            await self._at_the_cut(start, request, response)
-        return response
-
-    async def _at_the_cut(self, start: Start, request: web.Request, response: web.StreamResponse) -> None:
-        assert request.transport is not None
-        if start.then == "reset":
-            request.transport.abort()
-        elif start.then == "stall":
-            await asyncio.sleep(30)
-        elif start.then == "pings":
-            while True:
-                await response.write(b"event: ping\n\n")
-                await asyncio.sleep(0.1)
-        elif start.cut is not None:
-            request.transport.close()
-
-    def _stop_task(self, task_id: str, body: dict[str, Any]) -> web.Response:
-        if not body.get("user"):
-            return Recording.load("stop_no_user").response()
-        self.stopped.append((task_id, body["user"]))
-        for run in self.started:
-            if run.task_id == task_id and not self.stop_leaves_running:
-                self.add_run("stopped", run_id=run.workflow_run_id)
-        return Recording.load("stop_ok").response()
-
-    async def _upload(self, request: web.Request) -> web.Response:
-        form = await request.post()
-        part = form.get("file")
-        if not isinstance(part, web.FileField):
-            return Recording.load("file_upload_no_file").response()
-        file_id = str(uuid.uuid4())
-        self.uploads[file_id] = (part.filename, part.file.read())
-        return web.json_response({**Recording.load("file_upload").fields(), "id": file_id}, status=201)
-
-    def _logs(self, request: web.Request) -> web.Response:
-        asked = request.query
-        if int(asked.get("limit", 20)) > 100:
-            return Recording.load("logs_bad_limit").response()
-        recorded = Recording.load("logs").fields()
-        rows = []
-        for run in reversed(self.started):
-            now = self.runs[run.workflow_run_id].responses[0]
-            # Servers since about 1.9 write a run's row when the run starts, older ones when it ends.
-            if now is None or (self.log_row_at_end and now["status"] in ("running", "scheduled")):
-                continue
-            row = json.loads(json.dumps(recorded["data"][0]))
-            kept = row["workflow_run"].keys() & now.keys()
-            row["workflow_run"].update({key: now[key] for key in kept})
-            row["created_by_end_user"]["session_id"] = run.user
-            if run.user == asked.get("created_by_end_user_session_id", run.user) and now["status"] == asked.get(
-                "status", now["status"]
-            ):
-                rows.append(row)
-        return web.json_response({**recorded, "total": len(rows), "has_more": False, "data": rows})
-
-    def _dify(self, request: web.Request) -> web.Response:
-        path = request.raw_path
-        if "//" in path:
-            target = path.replace("//", "/")
-            response = Recording.load("detail_double_slash").response()
-            response.headers["Location"] = f"{self.origin}{target}"
-            return response
-        if path.startswith("/app/"):
-            return web.Response(text="<title>A page of Dify's console</title>", content_type="text/html")
-        refused = self._refused(request)
-        if refused is not None:
-            return refused
-        if path.startswith("/v1/workflows/logs"):
-            return self._logs(request)
-        if path == "/v1/info":
-            return Recording.load(self.app_info).response()
-        if path == "/v1/workflows/run/":
-            return Recording.load("detail_empty_id").response()
-        if path.startswith("/v1/workflows/run/"):
-            return self._run_detail(path.removeprefix("/v1/workflows/run/"))
-        return Recording.load("detail_no_v1_prefix").response()
-
-    def _refused(self, request: web.Request) -> web.Response | None:
-        if not request.raw_path.startswith("/v1/"):
-            return Recording.load("detail_no_v1_prefix").response()
-        authorization = request.headers.get("Authorization", "")
-        if not authorization.startswith("Bearer "):
-            return Recording.load("auth_none").response()
-        if authorization.removeprefix("Bearer ") not in self.api_keys:
-            return Recording.load("auth_bad_key").response()
-        return None
-
-    def _run_detail(self, run_id: str) -> web.Response:
-        try:
-            if str(uuid.UUID(run_id)) != run_id:
-                raise ValueError
-        except ValueError:
-            return Recording.load("detail_not_a_uuid").response()
-        run = self.runs.get(run_id)
-        fields = run.poll() if run else None
-        if fields is not None:
-            return web.json_response(fields)
-        return unknown_run(self.dialect)
+        return await self.routes.respond(request)

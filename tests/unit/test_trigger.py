@@ -82,7 +82,8 @@ def trigger_of(run_id: str, **arguments: Any) -> DifyWorkflowRunTrigger:
 
 
 def test_the_event_is_small_and_holds_no_outputs(dify: DifyStandIn, dialect: str) -> None:
-    run_id = dify.add_run("running", "running", "succeeded", outputs={"secret": "not for the event"})
+    fields = {"outputs": {"secret": "not for the event"}, "elapsed_time": 0.068595, "total_steps": 2}
+    run_id = dify.add_run("running", "running", "succeeded", **fields)
     payload = payload_of(trigger_of(run_id))
     assert payload == {
         "workflow_run_id": run_id,
@@ -420,7 +421,7 @@ def test_the_proxy_of_the_connection_is_used(
         run_id = proxy.add_run("succeeded")
 
         async def as_proxy(request: Any) -> Any:
-            return proxy._run_detail(run_id)
+            return proxy.routes.run_detail(run_id)
 
         proxy.misbehave_always(as_proxy)
         connection_with(proxies={"http": proxy.origin})
