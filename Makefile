@@ -8,17 +8,23 @@ AIRFLOW ?= 3.3
 ifneq ($(shell command -v pyenv),)
 export PYENV_VERSION := $(shell echo "$$(pyenv version-name):$$(pyenv versions --bare | grep -E '^3\.1[0-3]\.' | paste -sd: -)")
 endif
-PYTHON_VERSION := $(shell PYENV_VERSION="$(PYENV_VERSION)" $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+PYTHON_VERSION := $(shell PYENV_VERSION="$(PYENV_VERSION)" $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
+ifneq ($(MAKECMDGOALS),clean)
+ifeq ($(filter 3.10 3.11 3.12 3.13,$(PYTHON_VERSION)),)
+$(error PYTHON=$(PYTHON) is $(or $(PYTHON_VERSION),not there): use Python 3.10 to 3.13, such as PYTHON=python3.12)
+endif
+endif
 VENV := .venv/airflow-$(AIRFLOW)-python$(PYTHON_VERSION)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 # Side by side, but real Airflow processes for themselves, because they go by time.
 PYTEST = $(VENV)/bin/python -m pytest --numprocesses=logical --maxprocesses=4
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke bench constraints clean
+.PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke check-release try-release bench constraints clean
 
+# DIFY=1.13.0 chooses the version that the stand-in for Dify speaks like.
 demo: $(VENV)/installed
-	$(VENV)/bin/python scripts/demo.py
+	$(VENV)/bin/python scripts/demo.py $(DIFY)
 
 # A selection by PYTEST_ARGS may leave one of the two with no tests, which pytest tells by a 5.
 test: $(VENV)/installed
@@ -41,10 +47,14 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(if $(wildcard .github),$(VENV)/bin/zizmor --offline --quiet .github)
 
-# Makes build/docs/index.html out of docs/ and the docstrings. A warning is an error.
+# Builds build/docs/index.html from docs/ and the docstrings, and follows the links between its pages. A warning is an
+# error. REPOSITORY_URL=https://... adds edit links.
 docs: .venv/docs/installed
-	.venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	rm -rf build/docs
+	REPOSITORY_URL="$(REPOSITORY_URL)" .venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
+	.venv/docs/bin/python scripts/check_site.py build/docs
 
 .venv/docs/installed: pyproject.toml constraints/airflow-3.3-docs.txt
 	$(PYTHON) -m venv --clear .venv/docs
@@ -63,11 +73,25 @@ package: $(VENV)/installed
 smoke:
 	PYTHON="$(PYTHON)" scripts/smoke.sh $(AIRFLOW)
 
+# Checks that TAG, the package's version and the changelog name the same version, and that the package names
+# REPOSITORY_URL, if that is set.
+check-release: $(VENV)/installed
+	$(VENV)/bin/python scripts/check_release.py "$(TAG)" --repository-url "$(REPOSITORY_URL)"
+
+# Uploads dist/* to a package index on this machine, installs it from there with AIRFLOW, and runs the demo.
+try-release: $(VENV)/installed
+	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group build
+	PYTHON="$(PYTHON)" scripts/try_release.sh $(AIRFLOW) $(VENV)/bin/python
+
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --editable . --group test
 	touch $@
+
+# Reached only for an AIRFLOW without such a file.
+constraints/airflow-%.txt:
+	@echo "There is no Airflow $*. AIRFLOW can be: $(filter-out %-cluster %-docs,$(patsubst constraints/airflow-%.txt,%,$(wildcard constraints/*.txt)))" >&2; exit 1
 
 # Compares waiting with this provider to waiting with others. Needs Linux, Python 3.11 or later, and four minutes.
 bench: .venv/bench/installed
@@ -83,28 +107,28 @@ bench: .venv/bench/installed
 # Waits on a cluster (PostgreSQL, Celery on Redis, two workers, two triggerers) while its processes are killed, and counts
 # what a wait costs. Needs Linux and a quarter of an hour; as root on Debian it installs PostgreSQL and Redis if need be.
 test-cluster: .venv/cluster/installed
-	cluster/install_servers.sh
-	.venv/cluster/bin/python -m pytest --capture=no cluster
+	tests/cluster/install_servers.sh
+	.venv/cluster/bin/python -m pytest --capture=no tests/cluster
 
-.venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt cluster/requirements.txt
+.venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt tests/cluster/requirements.txt
 	$(PYTHON) -m venv --clear .venv/cluster
 	.venv/cluster/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3-cluster.txt uv
 	.venv/cluster/bin/uv pip install --quiet --python .venv/cluster/bin/python --constraints constraints/airflow-3.3-cluster.txt \
-		--editable . --group test --requirements cluster/requirements.txt
+		--editable . --group test --requirements tests/cluster/requirements.txt
 	touch $@
 
 # Goes through the UI of Airflow 3.3 and 2.11 in Debian's Chromium, and takes the documentation's screenshots on the way.
 # Needs Python 3.10 to 3.12.
 test-ui: .venv/ui-3.3/installed .venv/ui-2.11/installed
 	command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium fonts-dejavu-core; }
-	.venv/ui-3.3/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
-	.venv/ui-2.11/bin/python -m pytest --exitfirst browser --screenshots docs/images $(PYTEST_ARGS)
+	.venv/ui-3.3/bin/python -m pytest --exitfirst tests/ui --screenshots docs/images $(PYTEST_ARGS)
+	.venv/ui-2.11/bin/python -m pytest --exitfirst tests/ui --screenshots docs/images $(PYTEST_ARGS)
 
-.venv/ui-%/installed: pyproject.toml constraints/airflow-%.txt browser/requirements.txt
+.venv/ui-%/installed: pyproject.toml constraints/airflow-%.txt tests/ui/requirements.txt
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-$*.txt uv
 	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --constraints constraints/airflow-$*.txt \
-		--editable . --group test --requirements browser/requirements.txt
+		--editable . --group test --requirements tests/ui/requirements.txt
 	touch $@
 
 # Pins anew what is tested with. Looks at the package index.

@@ -1,4 +1,4 @@
-"""What Airflow knows about this provider before it imports any of it."""
+"""What Airflow knows about this provider before it imports any of its other modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTEGRATION = "Dify"
 CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
     "timeout": {
         "label": "Timeout (seconds)",
-        "description": "How long to wait for an answer of the API. 30 seconds if empty.",
+        "description": "How long to wait for a response of the API. 30 seconds if empty.",
         "schema": {"type": ["integer", "null"], "minimum": 1},
     },
     "verify": {
@@ -27,29 +27,35 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
     },
     "console_url": {
         "label": "Console URL",
-        "description": "Where people open Dify, for links in Airflow's UI. The base URL's server if empty.",
+        "description": "Where people open Dify, for links in Airflow's UI. If empty: https://cloud.dify.ai for Dify "
+        "Cloud, else the server of the base URL.",
         "schema": {"type": ["string", "null"]},
     },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
-    # Not the port and not the extra: Airflow 3.3.2's Test button fails for a connection without a port, and 2.11's does
-    # in a form without the extra.
+    # Neither the port nor the extra: Airflow 3.3.2's Test button fails for a connection without a port, and 2.11's in a
+    # form without the extra.
     "hidden-fields": ["schema", "login"],
     "relabeling": {"host": "Base URL", "password": "API Key"},
-    "placeholders": {"host": "https://api.dify.ai/v1", "password": "API key of the Dify app", "port": "443"},
+    "placeholders": {
+        "host": "Empty for Dify Cloud; else https://dify.example.com",
+        "password": "Required: the API key of the Dify app",
+        "port": "443 (the Test button of Airflow 3.3 needs a port)",
+    },
 }
 
 
 def get_provider_info() -> dict[str, Any]:
     """
-    Describe the provider.
+    Return what the provider consists of.
 
     :return: a dict in the form of Airflow's ``provider_info.schema.json``.
     """
     return {
         "package-name": "airflow-provider-dify",
         "name": "Dify",
-        "description": "Start `Dify <https://dify.ai/>`__ workflow runs, wait on them and use their outputs.",
+        # Without an address: Airflow's page of providers makes the next word a part of it.
+        "description": "Start Dify workflow runs in Dags, wait on them and use their outputs.",
         "versions": [__version__],
         "integrations": [
             {

@@ -1,16 +1,17 @@
-"""How Sphinx makes the documentation's pages: ``make docs``."""
+"""How Sphinx builds the documentation: ``make docs``."""
 
 from __future__ import annotations
 
 import os
-import re
 import tempfile
-from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from airflow_provider_dify import __version__
 
-if TYPE_CHECKING:
-    from sphinx.application import Sphinx
+# The address of the repository that the pages are built from, for the edit links. Without it there are none.
+REPOSITORY = os.environ.get("REPOSITORY_URL", "")
+# Where the site will be, as Read the Docs says it.
+SITE = os.environ.get("READTHEDOCS_CANONICAL_URL", "")
 
 # Airflow, which autodoc imports, writes a configuration there.
 _airflow_home = tempfile.TemporaryDirectory(prefix="airflow-home-")
@@ -18,30 +19,41 @@ os.environ["AIRFLOW_HOME"] = _airflow_home.name
 
 project = "airflow-provider-dify"
 author = "the contributors of airflow-provider-dify"
+project_copyright = f"{author}. Apache License 2.0. Apache Airflow, Airflow and Dify are trademarks of their owners"
 version = release = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+extensions = ["myst_parser", "notfound.extension", "sphinx.ext.autodoc", "sphinx_copybutton", "sphinx_design"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
 html_theme = "furo"
 html_title = f"{project} {version}"
+html_short_title = project
+html_baseurl = SITE
 html_copy_source = False
-myst_heading_anchors = 3
+html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {
+    "top_of_page_buttons": ["view", "edit"] if REPOSITORY else [],
+    **({"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"} if REPOSITORY else {}),
+}
+# The missing page may be at any depth, so its links are absolute.
+notfound_urls_prefix = urlsplit(SITE).path or "/"
+notfound_context = {
+    "title": "Page not found",
+    "body": "<h1>Page not found</h1><p>This page is not here any more, or never was. Use the search, or choose a page "
+    "on the left. For the message of a failed task, see <em>Failures</em>.</p>",
+}
+
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
+# Names without their modules: these are too long for the sidebar.
+add_module_names = False
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = "hide"
 # A reference to anything of this package must lead somewhere; those to Airflow, requests, ... need not.
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!airflow_provider_dify).*")]
-
-_PAGES = re.compile(r"^\d+\. \[[^]]+\]\(([\w-]+)\.md\)", re.MULTILINE)
-
-
-def order_pages(app: Sphinx, page: str, source: list[str]) -> None:
-    """Make the numbered list of index.md, which reads well everywhere, the order of the pages as well."""
-    if page == "index":
-        source[0] += "\n```{toctree}\n:hidden:\n\n" + "\n".join(_PAGES.findall(source[0])) + "\n```\n"
-
-
-def setup(app: Sphinx) -> None:
-    """Tell Sphinx of it."""
-    app.connect("source-read", order_pages)

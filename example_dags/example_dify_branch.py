@@ -1,8 +1,8 @@
 """
-Start a Dify workflow run, and let one of its outputs decide which task comes next.
+### Let an output of a Dify workflow run choose the next task
 
-The workflow takes the input ``query`` and gives the outputs ``text`` and ``score``, a number. It uses the connection
-``dify_default``.
+The workflow has the input `query` and the outputs `text` and `score`, a number. A high score leads to the task
+`publish`, any other to `review`. The Dag uses the connection `dify_default`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 @dag(
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    params={"query": Param("Hello", type="string", description="What to ask the workflow")},
+    params={
+        "query": Param(
+            "Hello",
+            type="string",
+            minLength=1,
+            title="Query",
+            description="What to ask the workflow",
+        )
+    },
+    doc_md=__doc__,
     tags=["example", "dify"],
 )
 def example_dify_branch():
     run = DifyRunWorkflowOperator(
         task_id="run",
         inputs={"query": "{{ params.query }}"},
-        poll_interval=2,
         timeout=3600,
     )
 

@@ -1,8 +1,8 @@
 """
-Start a Dify workflow run for each item of an upstream task's list, and collect the outputs.
+### Start a Dify workflow run for each item of a list
 
-Trigger it with ``{"queries": ["...", "..."]}``; each becomes the input ``query`` of a run of its own. It uses the
-connection ``dify_default``.
+Each query becomes a run of its own, at most four at a time. One task collects the outputs, another adds up the tokens.
+The workflow has the input `query`. The Dag uses the connection `dify_default`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,17 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 @dag(
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    params={"queries": Param(["Hello", "Good morning"], type="array", description="What to ask the workflow")},
+    params={
+        "queries": Param(
+            ["Hello", "Good morning"],
+            type="array",
+            items={"type": "string", "minLength": 1},
+            minItems=1,
+            title="Queries",
+            description="What to ask the workflow, one query a line",
+        )
+    },
+    doc_md=__doc__,
     tags=["example", "dify"],
 )
 def example_dify_fan_out():
@@ -26,21 +36,30 @@ def example_dify_fan_out():
 
     run = DifyRunWorkflowOperator.partial(
         task_id="run",
-        poll_interval=2,
+        deferrable=True,
         timeout=3600,
-        # How many runs Dify has to do at once.
+        # How many runs Dify works on at once.
         max_active_tis_per_dagrun=4,
-        # Each of many outputs in an XCom of its own is more than this Dag needs.
+        # The UI names each mapped task by its query, not by a number.
+        map_index_template="{{ task.inputs.query }}",
+        # This Dag needs only the dict of all outputs, not one XCom for each.
         multiple_outputs=False,
     ).expand(inputs=inputs())
 
     @task
     def collect(outputs: list[dict]) -> int:
         for number, answer in enumerate(outputs):
-            print(f"Run {number} gave {answer}.")
+            print(f"Run {number} returned {answer}.")
         return len(list(outputs))
 
+    @task
+    def count_tokens(runs: list[dict]) -> int:
+        tokens = sum(run["total_tokens"] or 0 for run in runs)
+        print(f"All runs together used {tokens} tokens.")
+        return tokens
+
     collect(run.output)
+    count_tokens(run.output["workflow_run"])
 
 
 example_dify_fan_out()

@@ -1,7 +1,7 @@
 """
-Start a Dify workflow run and wait on it in one task, and use one of its outputs in the next.
+### Start a Dify workflow run and use what it answers
 
-The workflow takes the input ``query`` and gives the output ``text``. It uses the connection ``dify_default``.
+The workflow has the input `query` and the output `text`. The Dag uses the connection `dify_default`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,24 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 @dag(
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    params={"query": Param("Hello", type="string", description="What to ask the workflow")},
+    params={
+        "query": Param(
+            "Hello",
+            type="string",
+            minLength=1,
+            title="Query",
+            description="What to ask the workflow",
+        )
+    },
+    doc_md=__doc__,
     tags=["example", "dify"],
 )
 def example_dify_start_and_wait():
     run = DifyRunWorkflowOperator(
         task_id="run",
         inputs={"query": "{{ params.query }}"},
-        poll_interval=2,
         timeout=3600,
-        # A retry goes on with the run that an earlier try started, if that can still succeed.
+        # A retry continues with the run of an earlier try, if that run can still succeed.
         retries=2,
     )
 

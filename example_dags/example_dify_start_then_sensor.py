@@ -1,7 +1,8 @@
 """
-Start a Dify workflow run in one task, wait on it in a sensor, and report its outputs in a third.
+### Start a Dify workflow run in one task and wait in another
 
-Trigger it with ``{"inputs": {"query": "..."}}``, the inputs of the workflow. It uses the connection ``dify_default``.
+The third task reports the outputs. The param `inputs` holds the workflow's inputs by name. The Dag uses the connection
+`dify_default`.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 @dag(
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    params={"inputs": Param({"query": "Hello"}, type="object", description="The workflow's inputs by name")},
-    # With this the template below gives the object itself, not its text.
+    params={
+        "inputs": Param(
+            {"query": "Hello"},
+            type="object",
+            title="Inputs",
+            description="The workflow's inputs by name",
+        )
+    },
+    # The template below then renders to the object itself, not to its text.
     render_template_as_native_obj=True,
+    doc_md=__doc__,
     tags=["example", "dify"],
 )
 def example_dify_start_then_sensor():
@@ -35,13 +44,13 @@ def example_dify_start_then_sensor():
         timeout=3600,
         # Some servers write a run a moment after they started it.
         not_found_grace=60,
-        # Dify leaves a run "running" for ever if the server that ran it was killed.
+        # Dify leaves a run "running" forever if the server that ran it was killed.
         run_timeout=6 * 3600,
     )
 
     @task
     def report(outputs: dict, run: dict) -> dict:
-        # An output has the name that it has in the workflow's end node; this one takes "text", or whatever there is.
+        # Outputs are named as in the workflow's end node. This takes "text", or the first one.
         answer = outputs.get("text", next(iter(outputs.values()), None))
         print(f"The workflow answered {answer!r} and used {run['total_tokens']} tokens.")
         return {"answer": answer, "total_tokens": run["total_tokens"]}

@@ -1,7 +1,8 @@
 """
-Wait on several Dify workflow runs at once, one mapped sensor a run, and collect their outputs.
+### Wait on several Dify workflow runs at once
 
-The ids come from an upstream task here; trigger it with ``{"workflow_run_ids": ["...", "..."]}``.
+One mapped sensor waits on each run, and the last task collects the outputs. The param `workflow_run_ids` is the list of
+the runs' ids. The Dag uses the connection `dify_default`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 @dag(
     schedule=None,
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
-    params={"workflow_run_ids": Param([], type="array", description="The Dify workflow runs to wait on")},
+    params={
+        # Without a default: the form asks for it, one id a line.
+        "workflow_run_ids": Param(
+            type="array",
+            items={"type": "string", "minLength": 32},
+            minItems=1,
+            title="Workflow run ids",
+            description="The Dify workflow runs to wait on",
+        )
+    },
+    doc_md=__doc__,
     tags=["example", "dify"],
 )
 def example_dify_workflow_runs_mapped():
@@ -25,17 +36,18 @@ def example_dify_workflow_runs_mapped():
 
     wait = DifyWorkflowRunSensor.partial(
         task_id="wait",
-        mode="reschedule",
-        poke_interval=5,
+        deferrable=True,
         timeout=3600,
-        # Each of many outputs in an XCom of its own is more than this Dag needs.
+        # The UI names each mapped task by its run, not by a number.
+        map_index_template="{{ task.workflow_run_id }}",
+        # This Dag needs only the dict of all outputs, not one XCom for each.
         multiple_outputs=False,
     ).expand(workflow_run_id=workflow_run_ids())
 
     @task
     def collect(outputs: list[dict]) -> int:
         for number, answer in enumerate(outputs):
-            print(f"Run {number} gave {sorted(answer)}.")
+            print(f"Run {number} returned {sorted(answer)}.")
         return len(list(outputs))
 
     collect(wait.output)

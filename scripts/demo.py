@@ -2,7 +2,8 @@
 Start a Dify workflow run with real Airflow, wait on it and print what the downstream task received.
 
 ``make demo`` runs this. Without settings it starts the tests' stand-in for Dify, on this machine, whose run is running
-for a few polls and then succeeds. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a run on that real Dify,
+for a few polls and then succeeds. The stand-in speaks like the newest Dify that was recorded; ``make demo DIFY=1.13.0``
+chooses another version. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a run on that real Dify,
 with the inputs in ``DIFY_INPUTS`` (a JSON object; ``{}`` by default). With ``WORKFLOW_RUN_ID`` set as well it starts
 none, but waits on that run.
 """
@@ -10,15 +11,20 @@ none, but waits on that run.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTING = "example_dify_start_then_sensor"
@@ -39,8 +45,12 @@ class Target:
 
 
 @contextlib.contextmanager
-def target() -> Iterator[Target]:
-    """Give the Dify of the environment, or the stand-in."""
+def target(dialect: str) -> Iterator[Target]:
+    """
+    Return the Dify of the environment, or the stand-in.
+
+    :param dialect: the version that the stand-in speaks like.
+    """
     base_url, api_key = (os.environ.get(name, "") for name in SERVER)
     inputs, run_id = (os.environ.get(name, "") for name in WHAT)
     if base_url and api_key:
@@ -52,18 +62,20 @@ def target() -> Iterator[Target]:
     if base_url or api_key or inputs or run_id:
         sys.exit(f"Set both {' and '.join(SERVER)}, and {' or '.join(WHAT)} if you like; or none of them.")
     sys.path.insert(0, str(ROOT))
-    from tests.local_dify import API_KEY, LocalDify, Start
+    from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn, Start
 
+    if dialect not in (*DIALECTS, "current"):
+        sys.exit(f"DIFY={dialect}: the stand-in speaks like {', '.join(DIALECTS)}; current is {DIALECTS[-1]}.")
     outputs = {"text": "Hello from a workflow run — héllo 你好 🎉", "score": 0.75}
     asked = {"query": "Hello"}
-    with LocalDify() as dify:
+    with DifyStandIn(dialect) as dify:
         dify.starts.append(
             Start(
                 statuses=("running", "running", "running", "succeeded"),
                 fields={"outputs": outputs, "total_tokens": 42},
             )
         )
-        print(f"A stand-in for Dify (a test double) listens at {dify.base_url}.")
+        print(f"A stand-in for Dify {dify.dialect} (a test double) listens at {dify.base_url}.")
         yield Target(dify.base_url, API_KEY, STARTING, {"inputs": asked}, outputs)
         if [run.inputs for run in dify.started] != [asked]:
             sys.exit(f"The stand-in was not asked for one run with the inputs {asked}, but for {dify.started}.")
@@ -80,13 +92,98 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def airflow(*arguments: str, env: dict[str, str], quiet: bool = False) -> None:
-    """Run an Airflow command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "airflow", *arguments], env=env, capture_output=quiet, text=True, check=False
-    )
-    if done.returncode:
-        sys.exit(f"airflow {arguments[0]} {arguments[1]} failed.\n{done.stdout or ''}{done.stderr or ''}")
+# A line of the log as Airflow 3 and Airflow 2 write it: the message, and where it was logged.
+LOG_LINES = (
+    re.compile(r"^\S+ \[\w+ *\] (?P<message>.*?) +\[(?P<logger>[\w.]+)\](?P<place>.*)$"),
+    re.compile(r"^\[[^\]]+\] \{(?P<place>[^}]+)\} \w+ - (?P<message>.*)$"),
+)
+STARTED_TASK = re.compile(r"\[DAG TEST\] starting task_id=(\S+)")
+PRINTED = re.compile(r"^The workflow answered ")
+ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<message>(?:Dify|Airflow)\w+: .+)$")
+FILE = re.compile(r"\b(\w+\.py):\d")
+
+
+def task_line(line: str) -> str | None:
+    """
+    Return what the provider or the example says in a line of Airflow's output.
+
+    :param line: the line.
+    :return: the message; ``None`` if the line is Airflow's own.
+    """
+    if PRINTED.match(line):
+        return line
+    for pattern in LOG_LINES:
+        found = pattern.match(line)
+        if found:
+            file = FILE.search(found["place"])
+            by_provider = file[1] in package_files() if file else "airflow_provider_dify" in found["logger"]
+            return found["message"] if by_provider else None
+    return None
+
+
+@functools.cache
+def package_files() -> set[str]:
+    """Return the names of the provider's files."""
+    package = importlib.util.find_spec("airflow_provider_dify")
+    folders = package.submodule_search_locations if package else None
+    return {path.name for folder in folders or () for path in Path(folder).rglob("*.py")}
+
+
+@contextlib.contextmanager
+def step(title: str) -> Iterator[None]:
+    """Print what happens, a dot for each second that it takes, and how long it took."""
+    print(f"{title} ", end="", flush=True)
+    over = threading.Event()
+
+    def print_dots() -> None:
+        while not over.wait(1):
+            print(".", end="", flush=True)
+
+    dots = threading.Thread(target=print_dots, daemon=True)
+    start = time.monotonic()
+    dots.start()
+    try:
+        yield
+    finally:
+        over.set()
+        dots.join()
+        print(f" {time.monotonic() - start:.0f} s", flush=True)
+
+
+def airflow(*arguments: str, env: dict[str, str], log: IO[str], show: bool = False) -> None:
+    """
+    Run an Airflow command, and exit with the cause if it fails.
+
+    :param arguments: the command.
+    :param env: its environment.
+    :param log: where its whole output goes.
+    :param show: whether to print what the tasks say.
+    """
+    cause, task_id, last_message = "", "", ""
+    with subprocess.Popen(
+        [sys.executable, "-m", "airflow", *arguments],
+        env={**env, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    ) as command:
+        for line in command.stdout or ():
+            log.write(line)
+            log.flush()
+            text = line.rstrip()
+            started = STARTED_TASK.search(text)
+            task_id = started[1] if started else task_id
+            message = task_line(text)
+            # Airflow 2 writes each line twice.
+            if show and message and message != last_message:
+                print(f"\n   {task_id:<7} {message}", end=" ", flush=True)
+            last_message = message or last_message
+            error = ERROR.match(text.strip())
+            cause = error["message"] if error else cause
+    if command.returncode:
+        cause = cause or f"It exited with {command.returncode} and named no cause."
+        sys.exit(f"airflow {arguments[0]} {arguments[1]} failed. Its whole output is in {log.name}\n\n{cause}")
 
 
 # Run in a process of its own, which reads the settings of the temporary Airflow.
@@ -107,7 +204,7 @@ with create_session() as session:
 
 
 def xcoms(env: dict[str, str]) -> dict[str, Any]:
-    """Give the return value of each task."""
+    """Return the return value of each task by its id."""
     done = subprocess.run(
         [sys.executable, "-c", READ_XCOMS], env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -116,8 +213,14 @@ def xcoms(env: dict[str, str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the example Dag and check what came out of it."""
-    with tempfile.TemporaryDirectory(prefix="airflow-demo-") as home, target() as dify:
+    """Run the example Dag and check its result."""
+    dialect = sys.argv[1] if len(sys.argv) > 1 else "current"
+    log_path = Path(tempfile.mkstemp(prefix="dify-demo-", suffix=".log")[1])
+    with (
+        tempfile.TemporaryDirectory(prefix="airflow-demo-") as home,
+        log_path.open("w", encoding="utf-8") as log,
+        target(dialect) as dify,
+    ):
         env = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")}
         env |= {
             "AIRFLOW_HOME": home,
@@ -128,23 +231,24 @@ def main() -> None:
                 {"conn_type": "dify", "host": dify.base_url, "password": dify.api_key}
             ),
         }
-        print("Making Airflow's database...", flush=True)
-        airflow("db", "migrate", env=env, quiet=True)
-        print(f"Running the Dag {dify.dag_id} with {json.dumps(dify.conf, ensure_ascii=False)}:", flush=True)
-        airflow("dags", "test", dify.dag_id, "--conf", json.dumps(dify.conf), env=env)
-        returned = xcoms(env)
+        print(f"Airflow's whole output goes to {log_path}")
+        with step("1. Making Airflow's database"):
+            airflow("db", "migrate", env=env, log=log)
+        with step(f"2. Running the Dag {dify.dag_id} with {json.dumps(dify.conf, ensure_ascii=False)}"):
+            airflow("dags", "test", dify.dag_id, "--conf", json.dumps(dify.conf), env=env, log=log, show=True)
+        with step("3. Reading the tasks' XComs"):
+            returned = xcoms(env)
 
     if "wait" not in returned or "report" not in returned:
-        sys.exit(f"The Dag did not get through: only {sorted(returned)} returned something.")
-    print()
+        sys.exit(f"The Dag did not succeed: only {sorted(returned)} returned something. See {log_path}")
     if "start" in returned:
-        print(f"The operator's XCom:  {json.dumps(returned['start'])}")
-    print(f"The sensor's XCom:    {json.dumps(returned['wait'], ensure_ascii=False)}")
-    print(f"The next task's XCom: {json.dumps(returned['report'], ensure_ascii=False)}")
+        print(f"   the operator's:  {json.dumps(returned['start'])}")
+    print(f"   the sensor's:    {json.dumps(returned['wait'], ensure_ascii=False)}")
+    print(f"   the next task's: {json.dumps(returned['report'], ensure_ascii=False)}")
     if dify.outputs is not None:
         expected = {"answer": dify.outputs["text"], "total_tokens": 42}
         if returned["wait"] != dify.outputs or returned["report"] != expected:
-            sys.exit(f"That is not what the run gave: {json.dumps(dify.outputs, ensure_ascii=False)}")
+            sys.exit(f"That is not what the run returned: {json.dumps(dify.outputs, ensure_ascii=False)}")
     print("The outputs of the workflow run reached the next task.")
 
 

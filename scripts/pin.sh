@@ -31,5 +31,5 @@ pin 3.3-lowest-direct 3.13 --group test --resolution lowest-direct <<< "apache-a
 # What the documentation is made with.
 pin 3.3-docs 3.10 --group docs <<< "apache-airflow==3.3.2"
 
-# What cluster/ runs, around the same Airflow.
-pin 3.3-cluster 3.10 cluster/requirements.txt --group test --constraints constraints/airflow-3.3.txt < /dev/null
+# What tests/cluster/ runs, around the same Airflow.
+pin 3.3-cluster 3.10 tests/cluster/requirements.txt --group test --constraints constraints/airflow-3.3.txt < /dev/null

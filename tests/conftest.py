@@ -9,8 +9,6 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,32 +36,25 @@ for name in [name for name in os.environ if name.startswith(("AIRFLOW_", "DIFY_"
 os.environ.update(AIRFLOW_SETTINGS)
 (AIRFLOW_HOME / "dags").mkdir()
 
-from tests.local_dify import API_KEY, DIALECTS, LocalDify  # noqa: E402
-
-
-@pytest.fixture(scope="session")
-def airflow_db() -> Path:
-    """Airflow's database, migrated."""
-    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True)
-    return AIRFLOW_HOME / "airflow.db"
+from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
 
 
 @pytest.fixture(params=DIALECTS)
 def dialect(request: pytest.FixtureRequest) -> str:
-    """Each generation of servers in turn."""
+    """Each version of Dify in turn."""
     return request.param
 
 
 @pytest.fixture
-def dify(request: pytest.FixtureRequest) -> Iterator[LocalDify]:
-    """A stand-in for Dify: in each dialect if the test asks for one, else as recorded."""
-    dialect = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "1.12"
-    with LocalDify(dialect) as server:
+def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
+    """A stand-in for Dify: in each dialect if the test asks for one, else in that of 1.12.1."""
+    dialect = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "1.12.1"
+    with DifyStandIn(dialect) as server:
         yield server
 
 
 @pytest.fixture
-def dify_connection(dify: LocalDify, monkeypatch: pytest.MonkeyPatch) -> str:
+def dify_connection(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> str:
     """The Airflow connection ``dify_default``, which leads to the stand-in."""
     from airflow.models.connection import Connection
 

@@ -1,0 +1,245 @@
+"""Every ending of a wait in every way to wait, with a real scheduler, real workers and a real triggerer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
+from airflow_provider_dify.links.dify import RUN_LOG_KEY
+from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0, airflow_processes
+from tests.dify_stand_in import DifyStandIn, Start, respond
+
+pytestmark = pytest.mark.airflow_processes
+
+KEY = "app-zQ9-the-key-of-this-test"
+OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}}
+
+WAYS: dict[str, dict[str, Any]] = {
+    "poke": {},
+    "reschedule": {"mode": "reschedule"},
+    "deferrable": {"deferrable": True},
+}
+if CAN_END_FROM_TRIGGER:
+    WAYS["end"] = {"end_from_trigger": True}
+if CAN_START_FROM_TRIGGER:
+    WAYS["start"] = {"start_from_trigger": True}
+    WAYS["start_end"] = {"start_from_trigger": True, "end_from_trigger": True}
+
+# The operator's, which start a run first.
+OPERATOR_WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
+if CAN_END_FROM_TRIGGER:
+    OPERATOR_WAYS["end"] = {"end_from_trigger": True}
+
+# Airflow 3's scheduler takes some tasks for dead that come back before it has heard that they left. Airflow 2 runs one
+# task at a time here, and has no time to lose.
+INTERVAL = 1 if AIRFLOW_2 else 4
+
+# Statuses, sensor arguments, state of the task, exception and message.
+ENDINGS: dict[str, tuple[list[str | None], dict[str, Any], str, str, str]] = {
+    "succeeded": (["running", "running", "succeeded"], {}, "success", "", ""),
+    "failed": (["running", "failed"], {}, "failed", "DifyWorkflowRunFailed", "Connection refused"),
+    "unknown": ([None], {"not_found_grace": 2}, "failed", "DifyWorkflowRunNotFound", "still unknown"),
+    "overdue": (["running"], {"run_timeout": 60}, "failed", "DifyWorkflowRunTimeout", "orphaned"),
+    "timeout": (["running"], {"timeout": 3}, "failed", "AirflowSensorTimeout", "timed out after 3 seconds.*running"),
+    "refused": (["running"], {}, "failed", "DifyAuthenticationError", "API service has been disabled"),
+    "broken": (["running"], {"max_consecutive_failures": 0}, "failed", "DifyConnectionError", "503"),
+    "soft": (["running", "stopped"], {"soft_fail": True}, "skipped", "", ""),
+}
+if AIRFLOW_2 or AIRFLOW_3_0:
+    # Airflow 2 runs one task at a time on SQLite, and 3.0's scheduler takes many a task for dead that goes on. What is
+    # the same everywhere was run by test_sensor_in_airflow.py.
+    del WAYS["reschedule"]
+    ENDINGS = {ending: ENDINGS[ending] for ending in ("succeeded", "failed", "timeout", "soft")}
+FAULTS = {
+    "refused": respond(403, '{"code": "forbidden", "message": "The app\'s API service has been disabled."}'),
+    "broken": respond(503),
+}
+WITHOUT_RETRY = {"failed", "unknown", "overdue", "timeout", "refused", "soft"}
+
+DAG = """
+import json
+import pendulum
+from datetime import timedelta
+from airflow.providers.common.compat.sdk import dag, task
+from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+
+def tell(context):
+    with open({told!r}, "a") as file:
+        error = context["exception"]
+        file.write(json.dumps([context["ti"].task_id, type(error).__name__, str(error)]) + "\\n")
+
+@dag(schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False, params={{"run": {params_run!r}}})
+def waits():
+    for name, arguments in json.loads({tasks!r}).items():
+        DifyWorkflowRunSensor(
+            task_id=name,
+            poke_interval={interval},
+            retries=1,
+            retry_delay=timedelta(0),
+            on_failure_callback=tell,
+            on_retry_callback=tell,
+            **arguments,
+        )
+
+    @task
+    def upstream():
+        return {upstream_run!r}
+
+    @task
+    def downstream(outputs):
+        assert outputs["answer"] == "héllo 你好 🎉", outputs
+        return outputs
+
+    for name, way in json.loads({operator_ways!r}).items():
+        run = DifyRunWorkflowOperator(task_id=f"run-{{name}}", inputs={{"task": name}}, poll_interval={interval}, **way)
+        downstream.override(task_id=f"downstream_of_run-{{name}}")(run.output)
+
+    run_id = upstream()
+    for name, way in json.loads({ways!r}).items():
+        # With a retry, because rescheduling at short intervals at times costs a try on Airflow 3.
+        way = {{**way, "poke_interval": {interval}, "retries": 1, "retry_delay": timedelta(0)}}
+        wait = DifyWorkflowRunSensor(task_id=f"of_upstream-{{name}}", workflow_run_id=run_id, **way)
+        downstream.override(task_id=f"downstream_of-{{name}}")(wait.output)
+        # One that really is deferred.
+        slow = DifyWorkflowRunSensor(task_id=f"slow-{{name}}", workflow_run_id={slow_runs!r}[name], **way)
+        downstream.override(task_id=f"downstream_of_slow-{{name}}")(slow.output)
+        DifyWorkflowRunSensor(task_id=f"of_params-{{name}}", workflow_run_id="{{{{ params.run }}}}", **way)
+
+waits()
+"""
+
+
+@dataclass
+class Task:
+    """What became of a task."""
+
+    state: str
+    ran_on_a_worker: bool
+    xcoms: dict[str, Any]
+    errors: list[tuple[str, str]]
+    was_taken_for_dead: bool
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Iterator[dict[str, Task]]:
+    """What became of every task of the Dag; run once for all tests."""
+    with DifyStandIn() as dify:
+        dify.api_keys = {KEY}
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": KEY, "extra": {"timeout": 5}}
+        arguments = {}
+        for ending, (statuses, ending_arguments, *_) in ENDINGS.items():
+            for way, way_arguments in WAYS.items():
+                fields: dict[str, Any] = {"outputs": OUTPUTS} if ending == "succeeded" else {}
+                if ending == "overdue":
+                    fields["created_at"] = 1_700_000_000
+                run_id = dify.add_run(*statuses, fault_after_first=FAULTS.get(ending), **fields)
+                arguments[f"{ending}-{way}"] = {"workflow_run_id": run_id, **ending_arguments, **way_arguments}
+        for _ in OPERATOR_WAYS:
+            dify.starts.append(Start(statuses=("running", "running", "succeeded"), fields={"outputs": OUTPUTS}))
+        upstream_run = dify.add_run("succeeded", outputs=OUTPUTS)
+        with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
+            told = airflow.home / "told.jsonl"
+            told.touch()
+            (airflow.dags / "waits.py").write_text(
+                DAG.format(
+                    told=str(told),
+                    tasks=json.dumps(arguments),
+                    upstream_run=upstream_run,
+                    slow_runs={way: dify.add_run("running", "succeeded", outputs=OUTPUTS) for way in WAYS},
+                    params_run=upstream_run,
+                    ways=json.dumps(WAYS),
+                    operator_ways=json.dumps(OPERATOR_WAYS),
+                    interval=INTERVAL,
+                )
+            )
+            airflow.wait_for(
+                lambda: airflow.query("SELECT count(*) FROM dag_run WHERE state IN ('success', 'failed')") == [(1,)],
+                seconds=420,
+            )
+            for path, content in airflow.everything_written():
+                assert KEY.encode() not in content, path
+            yield _tasks(airflow, told)
+
+
+def _tasks(airflow: Any, told: Path) -> dict[str, Task]:
+    xcoms: dict[str, dict[str, Any]] = {}
+    for task_id, key, value in airflow.query("SELECT task_id, key, value FROM xcom"):
+        xcoms.setdefault(task_id, {})[key] = json.loads(value)
+    errors: dict[str, list[tuple[str, str]]] = {}
+    for name, kind, text in map(json.loads, told.read_text().splitlines()):
+        errors.setdefault(name, []).append((kind, text))
+    # Airflow's own word on a task that it failed because it was resumed or rescheduled sooner than the scheduler heard
+    # of the end of the worker process before.
+    taken_for_dead = {task_id for (task_id,) in airflow.query("SELECT task_id FROM log WHERE event = 'state mismatch'")}
+    rows = airflow.query("SELECT task_id, state, pid FROM task_instance")
+    return {
+        task_id: Task(
+            state, pid is not None, xcoms.get(task_id, {}), errors.get(task_id, []), task_id in taken_for_dead
+        )
+        for task_id, state, pid in rows
+    }
+
+
+def ended(tasks: dict[str, Task], name: str) -> Task:
+    """Give a task that ended by its own doing."""
+    if tasks[name].was_taken_for_dead:
+        pytest.xfail("Airflow's scheduler took this task for dead while it went on (in its log: state mismatch)")
+    return tasks[name]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: str, way: str) -> None:
+    _, _, state, exception, message = ENDINGS[ending]
+    task = ended(tasks, f"{ending}-{way}")
+    assert task.state == state
+    # One error for each try. The try number itself is no measure: rescheduling raises it at times on Airflow 3, which
+    # then also costs a retry.
+    tries = 0 if not exception else 1 if ending in WITHOUT_RETRY else 2
+    assert len(task.errors) == tries or (way == "reschedule" and len(task.errors) == 1 <= tries)
+    for kind, told in task.errors:
+        assert kind == exception
+        assert re.search(message, told)
+        assert _without_numbers(told) == _without_numbers(tasks[f"{ending}-poke"].errors[0][1])
+    if ending == "succeeded":
+        assert task.xcoms["return_value"] == OUTPUTS
+        assert task.xcoms.keys() == {"return_value", "workflow_run", RUN_LOG_KEY, *OUTPUTS}
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/app/[0-9a-f-]{36}/logs", task.xcoms[RUN_LOG_KEY])
+        workflow_run = tasks[f"{ending}-poke"].xcoms["workflow_run"]
+        assert {**task.xcoms["workflow_run"], "id": ""} == {**workflow_run, "id": ""}
+
+
+def _without_numbers(message: str) -> str:
+    return re.sub(r"\d+", "#", re.sub(r"[0-9a-f-]{36}", "<run>", message))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_run_id_may_come_from_upstream_or_from_params_in_every_way(tasks: dict[str, Task], way: str) -> None:
+    for task_id in ("of_upstream", "downstream_of", "of_params", "slow", "downstream_of_slow"):
+        task = ended(tasks, f"{task_id}-{way}")
+        assert task.state == "success"
+        assert task.xcoms["return_value"] == OUTPUTS
+
+
+@pytest.mark.parametrize("way", OPERATOR_WAYS)
+def test_the_operator_starts_a_run_and_passes_its_outputs_to_the_next_task(tasks: dict[str, Task], way: str) -> None:
+    task = ended(tasks, f"run-{way}")
+    assert task.state == "success"
+    assert task.xcoms["return_value"] == OUTPUTS
+    assert task.xcoms["workflow_run"]["id"] == task.xcoms["workflow_run_id"]
+    assert ended(tasks, f"downstream_of_run-{way}").state == "success"
+
+
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a sensor on the triggerer")
+def test_a_wait_that_starts_and_ends_on_the_triggerer_uses_no_worker(tasks: dict[str, Task]) -> None:
+    for name in ("succeeded", "of_upstream", "of_params", "slow"):
+        assert not tasks[f"{name}-start_end"].ran_on_a_worker
+        assert tasks[f"{name}-start"].ran_on_a_worker

@@ -1,0 +1,249 @@
+"""What README and docs say is so: each Python block runs, each link leads somewhere, each message is the package's."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from airflow_provider_dify import exceptions
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
+from tests.airflow.airflow_processes import AIRFLOW_2
+from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
+from tests.dify_stand_in import DifyStandIn, Start
+
+ROOT = Path(__file__).parent.parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+REPOSITORY = "https://github.com/airflow-provider-dify/airflow-provider-dify/"
+OUTPUTS = {"text": "hello", "summary": "short"}
+UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page, with the lines before it left empty, so that an error names the page's own line."""
+
+    page: Path
+    line: int
+    code: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.stem.lower().replace('-', '_')}_{self.line}"
+
+    def for_this_airflow(self) -> str:
+        """Give the code as its own comments say it is to be written for the Airflow that is installed."""
+        return re.sub(r"^from .*#.*on Airflow 2\.11: (.*)$", r"\1", self.code, flags=re.M) if AIRFLOW_2 else self.code
+
+
+def python_blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for found in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
+            before = text[: found.start(1)].count("\n")
+            yield Block(page, before, "\n" * before + found[1])
+
+
+BLOCKS = list(python_blocks())
+is_dag = re.compile(r"^@dag\b", re.M).search
+
+
+def test_no_python_block_has_another_form() -> None:
+    assert BLOCKS
+    fences = sum(len(re.findall(r"^\s*[`~]{3,} *\{?(?:py|python)", page.read_text(), re.M)) for page in PAGES)
+    assert fences == len(BLOCKS)
+
+
+@pytest.fixture
+def dify_of_the_pages(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, dify_connection: str) -> DifyStandIn:
+    """A stand-in with the outputs that the blocks ask for, and no need to wait for a poll."""
+    dify.starts.extend([Start(fields={"outputs": OUTPUTS, "total_tokens": 42})] * 10)
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.random.uniform", lambda low, high: low)
+    return dify
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if is_dag(b.code)], ids=lambda block: block.name)
+@pytest.mark.usefixtures("airflow_db")
+def test_a_dag_of_the_pages_runs_with_what_its_form_asks_for(block: Block, dify_of_the_pages: DifyStandIn) -> None:
+    run_id = dify_of_the_pages.add_run("succeeded", outputs=OUTPUTS, total_tokens=42)
+    with dag_file(block.name, block.for_this_airflow()) as path:
+        bag = dag_bag(path)
+        if "start_from_trigger=True" in block.code and not CAN_START_FROM_TRIGGER:
+            # As the block says, it is for later Airflows; this is what its reader sees on an earlier one.
+            assert "needs Airflow 3.3 or later" in block.code
+            assert re.search(r"_from_trigger=True needs Airflow 3\.\d or later", bag.import_errors[str(path)])
+            return
+        assert not bag.import_errors
+        (dag,) = bag.dags.values()
+        for name in dag.params:
+            schema = dag.params.get_param(name).schema
+            assert schema["title"]
+            assert schema["minLength"]
+        # Pressing Trigger sends the defaults; only a param without one has to be filled in.
+        ran = run_parsed(dag, {"workflow_run_id": run_id} if "workflow_run_id" in dag.params else {})
+    assert ran.state == "success"
+    assert dify_of_the_pages.requests
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if not is_dag(b.code)], ids=lambda block: block.name)
+def test_any_other_block_of_the_pages_runs(
+    block: Block, dify_of_the_pages: DifyStandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run_id in UUID.findall(block.code):
+        dify_of_the_pages.add_run("succeeded", run_id=run_id, outputs=OUTPUTS)
+    exec(compile(block.for_this_airflow(), block.page, "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
+    assert "DifyStandIn" in block.code or dify_of_the_pages.requests
+
+
+# --- links
+
+
+def anchors(page: Path) -> set[str]:
+    """Give the anchors that GitHub and Sphinx make of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_and_image_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    targets = [*re.findall(r"\]\(\s*<?([^)\s>]+)", text), *re.findall(r'(?:src|href)="([^"]+)"', text)]
+    for target in targets:
+        in_repository = target.startswith(REPOSITORY)
+        if target.startswith(("http://", "https://")) and not in_repository:
+            continue
+        path, _, anchor = re.sub(f"{REPOSITORY}(tree|blob)/main/", "", target).partition("#")
+        leads_to = (ROOT if in_repository else page.parent) / path if path else page
+        assert leads_to.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors(leads_to), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    trees = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.M | re.S)
+    listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    assert sorted(listed) == sorted(
+        page.stem for page in PAGES if page.parent == ROOT / "docs" and page.stem != "index"
+    )
+
+
+def test_every_example_is_on_a_page() -> None:
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    included = set(re.findall(r"^```\{literalinclude\} \.\./example_dags/(\w+\.py)$", text, re.M))
+    assert included == {path.name for path in (ROOT / "example_dags").glob("*.py")}
+
+
+def test_no_row_of_a_table_stands_on_two_pages() -> None:
+    rows = [
+        row
+        for page in PAGES
+        for row in set(re.findall(r"^\| .*[^-:| ].* \|$", page.read_text(encoding="utf-8"), re.M))
+        # What begins as its heading does may be the same on two pages.
+        if len(row) > len("| environment variable | meaning |") + 20
+    ]
+    assert [row for row in rows if rows.count(row) > 1] == []
+
+
+# --- messages
+
+FAILURES = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
+# Airflow's own exceptions are raised with our words, too.
+RAISING = {name for name in vars(exceptions) if name.startswith("Dify")} | {"AirflowSensorTimeout"}
+# What a wait goes on or succeeds with is no failure to look up.
+FINE = {"Dify workflow run … is ….", "Dify workflow run … succeeded…."}
+# A row must name at least so much of a message that it can be told from others.
+SHORTEST = len(" is no port")
+
+
+def messages_of_the_table() -> list[str]:
+    tables = re.findall(r"^\| message begins with .*\n\|[ -|]+\n((?:\|.*\n)+)", FAILURES, re.M)
+    rows = [row for table in tables for row in table.splitlines()]
+    messages = [re.match(r"\| `([^`]+)` \| [^|]+ \| [^|]+ \|$", row) for row in rows]
+    assert all(messages), [row for row, message in zip(rows, messages, strict=True) if not message]
+    return [message[1] for message in messages if message]
+
+
+def template(node: ast.AST) -> str | None:
+    """Give a text of the sources with ``…`` for what is filled in."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"%(\.\d+)?[sdrfg]", "…", node.value)
+    return None
+
+
+def sources() -> Iterator[ast.AST]:
+    for path in (ROOT / "airflow_provider_dify").rglob("*.py"):
+        yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+TEXTS = {text for node in sources() if (text := template(node))}
+
+
+def failures_and_warnings() -> set[str]:
+    """Give the messages that the package raises or warns with, as far as they are written where that is done."""
+    found = set()
+    for node in sources():
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        if called in RAISING or called in {"warning", "exception"}:
+            found |= {template(argument) for argument in node.args[:1]}
+        if called == "Verdict":
+            found |= {template(argument) for argument in node.args[1:2]}
+    # "%s" alone is a message that is written elsewhere.
+    return {text for text in found - FINE if text and text != "…"}
+
+
+def begins_as(message: str, text: str) -> bool:
+    """Say whether a row's message is the beginning of a text whose places are filled in."""
+    first, *pieces = re.split("…+", text)
+    if not message.startswith(first):
+        return len(message) >= SHORTEST and first.startswith(message)
+    rest, named = message.removeprefix(first), len(first)
+    for piece in pieces:
+        # A place that is filled in has a character at least.
+        _, found, after = rest[1:].partition(piece) if piece else (rest, "", "")
+        if not found:
+            cut = max((cut for cut in range(1, len(piece)) if rest[1:].endswith(piece[:cut])), default=0)
+            # It ends in this piece, or in the place before: in other words of the package, or in Dify's.
+            in_place = rest.startswith("HTTP ") or ("…" not in rest and any(rest in other for other in TEXTS))
+            return named + cut >= SHORTEST and (cut > 0 or in_place)
+        rest, named = after, named + len(piece)
+        if not rest:
+            break
+    return not rest and named >= SHORTEST
+
+
+@pytest.mark.parametrize("message", messages_of_the_table())
+def test_a_message_of_the_table_is_one_of_the_package(message: str) -> None:
+    assert any(begins_as(message, text) for text in TEXTS)
+
+
+@pytest.mark.parametrize("text", sorted(failures_and_warnings()))
+def test_a_message_of_the_package_is_in_the_table(text: str) -> None:
+    assert any(begins_as(message, text) for message in messages_of_the_table())
+
+
+def test_every_exception_is_in_the_table() -> None:
+    told = set(re.findall(r"^\| `(Dify\w+)` \|", FAILURES, re.M))
+    assert told == RAISING - {"DifyError", "AirflowSensorTimeout"}
+
+
+# --- contributing
+
+CONTRIBUTING = (ROOT / "docs" / "contributing.md").read_text(encoding="utf-8")
+
+
+def test_every_module_and_every_make_target_has_its_line() -> None:
+    package = ROOT / "airflow_provider_dify"
+    modules = {str(path.relative_to(package)) for path in package.rglob("*.py") if path.stem != "__init__"}
+    assert set(re.findall(r"^\| `([\w/]+\.py)` \|", CONTRIBUTING, re.M)) == modules
+    (targets,) = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(), re.M)
+    assert set(targets.split()) <= set(re.findall(r"^\| `make ([\w-]+)` \|", CONTRIBUTING, re.M))

@@ -1,0 +1,95 @@
+"""The button that leads to Dify's console, as Airflow's UI finds it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
+from tests.airflow.airflow_runs import run_operator, run_sensor
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start
+
+pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection")
+
+APP_ID = "9e3e0c88-818b-46b2-b9d0-294b4efd0c56"  # of the recorded stream
+INPUTS = json.dumps({"query": "Who is there?", "sys.app_id": APP_ID})
+LINK = "Dify run log"
+
+WAYS: dict[str, dict[str, Any]] = {"poke": {}, "reschedule": {"mode": "reschedule"}, "deferrable": {"deferrable": True}}
+if CAN_END_FROM_TRIGGER:
+    WAYS["end_from_trigger"] = {"end_from_trigger": True}
+if CAN_START_FROM_TRIGGER:
+    WAYS["start_from_trigger"] = {"start_from_trigger": True, "end_from_trigger": True}
+OPERATOR_WAYS = {
+    name: arguments for name, arguments in WAYS.items() if not {"mode", "start_from_trigger"} & arguments.keys()
+}
+OPERATOR_WAYS["start_only"] = {"wait_for_completion": False}
+
+
+def console_of(dify: DifyStandIn) -> str:
+    return dify.base_url.removesuffix("/v1")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_sensors_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, dialect: str, way: str) -> None:
+    run_id = dify.add_run("running", "running", "succeeded", inputs=INPUTS)
+    result = run_sensor(workflow_run_id=run_id, **WAYS[way])
+    assert result.state == "success"
+    assert result.links == {"wait": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
+
+
+@pytest.mark.parametrize("way", OPERATOR_WAYS)
+def test_the_operators_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, way: str) -> None:
+    dify.starts.append(Start(statuses=("running", "succeeded"), fields={"inputs": INPUTS}))
+    result = run_operator(**OPERATOR_WAYS[way])
+    assert result.state == "success"
+    assert result.links == {"run": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_the_button_is_there_for_a_run_that_failed(dify: DifyStandIn, deferrable: bool) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("running", "failed", inputs=INPUTS), deferrable=deferrable)
+    assert result.states["wait"] == "failed"
+    assert result.links["wait"][LINK] == f"{console_of(dify)}/app/{APP_ID}/logs"
+
+
+def test_the_button_leads_to_the_console_that_the_connection_names(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = {
+        "conn_type": "dify",
+        "host": dify.base_url,
+        "password": API_KEY,
+        "extra": {"console_url": "https://dify.example.com/"},
+    }
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded", inputs=INPUTS))
+    assert result.links["wait"][LINK] == f"https://dify.example.com/app/{APP_ID}/logs"
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [None, {}, {"sys.app_id": None}, {"sys.app_id": "../../x"}, {"sys.app_id": 5}],
+    ids=["no inputs", "empty", "null", "no UUID", "a number"],
+)
+def test_there_is_no_button_when_the_run_does_not_name_its_app(dify: DifyStandIn, inputs: Any) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded", inputs=inputs))
+    assert result.state == "success"
+    assert result.links["wait"] == {LINK: ""}
+
+
+def test_there_is_no_button_for_a_run_that_was_never_seen(dify: DifyStandIn) -> None:
+    result = run_sensor(workflow_run_id="e9d68a02-335c-48ff-bcca-2aa6ff006579")
+    assert result.states["wait"] == "failed"
+    assert result.links["wait"] == {LINK: ""}
+
+
+@pytest.mark.parametrize("key", ["dify_run_log", "_link_DifyWorkflowRunLink"])
+def test_no_output_of_a_workflow_moves_the_button(dify: DifyStandIn, key: str) -> None:
+    outputs = {key: "https://elsewhere.example.com"}
+    run_id = dify.add_run("running", "succeeded", inputs=INPUTS, outputs=outputs)
+    result = run_sensor(workflow_run_id=run_id)
+    assert result.received["outputs"] == outputs
+    assert result.links["wait"][LINK] == f"{console_of(dify)}/app/{APP_ID}/logs"

@@ -1,0 +1,391 @@
+"""What a user of the operator sees in Airflow: states, XComs, messages, and what Dify was asked to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyRequestError,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.operators.dify import default_user
+from tests.airflow.airflow_processes import AIRFLOW_3_0
+from tests.airflow.airflow_runs import run_dag, run_operator
+from tests.dify_stand_in import DifyStandIn, Start, replay, reset, respond, too_many_requests
+
+pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
+
+OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None]}}
+
+WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
+if CAN_END_FROM_TRIGGER:
+    WAYS["end_from_trigger"] = {"end_from_trigger": True}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return WAYS[request.param]
+
+
+def start(*statuses: str | None, **arguments: Any) -> Start:
+    fields = arguments.pop("fields", {"outputs": OUTPUTS} if "succeeded" in statuses else {})
+    return Start(statuses=statuses, fields=fields, **arguments)
+
+
+def test_a_run_is_started_and_its_outputs_reach_the_next_task(
+    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+) -> None:
+    dify.starts.append(start("running", "succeeded"))
+    inputs = {"query": "二", "n": 3, "list": [1, None], "who": "{{ ds }}"}
+    result = run_operator(inputs=inputs, **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    (started,) = dify.started
+    assert started.inputs == {**inputs, "who": started.inputs["who"]}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", started.inputs["who"])
+    xcoms = result.xcoms["run"]
+    assert xcoms.pop("workflow_run")["status"] == "succeeded"
+    assert xcoms == {
+        "return_value": OUTPUTS,
+        **OUTPUTS,
+        "workflow_run_id": started.workflow_run_id,
+        "task_id": started.task_id,
+    }
+    assert dify.stopped == []
+
+
+def test_the_user_names_dag_task_run_and_try(dify: DifyStandIn) -> None:
+    dify.starts.append(start("succeeded"))
+    run_operator()
+    assert re.fullmatch(r"airflow/dag_\d+/run/manual__\S+/1", dify.started[0].user)
+
+
+def test_a_user_of_ones_own_is_used(dify: DifyStandIn) -> None:
+    dify.starts.append(start("succeeded"))
+    run_operator(user="{{ 'data' }}-team", workflow_id="2d7a7544-770c-496f-8ef9-4e622682b330")
+    assert dify.started[0].user == "data-team"
+    assert dify.started[0].workflow_id == "2d7a7544-770c-496f-8ef9-4e622682b330"
+
+
+def test_a_user_is_never_longer_than_dify_takes() -> None:
+    class Ti:
+        dag_id = "d" * 200
+        task_id = "t" * 200
+        run_id = "r" * 200
+        map_index = 3
+
+    users = {default_user(Ti, number) for number in range(1, 20)}
+    assert len(users) == 19
+    assert all(len(user) <= 255 for user in users)
+    assert default_user(Ti, 1) == default_user(Ti, 1)
+
+
+def test_without_the_wait_the_run_id_is_returned_for_a_sensor(dify: DifyStandIn) -> None:
+    dify.starts.append(start("running", "succeeded"))
+    result = run_dag(
+        """
+        run = DifyRunWorkflowOperator(task_id="run", inputs={}, wait_for_completion=False)
+        wait = DifyWorkflowRunSensor(task_id="wait", workflow_run_id=run.output, poke_interval=0.05)
+        """
+    )
+    assert result.state == "success"
+    assert result.xcoms["run"]["return_value"] == dify.started[0].workflow_run_id
+    assert result.xcoms["wait"]["return_value"] == OUTPUTS
+    assert dify.stopped == []
+
+
+def test_runs_fan_out_over_a_list_of_inputs(dify: DifyStandIn) -> None:
+    for number in range(3):
+        dify.starts.append(start("succeeded", fields={"outputs": {"n": number}}))
+    result = run_dag(
+        """
+        run = DifyRunWorkflowOperator.partial(task_id="run", poll_interval=0.05).expand(
+            inputs=[{"q": "a"}, {"q": "b"}, {"q": "c"}]
+        )
+
+        @task
+        def use(outputs):
+            received("outputs", list(outputs))
+
+        use(run.output)
+        """
+    )
+    assert result.state == "success"
+    assert sorted(started.inputs["q"] for started in dify.started) == ["a", "b", "c"]
+    assert {started.user.split("/")[2] for started in dify.started} == {"run[0]", "run[1]", "run[2]"}
+    assert sorted(output["n"] for output in result.received["outputs"]) == [0, 1, 2]
+
+
+ENDINGS = [
+    pytest.param(start("running", "failed"), {}, DifyWorkflowRunFailed, "Connection refused", id="failed"),
+    pytest.param(start("stopped"), {}, DifyWorkflowRunFailed, "was stopped", id="stopped"),
+    pytest.param(
+        start("partial-succeeded"), {"fail_on_partial_success": True}, DifyWorkflowRunFailed, "partial", id="partial"
+    ),
+    pytest.param(start(None), {"not_found_grace": 0.2}, DifyWorkflowRunNotFound, "still unknown", id="unknown"),
+    pytest.param(
+        start("running", fields={"created_at": 1_700_000_000}),
+        {"run_timeout": 60},
+        DifyWorkflowRunTimeout,
+        "orphaned",
+        id="overdue",
+    ),
+    pytest.param(
+        start("running"), {"timeout": 0.4}, DifyWorkflowRunTimeout, "timed out after 0.4 seconds", id="timeout"
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "exception", "message"), ENDINGS)
+def test_a_run_that_does_not_succeed_fails_the_task_without_retry_and_is_not_left_running(
+    dify: DifyStandIn,
+    way: dict[str, Any],
+    script: Start,
+    arguments: dict[str, Any],
+    exception: type[Exception],
+    message: str,
+) -> None:
+    dify.starts.append(script)
+    result = run_operator(retries=2, retry_delay=0, **way, **arguments)
+    assert result.states["run"] == "failed"
+    assert result.tries["run"] == 1
+    (error,) = result.raised["run"]
+    assert type(error) is exception
+    assert re.search(message, str(error))
+    (started,) = dify.started
+    assert started.workflow_run_id in str(error)
+    over = exception is DifyWorkflowRunFailed
+    assert dify.stopped == ([] if over else [(started.task_id, started.user)])
+
+
+def test_stopping_can_be_left_out(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.starts.append(start("running"))
+    run_operator(timeout=0.2, stop_on_failure=False, **way)
+    assert dify.stopped == []
+
+
+def test_a_run_that_is_written_late_is_polled_until_it_appears(
+    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+) -> None:
+    dify.starts.append(start(None, None, "running", "succeeded"))
+    assert run_operator(**way).state == "success"
+
+
+# --- the start
+
+
+@pytest.mark.parametrize("recording", ["run_streaming_missing_input", "run_unpublished"])
+def test_a_rejected_start_fails_without_retry_and_says_what_dify_said(
+    dify: DifyStandIn, way: dict[str, Any], recording: str
+) -> None:
+    dify.misbehave_always(replay(recording))
+    result = run_operator(retries=2, retry_delay=0, **way)
+    assert result.tries["run"] == 1
+    (error,) = result.raised["run"]
+    assert type(error) is DifyRequestError
+    assert re.search("query is required in input form|Workflow not published", str(error))
+    assert len(dify.requests) == 1
+
+
+def test_too_many_requests_before_a_start_are_retried(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.misbehave(too_many_requests(), replay("run_rate_limited_streaming"))
+    dify.starts.append(start("succeeded"))
+    assert run_operator(**way).state == "success"
+    assert len(dify.started) == 1
+
+
+@pytest.mark.parametrize("then", ["close", "reset"])
+def test_a_start_that_broke_off_is_found_by_its_user_and_not_sent_twice(
+    dify: DifyStandIn, way: dict[str, Any], then: str
+) -> None:
+    dify.starts.append(start("running", "running", "succeeded", cut=10, then=then))
+    result = run_operator(**way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    assert len(dify.started) == 1
+    assert result.xcoms["run"]["workflow_run_id"] == dify.started[0].workflow_run_id
+
+
+@pytest.mark.parametrize("fault", [reset(), respond(504, "<html>")])
+def test_a_start_of_which_nothing_can_be_found_fails_without_retry(
+    dify: DifyStandIn, way: dict[str, Any], fault: Any
+) -> None:
+    dify.misbehave(fault)
+    result = run_operator(retries=2, retry_delay=0, **way)
+    assert result.tries["run"] == 1
+    assert type(result.raised["run"][0]) is DifyWorkflowRunUncertain
+    assert sum(request.method == "POST" for request in dify.requests) == 1
+
+
+@pytest.mark.parametrize("failed_requests", [5, 100])
+def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
+    dify: DifyStandIn, failed_requests: int
+) -> None:
+    dify.starts.append(start("succeeded", cut=10, then="reset"))
+    requests = iter(range(1000))
+
+    async def then_go_away(request: Any) -> Any:
+        if request.method == "POST" and "/run" in request.path:
+            return await dify.respond_to(request)
+        return await respond(503)(request) if next(requests) < failed_requests else await dify.respond_to(request)
+
+    dify.misbehave_always(then_go_away)
+    # Nothing but the user tells the runs of the tries apart in the log, and here it is the same.
+    result = run_operator(user="us", retries=2, retry_delay=0)
+    assert len(dify.started) == 1
+    assert result.tries["run"] == 1
+    if failed_requests == 5:
+        assert result.received["outputs"] == OUTPUTS
+    else:
+        assert type(result.raised["run"][0]) is DifyWorkflowRunUncertain
+
+
+def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: DifyStandIn) -> None:
+    now = int(time.time())
+    for _ in range(2):
+        dify.starts.append(start("succeeded", fields={"outputs": OUTPUTS, "created_at": now}))
+    run_operator(user="us")
+    dify.starts.appendleft(start("running", cut=10))
+    result = run_operator(user="us")
+    (error,) = result.raised["run"]
+    assert type(error) is DifyWorkflowRunUncertain
+    assert all(started.workflow_run_id in str(error) for started in dify.started)
+
+
+# --- the wait on a worker
+
+
+def test_the_log_has_a_line_for_each_node(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    dify.starts.append(start("failed", recording="run_streaming_failed"))
+    run_operator()
+    printed = capfd.readouterr()
+    said = printed.out + printed.err + caplog.text
+    for line in ("Node 'start' (start) started.", "Node 'http' (http-request) failed after 0.03 seconds: [Errno 111]"):
+        assert line in said
+    assert "text_chunk" not in said
+
+
+@pytest.mark.parametrize("then", ["close", "reset", "stall", "pings"])
+@pytest.mark.parametrize("cut", [650, 2000])
+def test_polls_follow_a_stream_that_breaks(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, then: str, cut: int
+) -> None:
+    connection = {"conn_type": "dify", "host": dify.base_url, "password": "app-key-of-the-stand-in",
+                  "extra": {"timeout": 0.5}}  # fmt: skip
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+    dify.starts.append(start("running", "running", "succeeded", cut=cut, then=then))
+    result = run_operator()
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    assert len(dify.started) == 1
+
+
+def test_a_paused_run_that_only_pings_ends_with_the_timeout(dify: DifyStandIn) -> None:
+    dify.starts.append(start("paused", recording="run_streaming_paused", then="pings"))
+    result = run_operator(timeout=1)
+    assert type(result.raised["run"][0]) is DifyWorkflowRunTimeout
+    assert len(dify.stopped) == 1
+
+
+def test_the_detail_decides_where_the_stream_says_something_else(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    dify.starts.append(start("stopped", recording="run_streaming_echo"))
+    result = run_operator()
+    assert result.states["run"] == "failed"
+    printed = capfd.readouterr()
+    assert "The event stream said succeeded, the run's detail says stopped" in printed.out + printed.err + caplog.text
+
+
+def test_a_task_that_is_killed_stops_its_run(dify: DifyStandIn) -> None:
+    # Airflow kills a task whose execution_timeout is over.
+    dify.starts.append(start("running", then="pings", cut=2000))
+    try:
+        assert run_operator(execution_timeout=timedelta(seconds=1)).states["run"] == "failed"
+    except BaseException as error:
+        # Airflow 2 lets it out of dag.test().
+        assert type(error).__name__ == "AirflowTaskTimeout"  # noqa: PT017
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+# --- retries
+
+
+def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    if AIRFLOW_3_0 and way:
+        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
+    dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
+    # The first try loses sight of its run: all its polls fail, and the retry's start is the only other request.
+    polls = iter(range(100))
+
+    async def sometimes(request: Any) -> Any:
+        if request.method == "GET" and "/workflows/run/" in request.path and next(polls) < 4:
+            return await respond(503)(request)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(sometimes)
+    # A deferred wait makes one request a poll, a worker's four.
+    failures = 3 if way else 0
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=failures, **way)
+    assert result.state == "success"
+    assert result.tries["run"] == 2
+    assert type(result.raised["run"][0]) is DifyConnectionError
+    assert len(dify.started) == 1
+    assert dify.stopped == []
+    assert result.received["outputs"] == OUTPUTS
+
+
+def test_a_retry_survives_an_outage_that_is_longer_than_the_first_try(dify: DifyStandIn) -> None:
+    dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
+    polls = iter(range(100))
+
+    async def go_away(request: Any) -> Any:
+        # Each poll of a worker is four requests: two polls of the first try fail, and one of the retry.
+        if request.method == "GET" and next(polls) < 12:
+            return await respond(503)(request)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(go_away)
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=1)
+    assert result.state == "success"
+    assert result.tries["run"] == 2
+    assert len(dify.started) == 1
+    assert result.received["outputs"] == OUTPUTS
+
+
+def test_a_retry_starts_a_new_run_when_the_first_trys_run_failed(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    if AIRFLOW_3_0 and way:
+        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
+    dify.starts.extend([start("running", cut=700), start("succeeded")])
+    polls = iter(range(100))
+
+    async def lose_sight(request: Any) -> Any:
+        if request.method == "GET" and "/workflows/run/" in request.path and next(polls) < 4:
+            dify.add_run("failed", run_id=dify.started[0].workflow_run_id)
+            return await respond(503)(request)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(lose_sight)
+    # A deferred wait makes one request a poll, a worker's four.
+    failures = 3 if way else 0
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=failures, **way)
+    assert result.state == "success"
+    assert result.tries["run"] == 2
+    assert len(dify.started) == 2
+    assert result.xcoms["run"]["workflow_run_id"] == dify.started[1].workflow_run_id
+    assert [started.user[-2:] for started in dify.started] == ["/1", "/2"]

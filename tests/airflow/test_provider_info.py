@@ -1,0 +1,127 @@
+"""What Airflow knows of the provider: the schema it asks for, and what its own commands show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import resources
+from importlib.metadata import entry_points, version
+
+import jsonschema
+import pytest
+
+from airflow_provider_dify import __version__
+from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, get_provider_info
+
+AIRFLOW_2 = version("apache-airflow").startswith("2.")
+
+
+def test_the_provider_info_is_what_airflow_asks_for() -> None:
+    schema = json.loads(resources.files("airflow").joinpath("provider_info.schema.json").read_text())
+    jsonschema.validate(get_provider_info(), schema)
+
+
+def test_the_form_names_what_is_required_and_what_may_be_empty() -> None:
+    (connection_type,) = get_provider_info()["connection-types"]
+    placeholders = connection_type["ui-field-behaviour"]["placeholders"]
+    assert placeholders["host"].startswith("Empty for Dify Cloud")
+    assert placeholders["password"].startswith("Required")
+    assert placeholders["port"].startswith("443")
+    assert "https://cloud.dify.ai for Dify Cloud" in CONNECTION_FIELDS["console_url"]["description"]
+
+
+def test_the_page_of_providers_has_no_word_that_belongs_to_an_address() -> None:
+    assert "://" not in get_provider_info()["description"]
+
+
+def test_the_entry_point_leads_to_the_provider_info() -> None:
+    found = {e.value: e for e in entry_points(group="apache_airflow_provider")}
+    entry_point = found["airflow_provider_dify.get_provider_info:get_provider_info"]
+    assert entry_point.load()()["package-name"] == "airflow-provider-dify"
+    assert get_provider_info()["versions"] == [__version__] == [version("airflow-provider-dify")]
+
+
+def test_every_module_it_names_is_there() -> None:
+    info = get_provider_info()
+    for kind in ("hooks", "operators", "sensors", "triggers"):
+        for entry in info[kind]:
+            assert entry["integration-name"] in {i["integration-name"] for i in info["integrations"]}
+            for module in entry["python-modules"]:
+                __import__(module)
+
+
+def test_every_link_it_names_is_an_operators() -> None:
+    from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+    from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+
+    named = set(get_provider_info()["extra-links"])
+    for operator in (DifyRunWorkflowOperator, DifyWorkflowRunSensor):
+        assert {f"{type(link).__module__}.{type(link).__name__}" for link in operator.operator_extra_links} == named
+
+
+@pytest.mark.usefixtures("airflow_db")
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["list"], ["airflow-provider-dify", "Dify", __version__]),
+        (["hooks"], ["dify", "airflow_provider_dify.hooks.dify.DifyHook", "airflow-provider-dify"]),
+        (["behaviours"], ["dify"]),
+        (["widgets"], [f"extra__dify__{name}" for name in CONNECTION_FIELDS]),
+        (["links"], ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"]),
+        (["get", "airflow-provider-dify", "--full"], ["conn-fields", "wait on them"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_airflows_commands_show_the_provider(command: list[str], shown: list[str]) -> None:
+    if command[0] in ("behaviours", "widgets") and version("apache-airflow").startswith(("3.0.", "3.1.")):
+        pytest.importorskip(
+            "flask_appbuilder", reason="without it these commands know no hook's on Airflow 3.0 and 3.1"
+        )
+    output = "plain" if command == ["list"] else "json"
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "providers", *command, "--output", output],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    for text in shown:
+        assert text in done.stdout, done.stdout + done.stderr
+    assert "airflow_provider_dify" not in done.stderr, done.stderr
+
+
+FORM = """
+from airflow.api_fastapi.core_api.services.ui.connections import HookMetaService
+(dify,) = [hook for hook in HookMetaService.hook_meta_data() if hook.connection_type == "dify"]
+print(dify.model_dump_json())
+"""
+
+
+@pytest.mark.skipif(AIRFLOW_2, reason="its form is made by the hook, see below")
+@pytest.mark.usefixtures("airflow_db")
+def test_airflow_3_shows_labels_and_extra_fields_in_its_form() -> None:
+    if version("apache-airflow").startswith("3.0."):
+        pytest.importorskip("flask_appbuilder", reason="without it Airflow 3.0 shows no hook's")
+    done = subprocess.run([sys.executable, "-c", FORM], check=True, capture_output=True, text=True)
+    form = json.loads(done.stdout.splitlines()[-1])
+    fields = form["standard_fields"]
+    assert {name: field["title"] for name, field in fields.items() if field and field["title"]} == {
+        "host": "Base URL",
+        "password": "API Key",
+    }
+    assert {name for name, field in fields.items() if field and field["hidden"]} == {"url_schema", "login"}
+    assert {name: field["schema"]["title"] for name, field in form["extra_fields"].items()} == {
+        name: field["label"] for name, field in CONNECTION_FIELDS.items()
+    }
+
+
+def test_the_hook_defines_the_same_form_for_airflow_2() -> None:
+    from airflow_provider_dify.hooks.dify import DifyHook
+
+    behaviour = DifyHook.get_ui_field_behaviour()
+    assert behaviour["relabeling"] == {"host": "Base URL", "password": "API Key"}
+    # Airflow's Test buttons need the port (3.3.2) and the extra (2.11) in the form.
+    assert set(behaviour["hidden_fields"]) == {"schema", "login"}
+    if AIRFLOW_2:
+        widgets = DifyHook.get_connection_form_widgets()
+        assert widgets.keys() == CONNECTION_FIELDS.keys()

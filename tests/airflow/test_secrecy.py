@@ -1,0 +1,82 @@
+"""The API key is in nothing that a run of a Dag leaves behind, at the most talkative log level."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import AIRFLOW_HOME, AIRFLOW_SETTINGS
+from tests.dify_stand_in import DifyStandIn, replay, respond
+
+# Unlike the stand-in's usual key, nothing else on the machine reads like it.
+KEY = "app-pBc7-a-key-to-search-for"
+
+DAG = """
+import pendulum
+from airflow.providers.common.compat.sdk import dag, task
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+
+@dag(schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={{"run": ""}})
+def secrecy():
+    DifyWorkflowRunSensor(task_id="wait", workflow_run_id="{{{{ params.run }}}}", poke_interval=0.1, mode="{mode}")
+
+secrecy()
+"""
+
+
+SEARCH = """
+import pathlib, sys
+key = sys.argv[1].encode()
+for folder in sys.argv[2:]:
+    for path in pathlib.Path(folder).rglob("*"):
+        if path.is_file() and key in path.read_bytes():
+            print(path)
+print("searched")
+"""
+
+
+@pytest.mark.usefixtures("airflow_db")
+@pytest.mark.parametrize(
+    ("mode", "ending"),
+    [("poke", "succeeded"), ("poke", "failed"), ("poke", "refused"), ("poke", "broken"), ("reschedule", "failed")],
+)
+def test_a_run_leaves_the_key_nowhere(dify: DifyStandIn, mode: str, ending: str, tmp_path: Path) -> None:
+    dify.api_keys = {KEY}
+    run_id = dify.add_run("running", "succeeded" if ending == "succeeded" else "failed")
+    if ending == "refused":
+        dify.misbehave_always(replay("auth_bad_key"))
+    if ending == "broken":
+        # A server that gives back what it was sent.
+        dify.misbehave(respond(500, json.dumps({"message": f"no such key: {KEY}", "code": "unknown"})))
+    (tmp_path / "secrecy.py").write_text(DAG.format(mode=mode))
+    done = subprocess.run(
+        [sys.executable, "-m", "airflow", "dags", "test", "secrecy", "--conf", json.dumps({"run": run_id})],
+        env={
+            **os.environ,
+            **AIRFLOW_SETTINGS,
+            "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path),
+            "AIRFLOW__LOGGING__LOGGING_LEVEL": "DEBUG",
+            # Airflow's own masking would hide what we let through.
+            "AIRFLOW__CORE__HIDE_SENSITIVE_VAR_CONN_FIELDS": "False",
+            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps({"conn_type": "dify", "host": dify.base_url, "password": KEY}),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # The one line that is Airflow's own: its in-process runner tells at DEBUG what it was asked to mask.
+    said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "MaskSecret(" not in line)
+    assert len(dify.requests) >= (1 if ending == "refused" else 2), said[-3000:]
+    assert dify.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+    assert "DEBUG" in said.upper()
+    assert run_id in said
+    assert KEY not in said
+    # By a process of its own: to read a database that this one has open would lift SQLite's locks on it.
+    search = [sys.executable, "-c", SEARCH, KEY, str(AIRFLOW_HOME), str(tmp_path)]
+    found = subprocess.run(search, check=True, capture_output=True, text=True)
+    assert found.stdout == "searched\n"

@@ -1,0 +1,440 @@
+"""What a user of the sensor sees in Airflow: states, XComs, messages. Every Dag here runs for real."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_PUSH_NONE
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyRequestError,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunTimeout,
+)
+from tests.airflow.airflow_processes import AIRFLOW_3_0
+from tests.airflow.airflow_runs import run_dag, run_sensor
+from tests.dify_stand_in import DifyStandIn, Recording, html, replay, reset, respond
+
+pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
+
+OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}, "nothing": None}
+
+
+# Each way to wait, as the arguments that ask for it. Starting on the triggerer takes a scheduler, and is tried in
+# test_airflow_processes.py.
+WAYS = {
+    "poke": {"mode": "poke"},
+    "reschedule": {"mode": "reschedule"},
+    "deferrable": {"deferrable": True},
+    "end_from_trigger": {"end_from_trigger": True},
+}
+if not CAN_END_FROM_TRIGGER:
+    del WAYS["end_from_trigger"]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return WAYS[request.param]
+
+
+def test_a_succeeded_run_passes_its_outputs_to_the_next_task(
+    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+) -> None:
+    run_id = dify.add_run("running", "paused", "scheduled", "running", "succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    # A deferred wait reads the finished run once more.
+    assert len(dify.runs[run_id].polls) in (5, 6)
+    recorded = Recording.load("detail_succeeded_echo", dialect).fields()
+    workflow_run = result.xcoms["wait"].pop("workflow_run")
+    assert workflow_run == {
+        "id": run_id,
+        "workflow_id": recorded["workflow_id"],
+        "status": "succeeded",
+        "error": None,
+        "total_steps": 2,
+        "total_tokens": 0,
+        "elapsed_time": recorded["elapsed_time"],
+        "created_at": datetime.fromtimestamp(recorded["created_at"], timezone.utc).isoformat(),
+        "finished_at": datetime.fromtimestamp(recorded["finished_at"], timezone.utc).isoformat(),
+    }
+    each = {key: value for key, value in OUTPUTS.items() if CAN_PUSH_NONE or value is not None}
+    assert result.xcoms["wait"] == {"return_value": OUTPUTS, **each}
+
+
+def test_a_poke_mode_wait_uses_one_connection(dify: DifyStandIn) -> None:
+    run_sensor(workflow_run_id=dify.add_run("running", "running", "running", "succeeded"))
+    assert len(dify.requests) == 4
+    assert dify.connections_opened == 1
+
+
+def test_a_run_without_outputs_returns_an_empty_dict(dify: DifyStandIn, dialect: str) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("detail_succeeded_no_outputs"))
+    assert result.state == "success"
+    assert result.received["outputs"] == {}
+    assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
+
+
+def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == {"workflow_run": 1, "b": 2}
+    assert result.xcoms["wait"]["workflow_run"] == 1
+
+
+def test_multiple_outputs_can_be_turned_off(dify: DifyStandIn) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs=OUTPUTS), multiple_outputs=False)
+    assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
+
+
+def test_nothing_is_pushed_without_xcom_push(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
+    result = run_dag(
+        f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={run_id!r}, do_xcom_push=False, **{way!r})"
+    )
+    assert result.state == "success"
+    assert result.xcoms == {}
+
+
+def test_one_output_can_be_taken_by_its_name(dify: DifyStandIn) -> None:
+    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
+    result = run_dag(
+        f"""
+        wait = DifyWorkflowRunSensor(task_id="wait", workflow_run_id={run_id!r})
+
+        @task
+        def use(answer, run):
+            received("answer", answer)
+            received("tokens", run["total_tokens"])
+
+        use(wait.output["answer"], wait.output["workflow_run"])
+        """
+    )
+    assert result.state == "success"
+    assert result.received == {"answer": OUTPUTS["answer"], "tokens": 0}
+
+
+def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    runs = [dify.add_run("running", "succeeded", outputs={"n": n}) for n in range(3)]
+    result = run_dag(
+        f"""
+        @task
+        def start():
+            return {runs!r}
+
+        wait = DifyWorkflowRunSensor.partial(
+            task_id="wait", poke_interval=0.05, **{way!r}, run_timeout=datetime.timedelta(days=1e4)
+        ).expand(workflow_run_id=start())
+
+        @task
+        def use(outputs):
+            received("outputs", list(outputs))
+
+        use(wait.output)
+        """
+    )
+    assert result.state == "success"
+    assert result.received["outputs"] == [{"n": 0}, {"n": 1}, {"n": 2}]
+
+
+@pytest.mark.parametrize("template", ["{{ params.run }}", "{{ dag_run.conf['run'] }}"])
+def test_the_run_id_may_be_a_template(dify: DifyStandIn, template: str) -> None:
+    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
+    result = run_dag(
+        f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={template!r})",
+        conf={"run": run_id},
+        params={"run": run_id},
+    )
+    assert result.state == "success"
+    assert result.xcoms["wait"]["return_value"] == OUTPUTS
+
+
+def test_the_run_id_may_come_from_an_upstream_task(dify: DifyStandIn) -> None:
+    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
+    result = run_dag(
+        f"""
+        @task
+        def start():
+            return {run_id!r}
+
+        DifyWorkflowRunSensor(task_id="wait", workflow_run_id=start())
+        """
+    )
+    assert result.state == "success"
+    assert result.xcoms["wait"]["return_value"] == OUTPUTS
+
+
+FAILURES = [
+    pytest.param(["running", "detail_failed"], {}, DifyWorkflowRunFailed, "failed.*Connection refused", id="failed"),
+    pytest.param(["detail_failed_parallel"], {}, DifyWorkflowRunFailed, "4 steps.*refused", id="failed-with-outputs"),
+    pytest.param(
+        ["stopped"],
+        {},
+        DifyWorkflowRunFailed,
+        "was stopped.*Aborted: (User requested stop|App task was stopped)",
+        id="stopped",
+    ),
+    pytest.param(
+        ["partial-succeeded"],
+        {"fail_on_partial_success": True},
+        DifyWorkflowRunFailed,
+        "fail_on_partial_success",
+        id="partial-succeeded",
+    ),
+    pytest.param([None], {}, DifyWorkflowRunNotFound, "not know workflow run.*not_found_grace", id="not-found"),
+    pytest.param([None], {"not_found_grace": 0.3}, DifyWorkflowRunNotFound, "still unknown", id="not-found-in-time"),
+    pytest.param(["running"], {"run_timeout": 60}, DifyWorkflowRunTimeout, "still running.*orphaned", id="overdue"),
+    pytest.param(["paused"], {"run_timeout": 60}, DifyWorkflowRunTimeout, "waits for a person", id="overdue-paused"),
+]
+
+
+@pytest.mark.parametrize(("statuses", "arguments", "exception", "message"), FAILURES)
+def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
+    dify: DifyStandIn,
+    dialect: str,
+    way: dict[str, Any],
+    statuses: list[str | None],
+    arguments: dict[str, Any],
+    exception: type[Exception],
+    message: str,
+) -> None:
+    # Created long ago for every one that is not over.
+    created = {} if statuses[-1] not in ("running", "paused") else {"created_at": 1_700_000_000}
+    run_id = dify.add_run(*statuses, **created)
+    result = run_sensor(workflow_run_id=run_id, **way, retries=2, retry_delay=0, **arguments)
+    assert result.states == {"wait": "failed", "use": "upstream_failed"}
+    assert result.tries["wait"] == 1
+    (error,) = result.raised["wait"]
+    assert type(error) is exception
+    assert re.search(message, str(error))
+    assert run_id in str(error)
+    if isinstance(error, DifyWorkflowRunFailed):
+        assert error.run is not None
+        assert error.run.id == run_id
+        assert result.xcoms["wait"]["workflow_run"]["status"] == error.run.status
+        assert "return_value" not in result.xcoms["wait"]
+
+
+@pytest.mark.parametrize("skip", ["soft_fail", "never_fail"])
+@pytest.mark.parametrize("status", ["failed", None])
+def test_soft_fail_and_never_fail_skip_on_a_run_that_cannot_succeed(
+    dify: DifyStandIn, way: dict[str, Any], skip: str, status: str | None
+) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run(status), **way, retries=2, retry_delay=0, **{skip: True})
+    assert result.states["wait"] == "skipped"
+    assert result.tries["wait"] == 1
+
+
+def test_a_partial_success_is_a_success_with_a_warning(
+    dify: DifyStandIn, dialect: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_id = dify.add_run("partial-succeeded", outputs={"body": "the default body"})
+    result = run_sensor(workflow_run_id=run_id)
+    assert result.state == "success"
+    assert result.received["outputs"]["body"] == "the default body"
+    assert result.xcoms["wait"]["workflow_run"]["status"] == "partial-succeeded"
+    assert _logged("partial-succeeded", caplog, capfd)
+
+
+def test_an_unknown_run_is_polled_during_the_grace_period(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
+    run_id = dify.add_run(None, None, "running", "succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, **way, not_found_grace=60)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+
+
+def test_an_unknown_status_is_polled_until_the_run_has_finished(dify: DifyStandIn, dialect: str) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("resuming", "succeeded", outputs=OUTPUTS))
+    assert result.state == "success"
+    result = run_sensor(workflow_run_id=dify.add_run("cancelled", finished_at=1_795_299_666))
+    assert result.states["wait"] == "failed"
+    assert "'cancelled', which this version" in str(result.raised["wait"][0])
+
+
+def test_a_status_is_logged_once_and_not_at_every_poll(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_id = dify.add_run("running", "running", "running", "paused", "paused", "running", "succeeded")
+    caplog.set_level(logging.INFO)
+    run_sensor(workflow_run_id=run_id)
+    assert _logged(f"{run_id} is running", caplog, capfd) == 2
+    assert _logged(f"{run_id} is paused", caplog, capfd) == 1
+
+
+def _logged(text: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> int:
+    # Airflow 2 logs through logging, Airflow 3 prints what its structured log says.
+    printed = capfd.readouterr()
+    _logged.printed = getattr(_logged, "printed", "") + printed.out + printed.err  # type: ignore[attr-defined]
+    in_records = sum(text in record.getMessage() for record in caplog.records)
+    return in_records or _logged.printed.count(text)  # type: ignore[attr-defined]
+
+
+REJECTIONS = [
+    pytest.param("auth_bad_key", DifyAuthenticationError, "Access token is invalid", id="bad-key"),
+    pytest.param("detail_disabled_api", DifyAuthenticationError, "API service has been disabled", id="api-off"),
+    pytest.param("detail_key_of_chat_app", DifyRequestError, "not_workflow_app.*another kind", id="key-of-a-chat-app"),
+]
+
+
+@pytest.mark.parametrize(("recording", "exception", "message"), REJECTIONS)
+def test_a_rejected_request_fails_the_task_without_retry(
+    dify: DifyStandIn, way: dict[str, Any], recording: str, exception: type[Exception], message: str
+) -> None:
+    dify.misbehave(dify_response(dify))
+    dify.misbehave_always(replay(recording))
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, retries=2, retry_delay=0)
+    assert result.states["wait"] == "failed"
+    assert result.tries["wait"] == 1
+    (error,) = result.raised["wait"]
+    assert type(error) is exception
+    assert re.search(message, str(error))
+    assert isinstance(error, DifyRequestError)
+    assert error.status_code in (400, 401, 403)
+    assert error.code
+    assert error.message
+    assert len(dify.requests) == 2
+
+
+@pytest.mark.parametrize("rendered", ["", "None", "{{ none }}", "../../info", "not-a-uuid"])
+def test_a_run_id_that_is_none_fails_before_any_request(dify: DifyStandIn, way: dict[str, Any], rendered: str) -> None:
+    result = run_sensor(workflow_run_id=rendered, **way, retries=2, retry_delay=0)
+    assert result.states["wait"] == "failed"
+    assert result.tries["wait"] == 1
+    assert isinstance(result.raised["wait"][0], DifyConfigurationError)
+    assert repr("None" if "none" in rendered else rendered) in str(result.raised["wait"][0])
+    assert dify.requests == []
+
+
+@pytest.mark.parametrize("deferrable", [{"deferrable": True}, WAYS.get("end_from_trigger")])
+def test_failed_polls_on_the_triggerer_are_retried(
+    dify: DifyStandIn, dialect: str, deferrable: dict[str, Any] | None
+) -> None:
+    if deferrable is None:
+        pytest.skip("this Airflow cannot end a task from its trigger")
+    run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
+    dify.misbehave(dify_response(dify), respond(503), html(502), respond(429), respond(500), respond(408))
+    dify.misbehave(dify_response(dify))
+    dify.misbehave(respond(504), times=5)
+    result = run_sensor(workflow_run_id=run_id, retries=0, **deferrable)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+
+
+@pytest.mark.skipif(AIRFLOW_3_0, reason="its dag.test() takes the retry of a deferred task for its resumption")
+def test_one_failed_poll_too_many_on_the_triggerer_ends_the_try_and_leaves_it_to_retries(dify: DifyStandIn) -> None:
+    dify.misbehave(dify_response(dify), respond(503), respond(503), respond(503))
+    run_id = dify.add_run("running", "succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, deferrable=True, max_consecutive_failures=2, retries=1, retry_delay=0)
+    assert result.state == "success"
+    assert result.tries["wait"] == 2
+    (error,) = result.raised["wait"]
+    assert type(error) is DifyConnectionError
+    assert error.status_code == 503
+
+
+def test_a_rotated_key_does_not_end_a_wait(
+    dify: DifyStandIn, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
+
+    async def rotate(request: Any) -> Any:
+        dify.api_keys = {"the-next-key"}
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": "the-next-key"}
+        os.environ["AIRFLOW_CONN_DIFY_DEFAULT"] = json.dumps(connection)
+        return await dify.respond_to(request)
+
+    dify.misbehave(dify_response(dify), rotate)
+    result = run_sensor(workflow_run_id=run_id, **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+
+
+def test_failed_polls_in_poke_mode_are_retried(dify: DifyStandIn, dialect: str) -> None:
+    run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
+    # Four attempts a poll: five failed polls in a row, an answer, five more.
+    dify.misbehave(respond(503), reset(), html(502), respond(500), times=5)
+    dify.misbehave(dify_response(dify))
+    dify.misbehave(respond(504), times=20)
+    result = run_sensor(workflow_run_id=run_id, retries=0)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    assert len(dify.requests) == 20 + 1 + 20 + 2
+
+
+def dify_response(dify: DifyStandIn) -> Any:
+    async def fault(request: Any) -> Any:
+        return await dify.respond_to(request)
+
+    return fault
+
+
+def test_one_failed_poll_too_many_ends_the_try_in_poke_mode_and_leaves_it_to_retries(dify: DifyStandIn) -> None:
+    dify.misbehave(respond(503), times=4 * 3)
+    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, max_consecutive_failures=2, retries=1, retry_delay=0)
+    assert result.state == "success"
+    assert result.tries["wait"] == 2
+    (error,) = result.raised["wait"]
+    assert type(error) is DifyConnectionError
+    assert error.status_code == 503
+
+
+def test_a_failed_poll_is_left_to_retries_in_reschedule_mode(dify: DifyStandIn) -> None:
+    dify.misbehave(respond(503), times=4)
+    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, mode="reschedule", retries=1, retry_delay=0)
+    assert result.state == "success"
+    assert result.tries["wait"] == 2
+
+
+def test_soft_fail_does_not_hide_a_temporary_failure(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.misbehave(dify_response(dify))
+    dify.misbehave_always(respond(503))
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, soft_fail=True, max_consecutive_failures=0)
+    assert result.states["wait"] == "failed"
+
+
+def test_silent_fail_keeps_waiting_after_any_number_of_failed_polls(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.misbehave(respond(503), times=8)
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded"), **way, silent_fail=True, max_consecutive_failures=0)
+    assert result.state == "success"
+
+
+def test_the_sensor_times_out_as_any_sensor(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, timeout=0.3)
+    assert result.states["wait"] == "failed"
+    (error,) = result.raised["wait"]
+    assert type(error).__name__ == "AirflowSensorTimeout"
+    assert re.search(
+        r"timed out after 0.3 seconds. Dify workflow run \S+ was not over: its last status was running", str(error)
+    )
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, timeout=0.3, soft_fail=True)
+    assert result.states["wait"] == "skipped"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"not_found_grace": -1},
+        {"run_timeout": "soon"},
+        {"run_timeout": float("nan")},
+        {"max_consecutive_failures": -1},
+        {"max_consecutive_failures": 2.5},
+    ],
+)
+def test_a_wrong_argument_fails_when_the_dag_is_parsed(arguments: dict[str, Any]) -> None:
+    from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        DifyWorkflowRunSensor(task_id="wait", workflow_run_id="x", **arguments)

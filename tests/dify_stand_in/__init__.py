@@ -1,0 +1,72 @@
+"""
+A stand-in for Dify's Service API on this machine. A test double: nothing of it is in the wheel, nothing of it is Dify.
+
+It answers out of recorded responses of real servers, in ``tests/recorded/``. It speaks like one of five Dify versions:
+what a run's detail looks like, what a rejected start gets, how starts queue, what a stop does, how paused runs go on.
+Runs move from status to status, one step a poll, or in real time. It misbehaves on demand, over a real socket::
+
+    with DifyStandIn() as dify:
+        run_id = dify.add_run("running", "succeeded")
+        dify.misbehave(reset(), respond(503), times=2)
+"""
+
+from tests.dify_stand_in.dialects import DIALECTS
+from tests.dify_stand_in.events import iteration, node_finished, node_retry
+from tests.dify_stand_in.faults import (
+    Fault,
+    close,
+    dribble,
+    dribble_headers,
+    html,
+    lose_response,
+    pings_only,
+    quota_reached,
+    redirect,
+    replay,
+    reset,
+    respond,
+    retry_after_date,
+    slow_body,
+    stall,
+    too_many_requests,
+    truncate_body,
+    unchunked,
+)
+from tests.dify_stand_in.input_form import form_field
+from tests.dify_stand_in.recordings import RECORDED, Recording
+from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
+from tests.dify_stand_in.server import API_KEY, DifyStandIn
+
+__all__ = [
+    "API_KEY",
+    "DIALECTS",
+    "RECORDED",
+    "DifyStandIn",
+    "Fault",
+    "ReceivedRequest",
+    "Recording",
+    "Run",
+    "Start",
+    "Started",
+    "close",
+    "dribble",
+    "dribble_headers",
+    "form_field",
+    "html",
+    "iteration",
+    "lose_response",
+    "node_finished",
+    "node_retry",
+    "pings_only",
+    "quota_reached",
+    "redirect",
+    "replay",
+    "reset",
+    "respond",
+    "retry_after_date",
+    "slow_body",
+    "stall",
+    "too_many_requests",
+    "truncate_body",
+    "unchunked",
+]

@@ -1,0 +1,147 @@
+"""A running Airflow, a stand-in for Dify, and a browser."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import requests
+from playwright.sync_api import Error, Page, Response, expect, sync_playwright
+
+from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses, airflow_processes, free_port
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start
+from tests.ui.airflow_2_ui import Airflow2UI
+from tests.ui.airflow_3_ui import Airflow3UI
+from tests.ui.airflow_ui import AirflowUI
+from tests.ui.screenshots import Screenshots
+
+# A machine may be busy with Airflow's processes.
+PATIENCE = 60_000
+expect.set_options(timeout=PATIENCE)
+
+ROOT = Path(__file__).parent.parent.parent
+EXAMPLE_DAGS = ROOT / "example_dags"
+README = ROOT / "README.md"
+OUTPUTS = {"text": "Hello from a workflow run", "score": 0.75}
+ADMIN = "admin"
+CHROMIUM_ARGUMENTS = [
+    # Chromium's own sandbox doesn't start as root.
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--screenshots", type=Path, help="the folder to write the documentation's screenshots to")
+
+
+@pytest.fixture(scope="session")
+def dify() -> Iterator[DifyStandIn]:
+    """A Dify with one workflow."""
+    fields = {"outputs": OUTPUTS, "total_tokens": 42}
+    with DifyStandIn() as server:
+        server.starts.append(Start(statuses=("running", "running", "succeeded"), fields=fields))
+        yield server
+
+
+@pytest.fixture(scope="session")
+def dags(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example Dags and those of the README."""
+    folder = tmp_path_factory.mktemp("dags")
+    for path in EXAMPLE_DAGS.glob("*.py"):
+        shutil.copy(path, folder)
+    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
+    for number, block in enumerate(blocks):
+        (folder / f"readme_{number}.py").write_text(block, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def airflow(dags: Path) -> Iterator[AirflowProcesses]:
+    """An Airflow with these Dags and no connection."""
+    environment = {
+        "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
+        "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    if AIRFLOW_2:
+        environment |= {
+            "AIRFLOW__WEBSERVER__WEB_SERVER_HOST": "127.0.0.1",
+            "AIRFLOW__WEBSERVER__WEB_SERVER_PORT": str(free_port()),
+            "AIRFLOW__WEBSERVER__WORKERS": "1",
+            # It would be in the user's home.
+            "GUNICORN_CMD_ARGS": "--no-control-socket",
+        }
+    with airflow_processes(environment) as airflow:
+        if AIRFLOW_2:
+            names = ["--username", ADMIN, "--firstname", "Ada", "--lastname", "Admin", "--email", "ada@example.com"]
+            airflow.run("users", "create", *names, "--role", "Admin", "--password", ADMIN)
+            airflow.start("webserver")
+        yield airflow
+
+
+@pytest.fixture(scope="session")
+def page() -> Iterator[Page]:
+    """A page of Debian's Chromium."""
+    chromium = shutil.which("chromium")
+    assert chromium is not None, "Chromium is not installed: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_ARGUMENTS)
+        context = browser.new_context(
+            viewport={"width": 1280, "height": 800}, locale="en-US", color_scheme="light", timezone_id="UTC"
+        )
+        context.set_default_timeout(PATIENCE)
+        yield context.new_page()
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def told_the_key(page: Page) -> list[str]:
+    """The addresses whose answers told the browser the API key."""
+    told: list[str] = []
+
+    def look_at(response: Response) -> None:
+        # Some answers, such as redirects, have no body to ask for.
+        with contextlib.suppress(Error):
+            if API_KEY.encode() in response.body():
+                told.append(urlsplit(response.url).path)
+
+    page.context.on("response", look_at)
+    return told
+
+
+@pytest.fixture(scope="session")
+def ui(airflow: AirflowProcesses, dags: Path, page: Page, told_the_key: list[str]) -> AirflowUI:
+    """Airflow's UI, logged in, once it answers and knows the Dags."""
+    port = airflow.environment["AIRFLOW__WEBSERVER__WEB_SERVER_PORT" if AIRFLOW_2 else "AIRFLOW__API__PORT"]
+    address = f"http://127.0.0.1:{port}"
+
+    def is_up() -> bool:
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.get(address, timeout=60).ok
+        return False
+
+    def knows_the_dags() -> bool:
+        return airflow.query("SELECT count(*) FROM serialized_dag") >= [(len(list(dags.glob("*.py"))),)]
+
+    airflow.wait_for(is_up, seconds=180)
+    airflow.wait_for(knows_the_dags, seconds=180)
+    ui = Airflow2UI(page, address, ADMIN) if AIRFLOW_2 else Airflow3UI(page, address)
+    ui.log_in()
+    return ui
+
+
+@pytest.fixture(scope="session")
+def screenshots(request: pytest.FixtureRequest, page: Page, dify: DifyStandIn) -> Screenshots:
+    """Where the documentation's screenshots are taken, if they are asked for."""
+    return Screenshots(page, request.config.getoption("--screenshots"), dify)

@@ -1,0 +1,204 @@
+"""What an Airflow connection means: base URL, API key and extras."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.connection import DifyConnection, make_base_url
+from airflow_provider_dify.exceptions import DifyConfigurationError
+
+KEY = "app-some-key"
+
+
+def read(**fields: Any) -> DifyConnection:
+    from airflow.models.connection import Connection
+
+    extra = fields.pop("extra", None)
+    fields = {"conn_id": "my_dify", "conn_type": "dify", "password": KEY, **fields}
+    return DifyConnection.from_airflow(
+        Connection(**fields, extra=json.dumps(extra) if isinstance(extra, dict) else extra)  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "base_url"),
+    [
+        ({}, "https://api.dify.ai/v1"),
+        ({"host": ""}, "https://api.dify.ai/v1"),
+        ({"host": "  "}, "https://api.dify.ai/v1"),
+        ({"schema": "https"}, "https://api.dify.ai/v1"),
+        ({"host": "api.dify.ai"}, "https://api.dify.ai/v1"),
+        ({"host": "https://dify.example.com"}, "https://dify.example.com/v1"),
+        ({"host": "https://dify.example.com/"}, "https://dify.example.com/v1"),
+        ({"host": "https://dify.example.com/v1/"}, "https://dify.example.com/v1"),
+        ({"host": "HTTPS://Dify.Example.com//v1//"}, "https://dify.example.com/v1"),
+        ({"host": "http://localhost:5001"}, "http://localhost:5001/v1"),
+        ({"host": "dify.example.com:8443/gateway/v1"}, "https://dify.example.com:8443/gateway/v1"),
+        ({"host": "dify", "port": 5001, "schema": "http"}, "http://dify:5001/v1"),
+        ({"host": "dify.example.com", "schema": "HTTP"}, "http://dify.example.com/v1"),
+        ({"host": "http://dify/v1", "port": 80, "schema": "http"}, "http://dify:80/v1"),
+        ({"host": "http://dify:80", "port": 80}, "http://dify:80/v1"),
+        ({"host": "dify.example.com/gateway", "port": 8443}, "https://dify.example.com:8443/gateway"),
+        ({"host": "http://[::1]:5001"}, "http://[::1]:5001/v1"),
+        ({"host": "[::1]:5001/v1", "schema": "http"}, "http://[::1]:5001/v1"),
+        ({"host": "::1", "port": 5001, "schema": "http"}, "http://[::1]:5001/v1"),
+        ({"host": "2001:db8::7"}, "https://[2001:db8::7]/v1"),
+        ({"host": "192.168.1.7:5001", "schema": "http"}, "http://192.168.1.7:5001/v1"),
+        ({"host": "my_compose_service"}, "https://my_compose_service/v1"),
+        ({"host": "dify.münchen.example"}, "https://dify.münchen.example/v1"),
+    ],
+)
+def test_a_host_becomes_the_expected_base_url(fields: dict[str, Any], base_url: str) -> None:
+    assert read(**fields).base_url == base_url
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"host": "https://"},
+        {"host": "http:///v1"},
+        {"host": "ftp://dify.example.com"},
+        {"host": "dify example.com"},
+        {"host": "https://dify.example.com/v 1"},
+        {"host": "dify.example.com:port"},
+        {"host": "dify.example.com:99999"},
+        {"host": "dify.example.com:0"},
+        {"host": "[::1"},
+        {"host": "[zz]"},
+        {"host": "dify..example.com"},
+        {"host": "-"},
+        {"host": "https://dify.example.com/v1?x=1"},
+        {"host": "https://dify.example.com/v1#x"},
+        {"host": "https://dify.example.com", "schema": "http"},
+        {"host": "https://dify.example.com:8443", "port": 443},
+        {"host": "dify", "schema": "v1"},
+        {"host": "dify", "port": 99999},
+        {"schema": "http"},
+        {"port": 8443},
+    ],
+)
+def test_an_invalid_host_is_reported_with_its_connection(fields: dict[str, Any]) -> None:
+    with pytest.raises(DifyConfigurationError, match="'my_dify'") as caught:
+        print(read(**fields))
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("password", [None, "", "   ", "app-some key", "app-some\nkey", "app-ключ", "app-\x00"])
+def test_a_missing_or_broken_key_is_reported_and_not_shown(password: str | None) -> None:
+    with pytest.raises(DifyConfigurationError, match=r"'my_dify'.*password") as caught:
+        read(password=password)
+    assert "app-" not in str(caught.value)
+
+
+def test_white_space_around_a_key_does_not_count() -> None:
+    assert read(password=f" {KEY}\n").api_key == KEY
+
+
+def test_a_user_and_password_in_the_host_are_reported_and_not_shown() -> None:
+    with pytest.raises(DifyConfigurationError, match="user name or password") as caught:
+        read(host="https://me:secret@dify.example.com/v1")
+    assert "secret" not in str(caught.value)
+
+
+def test_the_key_is_not_in_the_repr_of_a_connection() -> None:
+    shown = repr(read(extra={"proxies": {"https": "http://me:secret@proxy:3128"}}))
+    assert KEY not in shown
+    assert "secret" not in shown
+
+
+def test_extras_are_read_and_unknown_ones_ignored(tmp_path: Any) -> None:
+    bundle = tmp_path / "ca.pem"
+    bundle.touch()
+    extra = {"timeout": 5, "verify": str(bundle), "proxies": {"https": "http://proxy:3128"}, "team": "data"}
+    connection = read(extra=extra)
+    assert connection.timeout == 5.0
+    assert connection.verify == str(bundle)
+    assert connection.proxies == {"https": "http://proxy:3128"}
+
+
+def test_extras_may_be_the_text_that_a_form_saves() -> None:
+    connection = read(extra={"timeout": "2.5", "verify": "False", "proxies": '{"http": "http://proxy:3128"}'})
+    assert (connection.timeout, connection.verify) == (2.5, False)
+    assert connection.proxies == {"http": "http://proxy:3128"}
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"timeout": "", "verify": "", "proxies": ""}, {"timeout": None}])
+def test_empty_extras_are_the_defaults(extra: dict[str, Any] | None) -> None:
+    connection = read(extra=extra)
+    assert (connection.timeout, connection.verify, connection.proxies) == (None, True, {})
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"timeout": "soon"},
+        {"timeout": 0},
+        {"timeout": -1},
+        {"timeout": "nan"},
+        {"timeout": True},
+        {"timeout": [5]},
+        {"verify": "/no/such/file"},
+        {"verify": 5},
+        {"proxies": "http://me:secret@proxy:3128"},
+        {"proxies": {"https": 5, "http": "http://me:secret@proxy:3128"}},
+        {"proxies": ["http://proxy"]},
+        {"console_url": 5},
+        {"console_url": "dify.example.com"},
+        {"console_url": "//dify.example.com"},
+        {"console_url": "ftp://dify.example.com"},
+        {"console_url": "javascript://dify.example.com"},
+        {"console_url": "https://"},
+        {"console_url": "https://dify example.com"},
+        {"console_url": "https://dify.example.com:port"},
+        {"console_url": "https://dify.example.com:99999"},
+        {"console_url": "https://dify.example.com/?x=1"},
+        {"console_url": "https://dify.example.com/#x"},
+        {"console_url": "https://me:secret@dify.example.com"},
+    ],
+)
+def test_a_wrong_extra_is_named(extra: dict[str, Any]) -> None:
+    with pytest.raises(DifyConfigurationError, match=rf"'my_dify'.*'{next(iter(extra))}'") as caught:
+        read(extra=extra)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "console"),
+    [
+        ({}, "https://cloud.dify.ai"),
+        ({"host": "https://api.dify.ai/v1"}, "https://cloud.dify.ai"),
+        ({"host": "API.dify.ai:443"}, "https://cloud.dify.ai"),
+        ({"host": "https://dify.example.com/v1"}, "https://dify.example.com"),
+        ({"host": "http://dify.example.com:8080/gateway/v1"}, "http://dify.example.com:8080"),
+        ({"host": "http://[::1]:5001"}, "http://[::1]:5001"),
+        ({"host": "https://api.dify.ai.example.com"}, "https://api.dify.ai.example.com"),
+        ({"extra": {"console_url": " https://Dify.example.com/ "}}, "https://dify.example.com"),
+        ({"extra": {"console_url": "http://dify:3000/console//"}}, "http://dify:3000/console"),
+        ({"host": "http://dify:5001", "extra": {"console_url": "http://[::1]:3000"}}, "http://[::1]:3000"),
+        ({"host": "http://dify:5001", "extra": {"console_url": " "}}, "http://dify:5001"),
+    ],
+)
+def test_a_connection_knows_its_console(fields: dict[str, Any], console: str) -> None:
+    assert read(**fields).console == console
+
+
+def test_the_extra_console_url_is_read() -> None:
+    assert read(extra={"console_url": "https://dify.example.com/"}).console_url == "https://dify.example.com"
+    assert read(extra={"console_url": ""}).console_url is None
+    assert read().console_url is None
+
+
+def test_a_base_url_ends_without_a_slash() -> None:
+    assert make_base_url("dify.example.com/v1///") == "https://dify.example.com/v1"
+
+
+def test_an_airflow_uri_is_read() -> None:
+    from airflow.models.connection import Connection
+
+    uri = f"dify://:{KEY}@https%3A%2F%2Fdify.example.com%2Fv1/?timeout=5"
+    connection = DifyConnection.from_airflow(Connection(conn_id="my_dify", uri=uri))  # type: ignore[arg-type]
+    assert connection.base_url == "https://dify.example.com/v1"
+    assert connection.timeout == 5.0

@@ -1,0 +1,48 @@
+"""Which errors leave a task its retries, and that they survive a process boundary."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
+
+from airflow_provider_dify import exceptions
+from airflow_provider_dify.models import WorkflowRun
+from tests.unit.test_workflow_run import read, recorded
+
+ALL = [e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, exceptions.DifyError)]
+
+
+def test_only_what_may_pass_leaves_retries() -> None:
+    assert {e.__name__ for e in ALL if not issubclass(e, AirflowFailException)} == {"DifyError", "DifyConnectionError"}
+    assert all(issubclass(e, AirflowException) for e in ALL)
+
+
+def test_a_configuration_error_is_a_value_error() -> None:
+    assert issubclass(exceptions.DifyConfigurationError, ValueError)
+    assert issubclass(exceptions.DifyAuthenticationError, exceptions.DifyRequestError)
+    assert issubclass(exceptions.DifyWorkflowRunTimeout, exceptions.DifyWorkflowRunFailed)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        exceptions.DifyError("told"),
+        exceptions.DifyConfigurationError("told"),
+        exceptions.DifyConnectionError("told", status_code=503, code="c", dify_message="m", retry_after=7.0),
+        exceptions.DifyRequestError("told", status_code=400, code="c", dify_message="m"),
+        exceptions.DifyAuthenticationError("told", status_code=401, code="c", dify_message="m"),
+        exceptions.DifyWorkflowRunNotFound("told", workflow_run_id="r"),
+        exceptions.DifyWorkflowRunFailed("told", run=read(recorded("detail_failed"))),
+        exceptions.DifyWorkflowRunTimeout("told", run=read(recorded("detail_running_t0"))),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_pickle_with_all_that_they_hold(error: exceptions.DifyError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert str(copy) == str(error) == "told"
+    assert vars(copy) == vars(error)
+    if "run" in vars(error):
+        assert isinstance(copy.run, WorkflowRun)

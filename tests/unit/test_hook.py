@@ -1,0 +1,387 @@
+"""What goes over the wire, and what comes of an answer or of none. Real sockets, but where a request is the unit."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import requests_mock
+
+from airflow_provider_dify import __version__
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyError,
+    DifyRequestError,
+    DifyWorkflowRunNotFound,
+)
+from airflow_provider_dify.hooks.dify import DifyHook
+from tests.dify_stand_in import (
+    API_KEY,
+    DifyStandIn,
+    html,
+    redirect,
+    replay,
+    reset,
+    respond,
+    retry_after_date,
+    slow_body,
+    stall,
+    too_many_requests,
+    truncate_body,
+)
+
+Connect = Callable[..., DifyHook]
+
+
+@pytest.fixture
+def connect(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> Connect:
+    """Make a hook of a connection with these fields; without, one that leads to the stand-in."""
+
+    def make(fields: dict[str, Any] | None = None, **arguments: Any) -> DifyHook:
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, **(fields or {})}
+        monkeypatch.setenv("AIRFLOW_CONN_MY_DIFY", json.dumps(connection))
+        return DifyHook("my_dify", **{"retry_delay": 0.01, **arguments})
+
+    return make
+
+
+def test_a_run_is_looked_up_with_the_key_and_a_user_agent(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
+    run_id = dify.add_run("succeeded", outputs={"answer": "二"})
+    with connect() as hook:
+        run = hook.get_workflow_run(run_id.upper())
+    assert run.outputs == {"answer": "二"}
+    (request,) = dify.requests
+    assert (request.method, request.path) == ("GET", f"/v1/workflows/run/{run_id}")
+    assert request.headers["Authorization"] == f"Bearer {API_KEY}"
+    assert request.headers["User-Agent"] == f"airflow-provider-dify/{__version__}"
+
+
+def test_an_unknown_run_is_recognized_over_the_wire(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
+    with connect() as hook, pytest.raises(DifyWorkflowRunNotFound):
+        hook.get_workflow_run(str(uuid.uuid4()))
+    assert len(dify.requests) == 1
+
+
+def test_the_request_is_what_the_documentation_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps({"conn_type": "dify", "password": "key"}))
+    run_id = str(uuid.uuid4())
+    fields = {"id": run_id, "status": "succeeded", "outputs": {"a": 1}}
+    with requests_mock.Mocker() as mock:
+        mock.get(f"https://api.dify.ai/v1/workflows/run/{run_id}", json=fields)
+        assert DifyHook().get_workflow_run(run_id).outputs == {"a": 1}
+        sent = mock.request_history[0]
+        assert sent.headers["Authorization"] == "Bearer key"
+        assert sent.timeout == (10.0, 30.0)
+        assert sent.verify is not False
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "timeout"),
+    [
+        ({}, {}, (10.0, 30.0)),
+        ({"extra": {"timeout": 4}}, {}, (4.0, 4.0)),
+        ({"extra": {"timeout": 60}}, {}, (10.0, 60.0)),
+        ({"extra": {"timeout": 4}}, {"timeout": 7}, (7.0, 7.0)),
+    ],
+)
+def test_settings_of_the_connection_override_the_environment(
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    fields: dict[str, Any],
+    arguments: dict[str, Any],
+    timeout: tuple[float, float],
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", __file__)
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy-of-the-environment:3128")
+    extra = {"verify": False, "proxies": {"https": "http://proxy:3128"}, **fields.get("extra", {})}
+    hook = connect({"host": "https://dify.example.com", "extra": extra}, **arguments)
+    run_id = str(uuid.uuid4())
+    with requests_mock.Mocker() as mock:
+        mock.get(requests_mock.ANY, json={"id": run_id, "status": "running"})
+        hook.get_workflow_run(run_id)
+    sent = mock.request_history[0]
+    assert sent.timeout == timeout
+    assert sent.verify is False
+    assert sent.proxies["https"] == "http://proxy:3128"
+
+
+@pytest.mark.parametrize("wrong", ["", "None", None, "../info", "e9d68a02-335c-48ff-bcca-2aa6ff006579/x", 5, ["x"]])
+def test_a_wrong_id_is_refused_before_any_request(dify: DifyStandIn, connect: Connect, wrong: Any) -> None:
+    with connect() as hook, pytest.raises(DifyConfigurationError, match=re.escape(repr(wrong))):
+        hook.get_workflow_run(wrong)
+    assert dify.requests == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"password": None}, "'my_dify'.*no password"), ({"host": "https://"}, "'my_dify'.*makes no URL")],
+)
+def test_a_connection_that_cannot_be_used_is_named(connect: Connect, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(DifyConfigurationError, match=message):
+        connect(fields).get_workflow_run(str(uuid.uuid4()))
+
+
+# --- the key and where it goes
+
+
+def test_a_netrc_does_not_take_the_place_of_the_key(
+    dify: DifyStandIn, connect: Connect, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password from-netrc\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    run_id = dify.add_run("running")
+    dify.misbehave(redirect(f"/v1/workflows/run/{run_id}"))
+    with connect() as hook:
+        hook.get_workflow_run(run_id)
+    assert [request.headers["Authorization"] for request in dify.requests] == [f"Bearer {API_KEY}"] * 2
+
+
+def test_a_redirect_within_the_server_is_followed_with_the_key(dify: DifyStandIn, connect: Connect) -> None:
+    run_id = dify.add_run("running")
+    dify.misbehave(redirect(f"{dify.origin}/v1//workflows/run/{run_id}", 308))
+    with connect() as hook:
+        assert hook.get_workflow_run(run_id).status == "running"
+    assert len(dify.requests) == 3  # the second one is Dify's own 308 on the double slash
+
+
+@pytest.mark.parametrize("kind", ["another host", "another port", "another scheme"])
+def test_the_key_follows_no_redirect_elsewhere(dify: DifyStandIn, connect: Connect, kind: str) -> None:
+    with DifyStandIn() as other:
+        target = {
+            "another host": f"http://localhost:{dify.port}/v1/info",
+            "another port": f"{other.base_url}/info",
+            "another scheme": f"https://127.0.0.1:{dify.port}/v1/info",
+        }[kind]
+        dify.misbehave(redirect(target, 307))
+        with connect(retry_limit=0) as hook, pytest.raises(DifyConnectionError, match=f"redirect to {target}"):
+            hook.get_workflow_run(dify.add_run("running"))
+        assert len(dify.requests) == 1
+        assert other.requests == []
+
+
+def test_the_session_sends_the_key_to_the_connections_own_origin_only(dify: DifyStandIn, connect: Connect) -> None:
+    with DifyStandIn() as other, connect() as hook:
+        hook.get_conn().get(f"{other.base_url}/info")
+        hook.get_conn().get(f"{dify.base_url}/info")
+        assert "Authorization" not in other.requests[0].headers
+        assert "Authorization" in dify.requests[0].headers
+
+
+def test_no_cookie_is_kept(dify: DifyStandIn, connect: Connect) -> None:
+    run_id = dify.add_run("running")
+    dify.misbehave(respond(503, headers={"Set-Cookie": "session=1; Path=/"}))
+    with connect() as hook:
+        hook.get_workflow_run(run_id)
+    assert "Cookie" not in dify.requests[1].headers
+
+
+def test_one_session_serves_a_hook_until_it_is_closed(dify: DifyStandIn, connect: Connect) -> None:
+    run_id = dify.add_run("running")
+    hook = connect()
+    for _ in range(3):
+        hook.get_workflow_run(run_id)
+    assert dify.connections_opened == 1
+    first = hook.get_conn()
+    assert hook.get_conn() is first
+    hook.close()
+    hook.close()
+    assert hook.get_conn() is not first
+    assert isinstance(hook.get_conn(), requests.Session)
+    hook.close()
+
+
+# --- trouble
+
+PASSING = [
+    pytest.param(lambda: replay("detail_not_a_uuid"), id="recorded-500"),
+    pytest.param(lambda: html(502, "<html><h1>502 Bad Gateway</h1></html>"), id="502-html"),
+    pytest.param(lambda: respond(503), id="503-empty"),
+    pytest.param(lambda: respond(408), id="408"),
+    pytest.param(lambda: too_many_requests(), id="429"),
+    pytest.param(lambda: replay("run_rate_limited_streaming"), id="400-too-many-requests"),
+    pytest.param(lambda: reset(), id="reset-before-the-answer"),
+    pytest.param(lambda: truncate_body(reset=True), id="reset-in-the-body"),
+    pytest.param(lambda: truncate_body(reset=False), id="truncated-body"),
+    pytest.param(lambda: stall(2), id="stall"),
+    pytest.param(lambda: html(), id="html"),
+    pytest.param(lambda: respond(200, '{"hello": "world"}'), id="other-json"),
+    pytest.param(lambda: respond(200, "OK", content_type="text/plain"), id="no-json"),
+    pytest.param(lambda: redirect("https://login.example.com/"), id="redirect-elsewhere"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_temporary_failure_is_retried(dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]) -> None:
+    run_id = dify.add_run("succeeded", outputs={"a": 1})
+    dify.misbehave(fault(), times=3)
+    with connect(timeout=0.3) as hook:
+        assert hook.get_workflow_run(run_id).outputs == {"a": 1}
+    assert len(dify.requests) == 4
+
+
+@pytest.mark.parametrize("fault", PASSING)
+def test_a_lasting_failure_is_raised_after_the_last_retry(
+    dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]
+) -> None:
+    run_id = dify.add_run("running")
+    dify.misbehave_always(fault())
+    with connect(timeout=0.3, retry_limit=1) as hook, pytest.raises(DifyConnectionError) as caught:
+        hook.get_workflow_run(run_id)
+    assert len(dify.requests) == 2
+    assert run_id in str(caught.value)
+    assert dify.origin in str(caught.value)
+    assert API_KEY not in str(caught.value)
+
+
+def test_a_refused_connection_is_retried_and_then_raised(dify: DifyStandIn, connect: Connect) -> None:
+    run_id = dify.add_run("running")
+    with connect() as hook:
+        hook.get_workflow_run(run_id)
+        with dify.refusing_connections(), pytest.raises(DifyConnectionError, match=r"could not be reached.*refused"):
+            hook.get_workflow_run(run_id)
+        assert hook.get_workflow_run(run_id).status == "running"
+
+
+REJECTED = [
+    ("auth_none", DifyAuthenticationError, 401),
+    ("auth_bad_key", DifyAuthenticationError, 401),
+    ("detail_disabled_api", DifyAuthenticationError, 403),
+    ("detail_key_of_chat_app", DifyRequestError, 400),
+    ("detail_unknown_uuid", DifyWorkflowRunNotFound, None),
+]
+
+
+@pytest.mark.parametrize(("recording", "exception", "status"), REJECTED)
+def test_a_rejection_is_raised_at_once(
+    dify: DifyStandIn, connect: Connect, recording: str, exception: type[DifyError], status: int | None
+) -> None:
+    dify.misbehave_always(replay(recording))
+    with connect() as hook, pytest.raises(exception) as caught:
+        hook.get_workflow_run(str(uuid.uuid4()))
+    assert type(caught.value) is exception
+    assert len(dify.requests) == 1
+    if isinstance(caught.value, DifyRequestError):
+        assert caught.value.status_code == status
+
+
+def test_a_revoked_key_raises_an_authentication_error(dify: DifyStandIn, connect: Connect) -> None:
+    dify.api_keys.clear()
+    with connect() as hook, pytest.raises(DifyAuthenticationError, match=r"'my_dify'.*Access token is invalid"):
+        hook.get_workflow_run(dify.add_run("running"))
+
+
+def test_a_base_url_without_v1_is_hinted_at(dify: DifyStandIn, connect: Connect) -> None:
+    with connect({"host": f"{dify.origin}/api"}, retry_limit=0) as hook:  # noqa: SIM117
+        with pytest.raises(DifyConnectionError, match=r"404 Not Found.*/v1: is that missing"):
+            hook.get_workflow_run(dify.add_run("running"))
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_honoured(dify: DifyStandIn, connect: Connect, as_date: bool) -> None:
+    in_a_second = datetime.now(timezone.utc) + timedelta(seconds=2)
+    dify.misbehave(too_many_requests(retry_after_date(in_a_second) if as_date else "1"))
+    with connect() as hook:
+        hook.get_workflow_run(dify.add_run("running"))
+    assert 0.8 < dify.requests[1].at - dify.requests[0].at < 2.5
+
+
+def test_retry_after_is_honoured_up_to_a_bound(connect: Connect) -> None:
+    from tenacity import Future, RetryCallState, Retrying
+
+    hook = connect(retry_delay=1.0)
+    state = RetryCallState(Retrying(), None, (), {})
+    state.outcome = Future(1)
+    state.outcome.set_exception(DifyConnectionError("busy", retry_after=86_400))
+    assert hook._retry_wait(state) == 60.0
+    state.outcome = Future(1)
+    state.outcome.set_exception(DifyConnectionError("busy"))
+    for attempt, least in ((1, 1), (2, 2), (3, 4), (30, 60)):
+        state.attempt_number = attempt
+        assert least <= hook._retry_wait(state) <= min(least + 1, 60)
+
+
+def test_a_slow_and_a_huge_body_arrive_whole(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
+    outputs = {"text": "二" * 800_000}
+    run_id = dify.add_run("succeeded", outputs=outputs)
+    dify.misbehave(slow_body(dify, 1.0))
+    with connect(timeout=0.5) as hook:
+        assert hook.get_workflow_run(run_id).outputs == outputs
+    assert len(dify.requests) == 1
+
+
+def test_a_stall_is_bounded_by_the_timeout(dify: DifyStandIn, connect: Connect) -> None:
+    dify.misbehave_always(stall(3))
+    started = time.monotonic()
+    with (
+        connect({"extra": {"timeout": 0.2}}, retry_limit=0) as hook,
+        pytest.raises(DifyConnectionError, match="Timeout"),
+    ):
+        hook.get_workflow_run(str(uuid.uuid4()))
+    assert time.monotonic() - started < 2
+
+
+# --- the Test button
+
+
+def test_the_test_names_the_app(dify: DifyStandIn, connect: Connect) -> None:
+    works, told = connect().test_connection()
+    assert works
+    assert "'echo' (workflow)" in told
+    assert dify.base_url in told
+
+
+def test_the_test_reports_an_app_without_workflow_runs(dify: DifyStandIn, connect: Connect) -> None:
+    dify.app_info = "app_info_chat"
+    works, told = connect().test_connection()
+    assert not works
+    assert "'chat' of mode chat, which has no workflow runs" in told
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"password": "wrong"}, "Access token is invalid"),
+        ({"password": ""}, "no password"),
+        ({"host": "http://127.0.0.1:9"}, "could not be reached"),
+    ],
+)
+def test_the_test_reports_what_is_wrong(connect: Connect, fields: dict[str, Any], told: str) -> None:
+    started = time.monotonic()
+    works, message = connect(fields, retry_delay=5).test_connection()
+    assert not works
+    assert told in message
+    assert time.monotonic() - started < 3
+
+
+def test_airflow_itself_can_press_the_button(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    from airflow.models.connection import Connection
+
+    connection = Connection(conn_id="new_dify", conn_type="dify", host=dify.base_url, password=API_KEY)
+    monkeypatch.setenv("AIRFLOW_CONN_NEW_DIFY", connection.get_uri())
+    works, told = connection.test_connection()
+    assert works, told
+    assert "'echo'" in told
+
+
+@pytest.mark.parametrize(
+    ("password", "told"),
+    [("wrong", "refused the API key of the connection, "), ("", "The connection cannot be used: it has no password")],
+)
+def test_a_failed_test_does_not_name_the_id_that_airflow_made_up(connect: Connect, password: str, told: str) -> None:
+    hook = connect({"password": password})
+    works, message = hook.test_connection()
+    assert not works
+    assert told in message
+    assert hook.dify_conn_id not in message

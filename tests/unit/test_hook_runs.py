@@ -1,0 +1,223 @@
+"""Starting, following, stopping and listing runs, and uploading files, over real sockets."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyRequestError,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.hooks.dify import DifyHook
+from tests.dify_stand_in import (
+    API_KEY,
+    DifyStandIn,
+    Start,
+    html,
+    redirect,
+    replay,
+    reset,
+    respond,
+    stall,
+    too_many_requests,
+)
+
+UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
+
+
+@pytest.fixture
+def hook(dify: DifyStandIn, dify_connection: str) -> DifyHook:
+    return DifyHook(retry_delay=0.01, timeout=0.5)
+
+
+def test_a_started_run_has_its_ids_and_its_events(dify: DifyStandIn, hook: DifyHook) -> None:
+    inputs = {"query": "héllo 你好", "obj": {"items": [1, None]}}
+    with hook.start_workflow_run(inputs, "airflow") as run:
+        names = [event.name for event in run]
+    (started,) = dify.started
+    assert (run.workflow_run_id, run.task_id) == (started.workflow_run_id, started.task_id)
+    assert (started.user, started.inputs, started.workflow_id) == ("airflow", inputs, None)
+    assert names[0] == "node_started"
+    assert names[-1] == "workflow_finished"
+    assert hook.get_workflow_run(run.workflow_run_id).status == "succeeded"
+    assert dify.requests[0].headers["Authorization"] == f"Bearer {API_KEY}"
+
+
+def test_a_published_version_can_be_started(dify: DifyStandIn, hook: DifyHook) -> None:
+    hook.start_workflow_run({}, "airflow", workflow_id=UUID.upper()).close()
+    assert dify.started[0].workflow_id == UUID
+
+
+@pytest.mark.parametrize(
+    ("recording", "message"),
+    [
+        ("run_streaming_missing_input", "query is required in input form"),
+        ("run_unpublished", "Workflow not published"),
+        ("run_by_id_unknown", "Workflow not found with id"),
+    ],
+)
+def test_a_rejected_start_says_what_dify_said(dify: DifyStandIn, hook: DifyHook, recording: str, message: str) -> None:
+    dify.misbehave(replay(recording))
+    with pytest.raises(DifyRequestError, match=message) as caught:
+        hook.start_workflow_run({}, "airflow")
+    assert message in str(caught.value.message)
+    assert len(dify.requests) == 1
+
+
+def test_a_refused_key_raises_an_authentication_error(dify: DifyStandIn, hook: DifyHook) -> None:
+    dify.api_keys.clear()
+    with pytest.raises(DifyAuthenticationError):
+        hook.start_workflow_run({}, "airflow")
+    assert len(dify.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [lambda: too_many_requests(), lambda: replay("run_rate_limited_streaming"), lambda: html(404)],
+)
+def test_a_start_that_started_nothing_is_sent_again(
+    dify: DifyStandIn, hook: DifyHook, fault: Callable[[], Any]
+) -> None:
+    dify.misbehave(fault(), times=2)
+    hook.start_workflow_run({}, "airflow").close()
+    assert len(dify.started) == 1
+
+
+def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn, hook: DifyHook) -> None:
+    with dify.refusing_connections(), pytest.raises(DifyConnectionError, match="could not be reached"):
+        hook.start_workflow_run({}, "airflow")
+    hook.start_workflow_run({}, "airflow").close()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: reset(),
+        lambda: stall(2),
+        lambda: respond(500, '{"code": "internal_server_error", "message": "broken"}'),
+        lambda: replay("run_redis_down"),
+        lambda: html(504),
+        lambda: html(200),
+        lambda: respond(200, "", content_type="text/event-stream"),
+        lambda: respond(200, 'data: {"event": "error", "message": "boom"}\n\n', content_type="text/event-stream"),
+        lambda: respond(200, "data: {broken\n\n", content_type="text/event-stream"),
+    ],
+)
+def test_a_start_that_may_have_started_a_run_is_not_sent_again(
+    dify: DifyStandIn, hook: DifyHook, fault: Callable[[], Any]
+) -> None:
+    dify.misbehave(fault())
+    with pytest.raises(DifyWorkflowRunUncertain, match=r"may or may not have started.*'airflow'") as caught:
+        hook.start_workflow_run({}, "airflow")
+    assert caught.value.user == "airflow"
+    assert len(dify.requests) == 1
+
+
+@pytest.mark.parametrize("then", ["close", "reset", "stall"])
+@pytest.mark.parametrize("cut", [0, 10])
+def test_a_stream_that_breaks_before_the_run_is_named_leaves_it_uncertain(
+    dify: DifyStandIn, hook: DifyHook, then: str, cut: int
+) -> None:
+    dify.starts.append(Start(cut=cut, then=then))
+    with pytest.raises(DifyWorkflowRunUncertain):
+        hook.start_workflow_run({}, "airflow")
+    assert len(dify.started) == 1
+
+
+@pytest.mark.parametrize("then", ["close", "reset", "stall"])
+def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(dify: DifyStandIn, hook: DifyHook, then: str) -> None:
+    dify.starts.append(Start(cut=2000, then=then, piece=97))
+    with hook.start_workflow_run({}, "airflow") as run:
+        broken = rf"events of workflow run {run.workflow_run_id} broke off .*The run goes on\."
+        with pytest.raises(DifyConnectionError, match=broken):
+            list(run)
+    assert run.workflow_run_id == dify.started[0].workflow_run_id
+
+
+def test_a_start_follows_no_redirect(dify: DifyStandIn, hook: DifyHook) -> None:
+    dify.misbehave(*[redirect(f"{dify.base_url}/workflows/run", 307)] * 4)
+    with pytest.raises(DifyConnectionError, match="redirect"):
+        hook.start_workflow_run({}, "airflow")
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("user", ["", None, "x" * 256, 5])
+def test_an_invalid_user_fails_before_any_request(dify: DifyStandIn, hook: DifyHook, user: Any) -> None:
+    with pytest.raises(DifyConfigurationError, match="user must be text"):
+        hook.start_workflow_run({}, user)
+    assert dify.requests == []
+
+
+@pytest.mark.parametrize("inputs", [{"a": object()}, {"a": float("nan")}, {"a": b"x"}])
+def test_inputs_that_are_not_json_fail_before_any_request(dify: DifyStandIn, hook: DifyHook, inputs: Any) -> None:
+    with pytest.raises(DifyConfigurationError, match="inputs must be"):
+        hook.start_workflow_run(inputs, "airflow")
+    assert dify.requests == []
+
+
+def test_a_run_is_stopped_by_its_task(dify: DifyStandIn, dialect: str, hook: DifyHook) -> None:
+    dify.stop_delay = 0.0
+    dify.starts.append(Start(statuses=("running",)))
+    with hook.start_workflow_run({}, "airflow") as run:
+        hook.stop_workflow_task(run.task_id, "airflow")
+    assert dify.stopped == [(run.task_id, "airflow")]
+    # Only 1.16.1 writes the stop into the run's detail.
+    assert hook.get_workflow_run(run.workflow_run_id).status == ("stopped" if dialect == "1.16.1" else "running")
+    with pytest.raises(DifyConfigurationError, match="task_id"):
+        hook.stop_workflow_task("../info", "airflow")
+
+
+def test_runs_are_listed_by_their_user(dify: DifyStandIn, hook: DifyHook) -> None:
+    for user in ("a", "b", "a"):
+        hook.start_workflow_run({}, user).close()
+    runs = hook.list_workflow_runs(user="a")
+    assert [run.workflow_run_id for run in runs] == [s.workflow_run_id for s in reversed(dify.started) if s.user == "a"]
+    assert {run.user for run in runs} == {"a"}
+    assert {run.status for run in runs} == {"succeeded"}
+    assert runs[0].created_at is not None
+    assert hook.list_workflow_runs(status="failed") == []
+    with pytest.raises(DifyRequestError, match="less than or equal to 100"):
+        hook.list_workflow_runs(limit=500)
+
+
+def test_the_recorded_log_is_read(dify: DifyStandIn, hook: DifyHook) -> None:
+    dify.misbehave(replay("logs"))
+    runs = hook.list_workflow_runs()
+    assert len(runs) == 3
+    assert runs[0].workflow_run_id == "4b73a4c3-0aee-42fd-8ba6-69559cad1bf4"
+    assert runs[0].user == "Rig"
+
+
+def test_a_file_is_uploaded_from_a_path_and_from_an_open_file(
+    dify: DifyStandIn, hook: DifyHook, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.txt"
+    path.write_bytes("完了".encode())
+    assert dify.uploads[hook.upload_file(path, "airflow")] == ("report.txt", "完了".encode())
+    opened = io.BytesIO(b"..content")
+    opened.seek(2)
+    dify.misbehave(respond(503))
+    file_id = hook.upload_file(opened, "airflow", file_name="notes.md", mime_type="text/markdown")
+    assert dify.uploads[file_id] == ("notes.md", b"content")
+
+
+def test_an_upload_that_dify_rejects_says_so(dify: DifyStandIn, hook: DifyHook) -> None:
+    dify.misbehave(replay("file_upload_no_file"))
+    with pytest.raises(DifyRequestError, match="Please upload your file"):
+        hook.upload_file(io.BytesIO(b""), "airflow", file_name="x")
+
+
+def test_the_key_is_in_no_error_of_a_start(dify: DifyStandIn, hook: DifyHook) -> None:
+    dify.misbehave(respond(500, json.dumps({"message": f"bad {API_KEY}"})))
+    with pytest.raises(DifyWorkflowRunUncertain) as caught:
+        hook.start_workflow_run({}, "airflow")
+    assert API_KEY not in str(caught.value)

@@ -1,0 +1,157 @@
+"""What the world sees of the project before it installs anything: workflows, registries, the package's page."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from importlib.metadata import metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from airflow_provider_dify import __version__
+
+ROOT = Path(__file__).parent.parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+SOURCE = dict(url.split(", ", 1) for url in metadata("airflow-provider-dify").get_all("Project-URL") or [])["Source"]
+
+in_the_repository = pytest.mark.skipif(not WORKFLOWS, reason="the sdist has no workflows")
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def steps(path: Path) -> list[dict[str, str]]:
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+# --- workflows
+
+
+@in_the_repository
+def test_the_workflow_runs_the_matrix_of_nox() -> None:
+    tree = ast.parse((ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    (matrix,) = (
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "MATRIX"
+    )
+    ci = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    included = ci["jobs"]["test"]["strategy"]["matrix"]["include"]
+    assert [(entry["airflow"], entry["python"]) for entry in included] == [
+        (airflow, python) for airflow, pythons in matrix.items() for python in pythons
+    ]
+
+
+@in_the_repository
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_a_workflow_runs_make_targets_and_pinned_actions_only(path: Path) -> None:
+    targets = re.findall(r"^\.PHONY: (.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[0].split()
+    for step in steps(path):
+        if "run" in step:
+            make, target, *arguments = step["run"].split()
+            assert make == "make"
+            assert target in targets
+            assert all("=" in argument for argument in arguments)
+        else:
+            assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"])
+
+
+# --- the repository's address
+
+
+@in_the_repository
+def test_no_file_names_another_repository_than_the_package() -> None:
+    named = re.compile(r"https://github\.com/[\w-]+/airflow-provider-dify\b")
+    files = [ROOT / name for name in ("pyproject.toml", ".airflow-registry.yaml", ".astro-registry.yaml")]
+    for path in files:
+        assert set(named.findall(path.read_text(encoding="utf-8"))) == {SOURCE}
+
+
+def test_the_docs_need_no_repository() -> None:
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert SOURCE not in path.read_text(encoding="utf-8"), path
+
+
+# --- registries
+
+
+@in_the_repository
+@pytest.mark.parametrize("name", [".airflow-registry.yaml", ".astro-registry.yaml"])
+def test_a_registry_names_classes_that_exist(name: str) -> None:
+    registry = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    assert registry["package-name"] == "airflow-provider-dify"
+    for kind in ("operators", "sensors", "triggers", "hooks"):
+        for entry in registry[kind]:
+            module, _, class_name = entry["module"].rpartition(".")
+            assert isinstance(getattr(importlib.import_module(module), class_name), type)
+
+
+# --- the package's page
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no tomllib")
+def test_every_link_of_the_packages_page_leads_to_a_file_of_its_tag() -> None:
+    import tomllib
+
+    hook = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["metadata"]["hooks"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    for substitution in hook["fancy-pypi-readme"]["substitutions"]:
+        replacement = substitution["replacement"].replace("$HFPR_VERSION", __version__)
+        page = re.sub(substitution["pattern"], replacement, page)
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert links
+    for link in links:
+        assert link.startswith("https://")
+        path, _, _ = link.removeprefix(f"{SOURCE}/blob/v{__version__}/").partition("#")
+        assert not link.startswith(SOURCE) or (ROOT / path).exists(), link
+    assert "![" not in page
+
+
+# --- a release
+
+CHANGELOG = "## [Unreleased]\n\n## [1.2.3] - 2026-01-31\n"
+
+
+@pytest.mark.parametrize(
+    ("tag", "repository_url", "changelog", "problem"),
+    [
+        ("v1.2.3", "https://example.com/a", CHANGELOG, None),
+        ("v1.2.3", "", CHANGELOG, None),
+        ("1.2.3", "", CHANGELOG, "the tag must be v1.2.3"),
+        ("v1.2.4", "", CHANGELOG, "the tag must be v1.2.3"),
+        ("v1.2.3", "https://example.com/b", CHANGELOG, "pyproject.toml says https://example.com/a"),
+        ("v1.2.3", "", "## [Unreleased]\n", "CHANGELOG.md has no heading"),
+    ],
+)
+def test_a_release_needs_one_version_and_one_repository_everywhere(
+    tag: str, repository_url: str, changelog: str, problem: str | None
+) -> None:
+    find_problems = script("check_release").find_problems
+    problems = find_problems(tag, repository_url, "1.2.3", "https://example.com/a", changelog)
+    assert len(problems) == (problem is not None)
+    assert problem is None or problem in problems[0]
+
+
+# --- the site
+
+
+def test_a_link_of_the_site_that_leads_nowhere_is_found(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text('<a href="a.html#here"></a><a href="a.html#gone"></a><img src="gone.png">')
+    (tmp_path / "a.html").write_text('<p id="here"></p><a href="/index.html"></a><a href="https://example.com/"></a>')
+    find_broken_links = script("check_site").find_broken_links
+    assert find_broken_links(tmp_path) == ["index.html: a.html#gone", "index.html: gone.png"]
+    (tmp_path / "index.html").write_text('<a href="/en/latest/a.html#here"></a><a href="/en/latest/gone.html"></a>')
+    (tmp_path / "a.html").write_text('<p id="here"></p>')
+    assert find_broken_links(tmp_path, "/en/latest/") == ["index.html: /en/latest/gone.html"]

@@ -1,0 +1,537 @@
+"""The wait on the triggerer, on an event loop of the test's own, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import random
+import re
+import subprocess
+import sys
+import time
+import uuid
+import warnings
+from collections.abc import Callable, Coroutine
+from datetime import datetime, timedelta, timezone
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.api import async_session
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
+from airflow_provider_dify.waiting import spread
+from tests.dify_stand_in import (
+    API_KEY,
+    DifyStandIn,
+    html,
+    redirect,
+    reset,
+    respond,
+    stall,
+    too_many_requests,
+    truncate_body,
+)
+
+pytestmark = pytest.mark.usefixtures("dify_connection")
+
+
+@pytest.fixture(autouse=True)
+def quick_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DifyWorkflowRunTrigger, "retry_delay", 0.01)
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """Run on a loop of its own, and find nothing left on it afterwards."""
+
+    async def and_look() -> Any:
+        result = await work
+        await asyncio.sleep(0.05)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left, left
+        assert not async_session._sessions.get(asyncio.get_running_loop())
+        return result
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        result = asyncio.run(and_look())
+        gc.collect()
+    return result
+
+
+async def events_of(trigger: DifyWorkflowRunTrigger) -> list[Any]:
+    return [event async for event in trigger.run()]
+
+
+def payload_of(trigger: DifyWorkflowRunTrigger) -> dict[str, Any]:
+    (event,) = run(events_of(trigger))
+    assert json.loads(json.dumps(event.payload)) == event.payload
+    return event.payload
+
+
+def trigger_of(run_id: str, **arguments: Any) -> DifyWorkflowRunTrigger:
+    trigger = DifyWorkflowRunTrigger(run_id, **{"poll_interval": 0.05, **arguments})
+    # The triggerer's own logger goes past pytest on Airflow 3.
+    trigger._log = logging.getLogger("wait")
+    return trigger
+
+
+def test_the_event_is_small_and_holds_no_outputs(dify: DifyStandIn, dialect: str) -> None:
+    fields = {"outputs": {"secret": "not for the event"}, "elapsed_time": 0.068595, "total_steps": 2}
+    run_id = dify.add_run("running", "running", "succeeded", **fields)
+    payload = payload_of(trigger_of(run_id))
+    assert payload == {
+        "workflow_run_id": run_id,
+        "status": "succeeded",
+        "end": "run_is_over",
+        "message": f"Dify workflow run {run_id} succeeded after 0.068595 seconds and 2 steps.",
+        "error": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("statuses", "arguments", "end", "message"),
+    [
+        (["running", "failed"], {}, "run_is_over", "failed.*Connection refused"),
+        (["stopped"], {}, "run_is_over", "was stopped"),
+        (["partial-succeeded"], {"fail_on_partial_success": True}, "run_is_over", "fail_on_partial_success"),
+        (["running"], {"run_timeout": 60.0}, "run_is_over", "orphaned"),
+        ([None], {}, "failed", "not know workflow run"),
+        ([None], {"not_found_grace": 0.2}, "failed", "still unknown"),
+        ([None], {"not_found_grace": 60.0, "first_poll": time.time() - 61}, "failed", "still unknown"),
+        (["paused"], {"deadline": time.time()}, "timed_out", "last status was paused, seen since 20"),
+    ],
+)
+def test_every_ending_is_one_event(
+    dify: DifyStandIn, dialect: str, statuses: list[str | None], arguments: dict[str, Any], end: str, message: str
+) -> None:
+    run_id = dify.add_run(*statuses, **({"created_at": 1_700_000_000} if "run_timeout" in arguments else {}))
+    payload = payload_of(trigger_of(run_id, **arguments))
+    assert payload["end"] == end
+    assert re.search(message, payload["message"])
+    assert run_id in payload["message"]
+    assert (payload["error"] is not None) == (end == "failed")
+    if payload["error"]:
+        assert payload["error"]["type"] == "DifyWorkflowRunNotFound"
+
+
+@pytest.mark.parametrize("wrong", ["", "None", "../info"])
+def test_a_wrong_id_is_one_event_and_no_request(dify: DifyStandIn, wrong: str) -> None:
+    payload = payload_of(trigger_of(wrong))
+    assert payload["error"]["type"] == "DifyConfigurationError"
+    assert dify.requests == []
+
+
+def test_an_unexpected_exception_is_one_event_too() -> None:
+    payload = payload_of(trigger_of(str(uuid.uuid4()), dify_conn_id="no_such_connection"))
+    assert payload["error"]["type"] == "DifyError"
+    assert "no_such_connection" in payload["message"]
+
+
+def test_a_worker_ends_the_task_where_the_triggerer_cannot_push_its_outputs(dify: DifyStandIn) -> None:
+    # Outside a triggerer there is nothing to push through.
+    trigger = trigger_of(dify.add_run("succeeded"), end_from_trigger=True)
+    assert payload_of(trigger)["end"] == "run_is_over"
+
+
+@pytest.mark.skipif(not CAN_END_FROM_TRIGGER, reason="this Airflow cannot end a task from its trigger")
+def test_only_a_success_ends_the_task_from_the_trigger(dify: DifyStandIn) -> None:
+    arguments: dict[str, Any] = {"end_from_trigger": True, "do_xcom_push": False}
+    (event,) = run(events_of(trigger_of(dify.add_run("succeeded"), **arguments)))
+    assert type(event).__name__ == "TaskSuccessEvent"
+    assert payload_of(trigger_of(dify.add_run("failed"), **arguments))["end"] == "run_is_over"
+
+
+# --- serialization
+
+
+def test_a_trigger_is_rebuilt_from_its_serialized_form() -> None:
+    trigger = DifyWorkflowRunTrigger(
+        "r", "c", 1.5, 2.5, 3.5, True, 4.5, 5.5, None, True, 6.5, True, False, False, "t", "u"
+    )  # fmt: skip
+    path, arguments = trigger.serialize()
+    module, _, name = path.rpartition(".")
+    assert getattr(__import__(module, fromlist=[name]), name) is DifyWorkflowRunTrigger
+    assert DifyWorkflowRunTrigger(**json.loads(json.dumps(arguments))).serialize() == (path, arguments)
+    assert {type(value) for value in arguments.values()} <= {str, int, float, bool, type(None)}
+
+
+def test_airflow_carries_it() -> None:
+    from airflow.models.trigger import Trigger
+
+    path, arguments = trigger_of(str(uuid.uuid4()), deadline=time.time(), max_wait=3.0).serialize()
+    row = Trigger(classpath=path, kwargs=arguments)
+    assert DifyWorkflowRunTrigger(**row.kwargs).serialize() == (path, arguments)
+
+
+def test_an_older_form_still_loads() -> None:
+    old = {"workflow_run_id": "r", "dify_conn_id": "c"}
+    assert DifyWorkflowRunTrigger(**old).serialize()[1] == {**DifyWorkflowRunTrigger("r").serialize()[1], **old}
+
+
+def test_no_secret_is_in_its_serialized_form_or_attributes(dify: DifyStandIn) -> None:
+    trigger = trigger_of(dify.add_run("succeeded"))
+    payload_of(trigger)
+    assert API_KEY not in repr(trigger.serialize())
+    assert API_KEY not in repr(vars(trigger))
+
+
+# --- connections
+
+
+def test_many_waits_share_a_few_connections(dify: DifyStandIn) -> None:
+    runs = [dify.add_run(*["running"] * 5, "succeeded") for _ in range(100)]
+
+    async def all_of_them() -> list[Any]:
+        # Slow enough for a loaded machine to answer each poll before many more come.
+        return await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=1.0)) for run_id in runs))
+
+    for (event,) in run(all_of_them()):
+        assert event.payload["status"] == "succeeded"
+    assert len(dify.requests) == 100 * 6
+    assert dify.connections_opened <= 20
+
+
+def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn) -> None:
+    runs = [dify.add_run("succeeded") for _ in range(100)]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=1.0)) for run_id in runs))
+
+    run(all_of_them())
+    moments = sorted(request.at - dify.requests[0].at for request in dify.requests)
+    assert 0.3 < moments[50] < 0.7
+    assert moments[-1] > 0.8
+
+
+def test_slow_responses_do_not_delay_the_next_poll(dify: DifyStandIn) -> None:
+    run_id = dify.add_run(*["running"] * 8, "succeeded")
+
+    async def late(request: Any) -> Any:
+        await asyncio.sleep(0.1)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(late)
+    payload_of(trigger_of(run_id, poll_interval=0.2))
+    polls = dify.runs[run_id].polls
+    assert polls[-1] - polls[0] == pytest.approx(8 * 0.2, abs=0.1)
+
+
+def test_a_kept_alive_connection_that_the_server_closed_is_no_failed_poll(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_id = dify.add_run(*["running"] * 4, "succeeded")
+    dify.misbehave(*[close_after(dify)] * 4)
+    payload_of(trigger_of(run_id, max_consecutive_failures=0))
+    assert "failed" not in caplog.text
+
+
+def close_after(dify: DifyStandIn) -> Any:
+    async def fault(request: Any) -> Any:
+        response = await dify.respond_to(request)
+        await response.prepare(request)
+        await response.write_eof()
+        request.transport.close()
+        return response
+
+    return fault
+
+
+def test_a_second_event_loop_has_its_own_session(dify: DifyStandIn) -> None:
+    import threading
+
+    run_ids = [dify.add_run("running", "running", "succeeded") for _ in range(2)]
+    payloads: list[Any] = []
+    threads = [threading.Thread(target=lambda i=i: payloads.append(payload_of(trigger_of(i)))) for i in run_ids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [payload["status"] for payload in payloads] == ["succeeded"] * 2
+
+
+def test_the_session_lives_as_long_as_someone_uses_it(dify: DifyStandIn) -> None:
+    run_id = dify.add_run("running")
+
+    async def work() -> None:
+        loop = asyncio.get_running_loop()
+        async with DifyAsyncHook() as first:
+            await first.get_workflow_run(run_id)
+            async with DifyAsyncHook() as second:
+                await second.get_workflow_run(run_id)
+                assert len(async_session._sessions[loop]) == 1
+            await first.get_workflow_run(run_id)
+        assert not async_session._sessions[loop]
+
+    run(work())
+    assert dify.connections_opened == 1
+
+
+# --- trouble
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda: respond(500),
+        lambda: respond(503, "<html>"),
+        lambda: html(),
+        lambda: too_many_requests(),
+        lambda: truncate_body(reset=True),
+        lambda: truncate_body(reset=False),
+        lambda: stall(3),
+        lambda: redirect("https://login.example.com/"),
+    ],
+)
+def test_each_temporary_failure_is_retried_with_a_warning(
+    dify: DifyStandIn, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture, fault: Callable[[], Any]
+) -> None:
+    connection_with(timeout=0.2)
+    run_id = dify.add_run("succeeded")
+    dify.misbehave(fault(), times=3)
+    assert payload_of(trigger_of(run_id, max_consecutive_failures=3))["status"] == "succeeded"
+    assert len([r for r in caplog.records if r.levelno == logging.WARNING and run_id in r.getMessage()]) == 3
+
+
+@pytest.fixture
+def connection_with(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Give the connection these extras."""
+
+    def make(**extra: Any) -> None:
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": extra}
+        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+
+    return make
+
+
+def test_one_failed_poll_too_many_ends_the_wait_with_the_reason(dify: DifyStandIn) -> None:
+    run_id = dify.add_run("running")
+    dify.misbehave_always(respond(503, json.dumps({"code": "unavailable", "message": "busy"})))
+    payload = payload_of(trigger_of(run_id, max_consecutive_failures=2))
+    assert len(dify.requests) == 3
+    error = DifyError.from_event(payload["error"])
+    assert type(error) is DifyConnectionError
+    assert (error.status_code, error.code, error.message) == (503, "unavailable", "busy")
+    assert "busy" in payload["message"]
+
+
+def test_a_refused_connection_is_retried(dify: DifyStandIn) -> None:
+    run_id = dify.add_run("running", "running", "succeeded")
+
+    async def work() -> Any:
+        wait = asyncio.create_task(events_of(trigger_of(run_id, poll_interval=0.2, max_consecutive_failures=None)))
+        await asyncio.sleep(0.3)
+        refusing = dify.refusing_connections()
+        await asyncio.to_thread(refusing.__enter__)
+        await asyncio.sleep(0.5)
+        await asyncio.to_thread(refusing.__exit__, None, None, None)
+        return await wait
+
+    (event,) = run(work())
+    assert event.payload["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("as_date", [False, True])
+def test_retry_after_is_honoured(dify: DifyStandIn, as_date: bool) -> None:
+    from tests.dify_stand_in import retry_after_date
+
+    until = datetime.now(timezone.utc) + timedelta(seconds=2)
+    dify.misbehave(too_many_requests(retry_after_date(until) if as_date else "1"))
+    payload_of(trigger_of(dify.add_run("succeeded")))
+    assert 0.7 < dify.requests[1].at - dify.requests[0].at < 2.5
+
+
+def test_no_delay_after_a_failure_is_without_bounds() -> None:
+    trigger = trigger_of("r")
+    assert trigger._delay_after(DifyConnectionError("", retry_after=86_400), 1) == 60
+    assert trigger._delay_after(DifyConnectionError(""), 10_000) == 60
+
+
+def test_backoff_and_its_limit_are_honoured(dify: DifyStandIn) -> None:
+    run_id = dify.add_run(*["running"] * 6, "succeeded")
+    payload_of(trigger_of(run_id, poll_interval=0.1, exponential_backoff=True, max_wait=0.5))
+    polls = dify.runs[run_id].polls
+    gaps = [after - before for before, after in pairwise(polls)]
+    for gap, (least, most) in zip(gaps, [(0.05, 0.1), (0.1, 0.2), (0.2, 0.4), (0.4, 0.5), (0.5, 0.5)], strict=False):
+        assert least - 0.02 < gap < most + 0.1
+
+
+def test_backoff_never_overflows() -> None:
+    assert spread(10, 100_000, exponential_backoff=True, max_wait=300) == 300
+    assert spread(10, 5) == 10
+
+
+def test_a_key_that_was_rotated_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_id = dify.add_run("running", "running", "succeeded")
+
+    async def rotate(request: Any) -> Any:
+        dify.api_keys = {"the-next-key"}
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": "the-next-key"}
+        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+        return await dify.respond_to(request)
+
+    dify.misbehave(rotate)
+    assert payload_of(trigger_of(run_id))["status"] == "succeeded"
+    keys = [request.headers["Authorization"] for request in dify.requests]
+    assert keys == [f"Bearer {API_KEY}", *["Bearer the-next-key"] * 3]
+
+
+def test_a_revoked_key_ends_the_wait(dify: DifyStandIn) -> None:
+    dify.api_keys.clear()
+    payload = payload_of(trigger_of(dify.add_run("running")))
+    assert payload["error"]["type"] == "DifyAuthenticationError"
+    assert len(dify.requests) == 1
+
+
+def test_the_key_follows_no_redirect_elsewhere(dify: DifyStandIn) -> None:
+    with DifyStandIn() as other:
+        dify.misbehave_always(redirect(f"{other.base_url}/info"))
+        payload = payload_of(trigger_of(dify.add_run("running"), max_consecutive_failures=0))
+        assert f"redirect to {other.base_url}" in payload["message"]
+        assert other.requests == []
+
+
+def test_a_redirect_within_the_server_is_followed(dify: DifyStandIn) -> None:
+    run_id = dify.add_run("succeeded")
+    dify.misbehave(redirect(f"/v1/workflows/run/{run_id}", 308))
+    assert payload_of(trigger_of(run_id, max_consecutive_failures=0))["status"] == "succeeded"
+
+
+def test_no_cookie_is_kept_and_no_netrc_read(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login me password from-netrc\n")
+    monkeypatch.setenv("NETRC", str(netrc))
+    dify.misbehave(respond(503, headers={"Set-Cookie": "session=1; Path=/"}))
+    payload_of(trigger_of(dify.add_run("succeeded")))
+    assert "Cookie" not in dify.requests[1].headers
+    assert {request.headers["Authorization"] for request in dify.requests} == {f"Bearer {API_KEY}"}
+
+
+def test_the_proxy_of_the_connection_is_used(
+    dify: DifyStandIn, connection_with: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.delenv("no_proxy")
+    with DifyStandIn() as proxy:
+        run_id = proxy.add_run("succeeded")
+
+        async def as_proxy(request: Any) -> Any:
+            return proxy.routes.run_detail(run_id)
+
+        proxy.misbehave_always(as_proxy)
+        connection_with(proxies={"http": proxy.origin})
+        assert payload_of(trigger_of(run_id))["status"] == "succeeded"
+        assert len(proxy.requests) == 1
+        assert dify.requests == []
+
+
+def test_a_killed_wait_stops_the_run_that_its_operator_started(dify: DifyStandIn) -> None:
+    task_id = str(uuid.uuid4())
+    run(trigger_of(dify.add_run("running"), stop_task_id=task_id, stop_user="airflow").on_kill())
+    assert dify.stopped == [(task_id, "airflow")]
+
+
+def test_a_killed_wait_of_a_sensor_stops_nothing(dify: DifyStandIn) -> None:
+    run(trigger_of(dify.add_run("running")).on_kill())
+    assert dify.requests == []
+
+
+# --- the event loop
+
+
+def test_nothing_blocks_the_loop(dify: DifyStandIn) -> None:
+    runs = [dify.add_run(*["running"] * 3, "succeeded") for _ in range(50)]
+    worst = 0.0
+
+    async def watch() -> None:
+        nonlocal worst
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.005)
+            worst = max(worst, time.perf_counter() - before - 0.005)
+
+    async def work() -> None:
+        watcher = asyncio.create_task(watch())
+        await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=0.3)) for run_id in runs))
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+
+    run(work())
+    assert worst < 0.5  # a guard against blocking calls, not a measurement: reading certificates alone takes longer
+
+
+def test_the_http_client_is_loaded_off_the_loop_and_not_with_the_trigger() -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; import airflow.triggers.base; before = set(sys.modules)\n"
+            "import airflow_provider_dify.triggers.dify\n"
+            "print([m for m in ('requests', 'aiohttp') if m in sys.modules and m not in before])",
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_changes_is_logged_and_not_each_poll(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run_id = dify.add_run("running", "running", "paused", "paused", "running", "succeeded")
+    payload_of(trigger_of(run_id))
+    told = [record.getMessage() for record in caplog.records if run_id in record.getMessage()]
+    assert [re.sub(r".* (is \w+|succeeded).*", r"\1", line) for line in told] == [
+        "is running",
+        "is paused",
+        "is running",
+        "succeeded",
+    ]
+
+
+def test_five_hundred_waits_started_and_cancelled_at_random_leave_nothing(
+    dify: DifyStandIn, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    connection_with(timeout=0.3)
+    dice = random.Random(7)
+    faults = [
+        lambda: respond(503),
+        lambda: reset(),
+        lambda: stall(0.5),
+        lambda: truncate_body(reset=True),
+        lambda: truncate_body(reset=False),
+        lambda: close_after(dify),
+        lambda: html(),
+    ]
+
+    async def misbehave(request: Any) -> Any:
+        if dice.random() < 0.5:
+            return await dice.choice(faults)()(request)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(misbehave)
+    runs = [dify.add_run(*["running"] * dice.randrange(6), "succeeded") for _ in range(500)]
+
+    async def one(run_id: str) -> None:
+        await asyncio.sleep(dice.random())
+        wait = asyncio.create_task(events_of(trigger_of(run_id, max_consecutive_failures=None)))
+        if dice.random() < 0.7:
+            await asyncio.sleep(dice.random() * dice.choice([0.001, 0.1, 1.0]))
+            wait.cancel()
+            await asyncio.gather(wait, return_exceptions=True)
+        else:
+            (event,) = await wait
+            assert event.payload["status"] == "succeeded"
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(one(run_id) for run_id in runs))
+
+    # run() finds no task and no session left, and no warning of an unclosed socket.
+    run(all_of_them())
+    assert "was never retrieved" not in caplog.text
+    assert "Unclosed" not in caplog.text

@@ -1,0 +1,93 @@
+"""Dify's event stream, cut in every way in which it may arrive."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from airflow_provider_dify.api.events import EventStreamReader, WorkflowEvent
+from tests.dify_stand_in import RECORDED, Recording
+
+STREAMS = sorted(
+    path.stem for path in RECORDED.glob("run_streaming_*.http") if b"text/event-stream" in path.read_bytes()
+)
+
+
+def read(*pieces: bytes) -> list[WorkflowEvent]:
+    reader = EventStreamReader()
+    return [event for piece in pieces for event in reader.feed(piece)]
+
+
+def expected(stream: bytes) -> list[dict[str, object]]:
+    blocks = stream.decode().replace("\r\n", "\n").split("\n\n")
+    return [json.loads(block.removeprefix("data: ")) for block in blocks if block.startswith("data: ")]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@pytest.mark.parametrize("line_end", [b"\n", b"\r\n"])
+def test_a_recorded_stream_is_read_the_same_wherever_it_is_cut(name: str, line_end: bytes) -> None:
+    stream = Recording.load(name).body.replace(b"\n", line_end)
+    whole = read(stream)
+    told = expected(stream)
+    assert sum(event.name == "ping" for event in whole) == stream.count(b"event: ping")
+    told_by_data = [event for event in whole if event.name != "ping"]
+    assert [event.name for event in told_by_data] == [event["event"] for event in told]
+    assert [event.data for event in told_by_data] == [event["data"] for event in told]
+    assert whole[0].name == "workflow_started"
+    assert {event.workflow_run_id for event in told_by_data} == {told[0]["workflow_run_id"]}
+    for cut in range(len(stream)):
+        assert read(stream[:cut], stream[cut:]) == whole
+    assert read(*(stream[i : i + 1] for i in range(len(stream)))) == whole
+
+
+def test_pings_are_events_and_comments_and_other_fields_are_skipped() -> None:
+    assert read(b'event: ping\n\n: hello\n\nid: 7\nretry: 5\ndata: {"event": "x"}\n\nevent: ping\n\n') == [
+        WorkflowEvent("ping", None, None, {}),
+        WorkflowEvent("x", None, None, {}),
+        WorkflowEvent("ping", None, None, {}),
+    ]
+
+
+def test_data_of_several_lines_is_one_event() -> None:
+    assert read(b'data: {"event":\ndata:"x", "data": {"a": 1}}\n\n') == [WorkflowEvent("x", None, None, {"a": 1})]
+
+
+def test_an_event_of_megabytes_arrives_in_small_pieces() -> None:
+    text = "二" * 1_000_000
+    stream = b"data: " + json.dumps({"event": "x", "data": {"text": text}}, ensure_ascii=False).encode() + b"\n\n"
+    pieces = [stream[i : i + 1000] for i in range(0, len(stream), 1000)]
+    (event,) = read(*pieces)
+    assert event.data["text"] == text
+
+
+@pytest.mark.parametrize(
+    "broken", [b"data: {broken\n\n", b"data: [1]\n\n", b'data: {"no": "event"}\n\n', b"data: \xff\n\n"]
+)
+def test_an_event_of_another_shape_is_an_error(broken: bytes) -> None:
+    with pytest.raises(ValueError):
+        read(broken)
+
+
+def test_node_events_become_lines_and_others_do_not() -> None:
+    lines = [event.progress() for event in read(Recording.load("run_streaming_failed").body)]
+    assert [line for line in lines if line] == [
+        "Node 'start' (start) started.",
+        "Node 'start' (start) succeeded after 0.01 seconds.",
+        "Node 'http' (http-request) started.",
+        "Node 'http' (http-request) failed after 0.03 seconds: [Errno 111] Connection refused.",
+    ]
+    used = WorkflowEvent(
+        "node_finished",
+        "r",
+        "t",
+        {"title": "LLM", "node_type": "llm", "status": "succeeded", "elapsed_time": 1.5,
+         "execution_metadata": {"total_tokens": 42}},
+    )  # fmt: skip
+    assert used.progress() == "Node 'LLM' (llm) succeeded after 1.50 seconds, 42 tokens."
+
+
+def test_an_error_event_has_the_fields_beside_its_name() -> None:
+    (event,) = read(b'data: {"event": "error", "status": 400, "code": "invalid_param", "message": "no"}\n\n')
+    assert event.is_ending
+    assert event.data == {"status": 400, "code": "invalid_param", "message": "no"}
