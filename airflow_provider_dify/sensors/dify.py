@@ -241,7 +241,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             raise DifyConfigurationError(_MAPPED_START)
         from airflow.triggers.base import StartTriggerArgs
 
-        from airflow_provider_dify.start_from_trigger import argument_for_triggerer
+        from airflow_provider_dify.triggers.templates import argument_for_triggerer
 
         self.start_from_trigger = True
         self.start_trigger_args = StartTriggerArgs(
