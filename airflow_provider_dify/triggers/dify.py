@@ -19,6 +19,8 @@ from airflow_provider_dify.workflow_run import Outcome, WorkflowRun, canonical_w
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from airflow.providers.common.compat.sdk import Context
+
     from airflow_provider_dify.connection import DifyConnection
 
 
@@ -55,6 +57,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     # Seconds after the first failed poll; doubled with each further one.
     retry_delay = 1.0
+    # Seconds that the templates of a task that starts here may take.
+    render_timeout = 60.0
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         self.multiple_outputs = multiple_outputs
         self.stop_task_id = stop_task_id
         self.stop_user = stop_user
+        self._render_context: Context | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Give the class and its arguments: text, numbers, booleans and null only, and no secret."""
@@ -117,9 +122,19 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             },
         )
 
+    def render_template_fields(self, context: Context, jinja_env: Any = None) -> None:
+        """
+        Keep what a task that starts on the triggerer is rendered with (Airflow 3.3 and later).
+
+        Airflow calls this before :meth:`run`, with no limit of time. :meth:`run` renders, within ``render_timeout``.
+        """
+        self._render_context = context
+
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Poll until the wait is over, and yield its one event."""
         try:
+            if self._render_context is not None:
+                self._render_templates(self._render_context)
             event = await self._wait()
         except DifyError as error:
             event = self._event(WaitEnd.FAILED, str(error), error=error)
@@ -138,6 +153,24 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         async with hook_type(self.dify_conn_id) as hook:
             await hook.stop_workflow_task(self.stop_task_id, self.stop_user)
         self.log.info(STOP_ASKED, self.workflow_run_id)
+
+    def _render_templates(self, context: Context) -> None:
+        import anyio  # Airflow's triggerer uses it, too, wherever it renders.
+
+        deadline = self._deadline()
+        limit = self.render_timeout if deadline is None else min(self.render_timeout, max(0.0, deadline - time.time()))
+        # There is no await to see, but Airflow (by greenback) awaits the answers that a template asks for.
+        with anyio.move_on_after(limit) as scope:  # noqa: ASYNC100
+            try:
+                super().render_template_fields(context)
+            except Exception as error:
+                raise DifyError(
+                    f"The sensor's templates could not be rendered on the triggerer: {type(error).__name__}: {error}"
+                ) from error
+        if scope.cancelled_caught:
+            raise DifyError(
+                f"The sensor's templates got no answer from Airflow on the triggerer for {limit:.0f} seconds."
+            )
 
     async def _wait(self) -> TriggerEvent:
         wait = RunWait(
@@ -211,7 +244,16 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             return None
         if timeout_after.tzinfo is None:
             timeout_after = timeout_after.replace(tzinfo=timezone.utc)
-        return timeout_after.timestamp() - TRIGGER_TIMEOUT_MARGIN
+        return timeout_after.timestamp() - self._margin()
+
+    def _margin(self) -> float:
+        """Return by how many seconds Airflow's limit for a task that started here comes after the sensor's timeout."""
+        task: Any = self.task
+        limit = getattr(getattr(task, "start_trigger_args", None), "timeout", None)
+        if limit is None or task.execution_timeout is None or task.execution_timeout > limit:
+            return TRIGGER_TIMEOUT_MARGIN
+        # Airflow's limit is the execution_timeout, which may come before the sensor's.
+        return float(TRIGGER_TIMEOUT_MARGIN - (limit - task.execution_timeout).total_seconds())
 
     async def _push(self, run: WorkflowRun, connection: DifyConnection) -> bool:
         """
