@@ -52,7 +52,7 @@ _STATEMENTS = (nodes.Template, nodes.Output, nodes.TemplateData, nodes.If, nodes
 _DATA = (nodes.Const, nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair, nodes.Slice)
 _LOGIC = (nodes.And, nodes.Or, nodes.Not, nodes.Compare, nodes.Operand, nodes.Filter, nodes.Test)
 _SUMS = (nodes.Add, nodes.Sub, nodes.Neg, nodes.Concat)
-NODES = frozenset((*_STATEMENTS, *_DATA, *_LOGIC, *_SUMS))
+NODES: frozenset[type[nodes.Node]] = frozenset((*_STATEMENTS, *_DATA, *_LOGIC, *_SUMS))
 # With map_indexes it asks for one XCom, which is answered; without, for a sequence of them, which is not.
 PULLS = (("ti", "xcom_pull"), ("task_instance", "xcom_pull"))
 
