@@ -18,6 +18,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch, find_run
 from airflow_provider_dify.stopping import StopReport, stop_run
@@ -27,6 +28,8 @@ from airflow_provider_dify.xcoms import RUN_LOG, check_outputs, run_log_url, xco
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 
@@ -51,6 +54,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     # Seconds after the first failed poll; doubled with each further one.
     retry_delay = 1.0
+    # Seconds that the templates of a task that starts here may take.
+    render_timeout = 60.0
 
     def __init__(
         self, workflow_run_id: str | None = None, dify_conn_id: str = "dify_default", **arguments: Any
@@ -59,6 +64,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         self.workflow_run_id = workflow_run_id
         self.dify_conn_id = dify_conn_id
         self.wait = TriggerWait(**arguments)
+        self._render_context: Context | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the class and its arguments: JSON-ready values only, and no secret."""
@@ -67,9 +73,19 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             {"workflow_run_id": self.workflow_run_id, "dify_conn_id": self.dify_conn_id, **self.wait.serialize()},
         )
 
+    def render_template_fields(self, context: Context, jinja_env: Any = None) -> None:
+        """
+        Keep what a task that starts on the triggerer is rendered with (Airflow 3.3 and later).
+
+        Airflow calls this before :meth:`run`, with no limit of time. :meth:`run` renders, within ``render_timeout``.
+        """
+        self._render_context = context
+
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Poll until the wait is over, and yield its one event."""
         try:
+            if self._render_context is not None:
+                self._render_templates(self._render_context)
             event = await self._wait()
         except DifyError as error:
             event = self._event(WaitEnd.FAILED, str(error), error=error)
@@ -92,6 +108,25 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 stop_run(self.workflow_run_id, self.wait.stop_task_id, self.wait.stop_user, hook.server_version)
             )
         (self.log.warning if report.is_warning else self.log.info)("%s", report.message)
+
+    def _render_templates(self, context: Context) -> None:
+        import anyio  # Airflow's triggerer uses it, too, wherever it renders.
+
+        deadline = self._deadline()
+        limit = self.render_timeout if deadline is None else min(self.render_timeout, max(0.0, deadline - time.time()))
+        # There is no await to see, but Airflow (by greenback) awaits what a template asks for.
+        with anyio.move_on_after(limit) as scope:  # noqa: ASYNC100
+            try:
+                super().render_template_fields(context)
+            except Exception as error:
+                raise DifyError(
+                    f"{type(error).__name__}: {one_line(str(error))}: the sensor's templates could not be rendered on the "
+                    "triggerer."
+                ) from error
+        if scope.cancelled_caught:
+            raise DifyError(
+                f"Airflow did not respond for {limit:.0f} seconds to what the sensor's templates ask for on the triggerer."
+            )
 
     async def _wait(self) -> TriggerEvent:
         if self.workflow_run_id is not None:
@@ -204,7 +239,16 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             return None
         if timeout_after.tzinfo is None:
             timeout_after = timeout_after.replace(tzinfo=timezone.utc)
-        return timeout_after.timestamp() - TRIGGER_TIMEOUT_MARGIN
+        return timeout_after.timestamp() - self._margin()
+
+    def _margin(self) -> float:
+        """Return by how many seconds Airflow's limit for a task that started here comes after the sensor's timeout."""
+        task: Any = self.task
+        limit = getattr(getattr(task, "start_trigger_args", None), "timeout", None)
+        if limit is None or task.execution_timeout is None or task.execution_timeout > limit:
+            return TRIGGER_TIMEOUT_MARGIN
+        # Airflow's limit is the execution_timeout, which may come before the sensor's.
+        return float(TRIGGER_TIMEOUT_MARGIN - (limit - task.execution_timeout).total_seconds())
 
     async def _push_link(self, run: WorkflowRun, hook: DifyAsyncHook) -> bool:
         """Push the XCom of the link, which no worker may ever see; return whether there is nothing left to do."""

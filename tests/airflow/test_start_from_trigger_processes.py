@@ -1,0 +1,208 @@
+"""What a real triggerer makes of templates, and how long a task waits for one that gets no answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
+from tests import triggerer_templates as known
+from tests.airflow_processes import AirflowProcesses, airflow_processes
+from tests.local_dify import API_KEY, LocalDify
+
+pytestmark = [
+    pytest.mark.airflow_processes,
+    pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a task on the triggerer"),
+]
+
+# Renders as the package does, and writes down what came of it instead of asking Dify.
+RECORDING = """
+import json
+import os
+
+from airflow.triggers.base import TaskFailedEvent, TaskSuccessEvent
+from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
+
+
+class RecordingTrigger(DifyWorkflowRunTrigger):
+    render_timeout = 30.0
+
+    async def run(self):
+        async for event in super().run():
+            if not isinstance(event, TaskSuccessEvent):
+                self.record("failed", event.payload["message"])
+                event = TaskFailedEvent()
+            yield event
+
+    async def _wait(self):
+        self.record("rendered", self.workflow_run_id)
+        return TaskSuccessEvent()
+
+    def record(self, *what):
+        with open(os.environ["RECORDED"], "a") as file:
+            file.write(json.dumps([self.task_id, *what]) + "\\n")
+"""
+
+DAGS = """
+import json
+import os
+from dataclasses import replace
+from datetime import timedelta
+
+import pendulum
+from airflow.sdk import DAG, task
+
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+from airflow_provider_dify.triggers import templates
+
+
+def tell(context):
+    with open(os.environ["RECORDED"], "a") as file:
+        error = context["exception"]
+        file.write(json.dumps([context["ti"].task_id, type(error).__name__, str(error)]) + "\\n")
+
+
+def render(name, template):
+    wait = DifyWorkflowRunSensor(task_id=name, workflow_run_id=template, start_from_trigger=True)
+    wait.start_trigger_args = replace(wait.start_trigger_args, trigger_cls="recording.RecordingTrigger")
+    upstream >> wait
+
+
+with DAG(
+    {known.DAG_ID!r},
+    schedule=None,
+    start_date=pendulum.datetime(2026, 1, 1),
+    params={known.PARAMS!r},
+    user_defined_macros={{"a_macro_of_the_dag": 1}},
+):
+    @task
+    def up():
+        return {known.UP!r}
+
+    @task(multiple_outputs=True)
+    def pieces():
+        return {known.PIECES!r}
+
+    @task
+    def many(n):
+        return {known.MANY!r}[n]
+
+    upstream = [up(), pieces(), many.expand(n=[0, 1])]
+    for name, template in json.loads({works!r}).items():
+        render(name, template)
+    # What the package refuses.
+    checked, templates.unknown_piece = templates.unknown_piece, lambda template: None
+    for name, template in json.loads({refused!r}).items():
+        render(name, template)
+
+with DAG("limits", schedule="@once", start_date=pendulum.datetime(2026, 1, 1)):
+    arguments = {{"start_from_trigger": True, "poke_interval": 2, "on_failure_callback": tell}}
+    hanging = "{{{{ ti.xcom_pull('nosuch') or 'x' }}}}"
+    DifyWorkflowRunSensor(task_id="hanging", workflow_run_id=hanging, timeout=5, **arguments)
+    # Shorter than the two minutes that Airflow's own limit comes after the sensor's.
+    DifyWorkflowRunSensor(
+        task_id="running", workflow_run_id={run!r}, execution_timeout=timedelta(seconds=90), **arguments
+    )
+templates.unknown_piece = checked
+"""
+
+
+def numbered(prefix: str, rows: Any) -> dict[str, str]:
+    return {f"{prefix}_{number:03}": template for number, template in enumerate(rows)}
+
+
+WORKS = numbered("works", known.WORKS)
+HANGS = numbered("hangs", known.HANGS)
+FAILS = numbered("fails", known.FAILS)
+EMPTY = numbered("empty", known.EMPTY)
+
+
+@pytest.fixture(scope="module")
+def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AirflowProcesses]:
+    """An Airflow in which every task has ended."""
+    modules = tmp_path_factory.mktemp("modules")
+    (modules / "recording.py").write_text(RECORDING)
+    with LocalDify() as dify:
+        environment = {
+            "PYTHONPATH": str(modules),
+            "RECORDED": str(modules / "recorded.jsonl"),
+            "AIRFLOW_CONN_C": json.dumps(known.CONNECTION),
+            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps({"conn_type": "dify", "host": dify.base_url, "password": API_KEY}),
+            **{f"AIRFLOW_VAR_{name.upper()}": value for name, value in known.VARIABLES.items()},
+            "AIRFLOW__CORE__MAX_ACTIVE_TASKS_PER_DAG": "512",
+            "AIRFLOW__CORE__DEFAULT_POOL_TASK_SLOT_COUNT": "512",
+        }
+        with airflow_processes(environment) as airflow:
+            dags = DAGS.format(
+                known=known,
+                works=json.dumps(WORKS),
+                refused=json.dumps(HANGS | FAILS | EMPTY),
+                run=dify.add_run("running", "running", "running", "succeeded"),
+            )
+            (airflow.dags / "dags.py").write_text(dags)
+            airflow.wait_for(lambda: len(airflow.query("SELECT 1 FROM serialized_dag")) == 2, seconds=120)
+            run = {"dag_run_id": known.RUN_ID, "logical_date": known.LOGICAL_DATE, "conf": known.CONF}
+            airflow.ask_api("POST", f"/dags/{known.DAG_ID}/dagRuns", run)
+            airflow.wait_for(
+                lambda: len(airflow.query("SELECT 1 FROM dag_run WHERE state IN ('success', 'failed')")) == 2,
+                seconds=300,
+            )
+            yield airflow
+
+
+@pytest.fixture(scope="module")
+def recorded(airflow: AirflowProcesses) -> dict[str, list[str]]:
+    """What came of each template, by task: how it ended, and the text or the message."""
+    with open(airflow.environment["RECORDED"], encoding="utf-8") as file:
+        return {task_id: what for task_id, *what in map(json.loads, file)}
+
+
+@pytest.mark.parametrize(("task_id", "template"), WORKS.items())
+def test_a_template_that_the_package_takes_is_rendered(
+    recorded: dict[str, list[str]], task_id: str, template: str
+) -> None:
+    assert recorded[task_id] == ["rendered", known.WORKS[template].replace("{task_id}", task_id)]
+
+
+@pytest.mark.parametrize(("task_id", "template"), HANGS.items())
+def test_a_template_that_gets_no_answer_ends_when_its_time_is_over(
+    recorded: dict[str, list[str]], task_id: str, template: str
+) -> None:
+    message = "The sensor's templates got no answer from Airflow on the triggerer for 30 seconds."
+    assert recorded[task_id] == ["failed", message], template
+
+
+@pytest.mark.parametrize(("task_id", "template"), FAILS.items())
+def test_a_template_that_fails_says_why(recorded: dict[str, list[str]], task_id: str, template: str) -> None:
+    end, message = recorded[task_id]
+    assert end == "failed", template
+    assert message.startswith("The sensor's templates could not be rendered on the triggerer: ")
+
+
+@pytest.mark.parametrize(("task_id", "template"), EMPTY.items())
+def test_what_the_package_calls_empty_there_is_empty(
+    recorded: dict[str, list[str]], task_id: str, template: str
+) -> None:
+    assert recorded[task_id] == ["rendered", ""], template
+
+
+def test_no_task_waits_for_a_template_longer_than_its_timeout(
+    airflow: AirflowProcesses, recorded: dict[str, list[str]]
+) -> None:
+    (seconds,) = airflow.query(
+        "SELECT (julianday(end_date) - julianday(start_date)) * 86400 FROM task_instance WHERE task_id = 'hanging'"
+    )[0]
+    kind, message = recorded["hanging"]
+    assert kind == "DifyError"
+    # What is left of its five seconds when the triggerer gets to it.
+    assert re.match("The sensor's templates got no answer from Airflow on the triggerer for [0-5] seconds", message)
+    # Airflow's own limit would have ended it after 125 seconds.
+    assert seconds < 100
+
+
+def test_an_execution_timeout_takes_nothing_away_from_the_sensors_timeout(airflow: AirflowProcesses) -> None:
+    assert airflow.query("SELECT state FROM task_instance WHERE task_id = 'running'") == [("success",)]
