@@ -70,12 +70,15 @@ class Verdict:
         """
         Return the verdict with the node that failed, which only the run's events name.
 
-        :param node: such as ``Node 'Ask' (llm) failed: no such model``; ``None`` where it isn't known.
+        :param node: such as ``Node 'Ask' (llm) failed: no such model.``; ``None`` where it isn't known.
         :return: the verdict; unchanged unless the run failed.
         """
         if node is None or self.outcome is not Outcome.FAILED:
             return self
-        return replace(self, reason=f"{node} {self.reason}")
+        name, _, error = node.partition(" failed: ")
+        # A node's error is usually the run's, too, which is not said twice.
+        is_the_same = bool(error) and self.reason.startswith(error.rstrip("."))
+        return replace(self, reason=f"{name} failed: {self.reason}" if is_the_same else f"{node} {self.reason}")
 
 
 def judge(

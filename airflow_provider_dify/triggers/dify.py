@@ -125,7 +125,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 ) from error
         if scope.cancelled_caught:
             raise DifyError(
-                f"Airflow did not respond for {limit:.0f} seconds to what the sensor's templates ask for on the triggerer."
+                f"Airflow did not respond for {limit:.0f} seconds to what the sensor's templates ask for on the "
+                "triggerer."
             )
 
     async def _wait(self) -> TriggerEvent:
