@@ -59,6 +59,8 @@ class Follower:
         self.log = log
         self.poll_interval = poll_interval
         self.progress = RunProgress()
+        # The start under way, which a signal's handler may have to look at.
+        self.stream: WorkflowRunStream | None = None
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """
@@ -94,7 +96,7 @@ class Follower:
         failures = 0
         while True:
             self.clock.check()
-            stream = self.hook.send_start(inputs, user, workflow_id=workflow_id)
+            self.stream = stream = self.hook.send_start(inputs, user, workflow_id=workflow_id)
             try:
                 self._wait_until_accepted(stream, user)
                 self.hook.server_version = stream.server_version or self.hook.server_version

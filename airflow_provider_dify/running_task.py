@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_dify.api.session import call_within
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -66,7 +67,6 @@ class RunningTask:
     :param clock: the try's deadline.
     :param log: the task's log.
     :param xcoms: the task's XComs.
-    :ivar stream: the events of a run that this try started; ``None`` until then.
     :ivar run_is_over: whether the run was seen to be over, so that there is nothing to stop.
     """
 
@@ -83,7 +83,6 @@ class RunningTask:
         self.clock = clock
         self.xcoms = xcoms
         self.follower = Follower(hook, clock, log, settings.poll_interval)
-        self.stream: WorkflowRunStream | None = None
         self.run_is_over = False
         self._settings = settings
         self._hook = hook
@@ -91,6 +90,11 @@ class RunningTask:
         self._memory = StartMemory(context)
         self._start: TaskStart | None = None
         self._stop_was_asked = False
+
+    @property
+    def stream(self) -> WorkflowRunStream | None:
+        """The start that this try has sent, and its run's events; ``None`` until then."""
+        return self.follower.stream
 
     @property
     def task_start(self) -> TaskStart:
@@ -159,16 +163,20 @@ class RunningTask:
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._stop_was_asked = True
-            self._start = replace(start, stop_was_asked=True)
-            self._memory.save(self._start)
+            self._start = stopped = replace(start, stop_was_asked=True)
+            # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
+            with contextlib.suppress(TimeoutError):
+                call_within(1.0, lambda: self._memory.save(stopped), lambda: None)
 
     def stop_after_kill(self) -> None:
         """Stop the run of a task that was killed, also one whose start is under way."""
         if self.stream is not None and not self.stream.is_named:
             with contextlib.suppress(DifyError):
                 self.stream.wait_until_named(SECONDS_AFTER_KILL)
-            if self.stream.is_named:
-                self._take_named_run(self.stream)
+            if self.stream.is_named and self._start is not None:
+                # Only here: this may be a signal's handler, in the middle of a message to Airflow.
+                ids = {"workflow_run_id": self.stream.workflow_run_id, "task_id": self.stream.task_id}
+                self._start = replace(self._start, **ids)
         if self._start is None or self.run_is_over:
             return
         ti: Any = self.context["ti"]
@@ -256,7 +264,7 @@ class RunningTask:
         self._memory.save(start)
         self._start = start
         try:
-            self.stream = self.follower.send_start(settings.inputs, start.user, settings.workflow_id)
+            stream = self.follower.send_start(settings.inputs, start.user, settings.workflow_id)
         except DifyWorkflowRunUncertain as error:
             self._wait_in_log(start, error)
             return
@@ -266,7 +274,7 @@ class RunningTask:
                 self._start = None
                 self._memory.save(None)
             raise
-        self._wait_on_stream(start, self.stream)
+        self._wait_on_stream(start, stream)
 
     def _wait_on_stream(self, start: TaskStart, stream: WorkflowRunStream) -> None:
         try:

@@ -74,8 +74,12 @@ class StartMemory:
 
     def save(self, start: TaskStart | None) -> None:
         """Keep the start of this try; ``None`` for a start that started nothing."""
-        if self._store is not None:
-            self._store.set(STATE_KEY, None if start is None else start.serialize())
+        if self._store is None:
+            return
+        if start is None:
+            self._store.delete(STATE_KEY)
+        else:
+            self._store.set(STATE_KEY, start.serialize())
 
     def load(self) -> TaskStart | None:
         """

@@ -120,8 +120,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 super().render_template_fields(context)
             except Exception as error:
                 raise DifyError(
-                    f"{type(error).__name__}: {one_line(str(error))}: the sensor's templates could not be rendered on the "
-                    "triggerer."
+                    f"{type(error).__name__}: {one_line(str(error))}: the sensor's templates could not be rendered on "
+                    "the triggerer."
                 ) from error
         if scope.cancelled_caught:
             raise DifyError(
