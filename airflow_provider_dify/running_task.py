@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from airflow_provider_dify.following import RETRY_DELAY, Follower
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.models import WorkflowRun, is_server_from
 from airflow_provider_dify.run_search import known_runs
-from airflow_provider_dify.starting import StartMemory, TaskStart, find_earlier_start, new_start
+from airflow_provider_dify.starting import StartMemory, StartSettings, TaskStart, find_earlier_start, new_start
 from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport, stop_run
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
@@ -39,22 +39,6 @@ SECONDS_BEFORE_DEFERRAL = 5.0
 SECONDS_BEFORE_QUEUED = 1.0
 # How long a killed task waits for a start that is under way, so that it can be stopped.
 SECONDS_AFTER_KILL = 2.0
-
-
-@dataclass(frozen=True)
-class StartSettings:
-    """What the operator's arguments say about its start; each as there, rendered, times in seconds."""
-
-    inputs: Mapping[str, Any]
-    user: str | None
-    workflow_id: str | None
-    retries: int
-    deferrable: bool
-    poll_interval: float
-    run_timeout: float | None
-    not_found_grace: float
-    max_consecutive_failures: int
-    stop_on_failure: bool
 
 
 class RunningTask:

@@ -23,6 +23,22 @@ STATE_KEY = "dify_workflow_run"
 
 
 @dataclass(frozen=True)
+class StartSettings:
+    """What the operator's arguments say about its start; each as there, rendered, times in seconds."""
+
+    inputs: Mapping[str, Any]
+    user: str | None
+    workflow_id: str | None
+    retries: int
+    deferrable: bool
+    poll_interval: float
+    run_timeout: float | None
+    not_found_grace: float
+    max_consecutive_failures: int
+    stop_on_failure: bool
+
+
+@dataclass(frozen=True)
 class TaskStart:
     """
     One start of a task's try, and its run once Dify has named it. Airflow 3.3 and later keep it from try to try.

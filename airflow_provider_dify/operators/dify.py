@@ -185,7 +185,8 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     def _begin(self, context: Context, deadline: float) -> RunningTask:
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.running_task import RunningTask, StartSettings
+        from airflow_provider_dify.running_task import RunningTask
+        from airflow_provider_dify.starting import StartSettings
 
         settings = StartSettings(
             inputs=self.inputs,
