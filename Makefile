@@ -9,15 +9,21 @@ ifneq ($(shell command -v pyenv),)
 export PYENV_VERSION := $(shell echo "$$(pyenv version-name):$$(pyenv versions --bare | grep -E '^3\.1[0-3]\.' | paste -sd: -)")
 endif
 PYTHON_VERSION := $(shell PYENV_VERSION="$(PYENV_VERSION)" $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2> /dev/null)
-ifneq ($(MAKECMDGOALS),clean)
-ifeq ($(filter 3.10 3.11 3.12 3.13,$(PYTHON_VERSION)),)
-$(error PYTHON=$(PYTHON) is $(or $(PYTHON_VERSION),not there): use Python 3.10 to 3.13, such as PYTHON=python3.12)
-endif
-endif
 VENV := .venv/airflow-$(AIRFLOW)-python$(PYTHON_VERSION)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
-# Side by side, but real Airflow processes for themselves, because they go by time.
-PYTEST = $(VENV)/bin/python -m pytest --numprocesses=logical --maxprocesses=4
+AIRFLOWS := $(sort $(filter-out %-docs %-cluster,$(patsubst constraints/airflow-%.txt,%,$(wildcard constraints/airflow-*.txt))))
+PYTHONS := 3.10 3.11 3.12 3.13
+ifneq ($(MAKECMDGOALS),clean)
+ifeq ($(filter $(AIRFLOW),$(AIRFLOWS)),)
+$(error There is no AIRFLOW=$(AIRFLOW) here. Choose one of: $(AIRFLOWS))
+endif
+ifneq ($(filter 2.11% 3.0%,$(AIRFLOW)),)
+PYTHONS := $(filter-out 3.13,$(PYTHONS))
+endif
+ifeq ($(filter $(PYTHON_VERSION),$(PYTHONS)),)
+$(error PYTHON=$(PYTHON) is $(if $(PYTHON_VERSION),Python $(PYTHON_VERSION),not installed). Airflow $(AIRFLOW) runs on Python $(PYTHONS))
+endif
+endif
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
 .PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke check-release try-release bench constraints clean
@@ -26,11 +32,9 @@ PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py $(DIFY)
 
-# A selection by PYTEST_ARGS may leave one of the two with no tests, which pytest tells by a 5.
+# PYTEST_ARGS="-k sensor" chooses tests.
 test: $(VENV)/installed
-	$(PYTEST) --dist=worksteal -m "not airflow_processes" $(PYTEST_ARGS); without=$$?; \
-	$(PYTEST) --dist=loadfile -m airflow_processes $(PYTEST_ARGS); with=$$?; \
-	case "$$without $$with" in "0 0" | "0 5" | "5 0") ;; *) exit 1 ;; esac
+	@$(VENV)/bin/python scripts/run_tests.py $(PYTEST_ARGS)
 
 # Runs make test in every environment of noxfile.py, for about an hour, and tells in the end how each went.
 # NOX_ARGS="--tags 3.0 python3.13" chooses those of this Airflow or this Python.
@@ -84,14 +88,11 @@ try-release: $(VENV)/installed
 	PYTHON="$(PYTHON)" scripts/try_release.sh $(AIRFLOW) $(VENV)/bin/python
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
-	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
-	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --editable . --group test
-	touch $@
-
-# Reached only for an AIRFLOW without such a file.
-constraints/airflow-%.txt:
-	@echo "There is no Airflow $*. AIRFLOW can be: $(filter-out %-cluster %-docs,$(patsubst constraints/airflow-%.txt,%,$(wildcard constraints/*.txt)))" >&2; exit 1
+	@echo "Installing Airflow $(AIRFLOW) for Python $(PYTHON_VERSION) into $(VENV), which takes a minute or two."
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) uv
+	@$(PIP_INSTALL) --constraints $(CONSTRAINTS) --editable . --group test
+	@touch $@
 
 # Compares waiting with this provider to waiting with others. Needs Linux, Python 3.11 or later, and four minutes.
 bench: .venv/bench/installed
