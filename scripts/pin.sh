@@ -25,6 +25,11 @@ fastapi<0.137
 svcs<26.2"
 pin 3.3 3.10 "${all[@]}" <<< "apache-airflow==3.3.2"
 
+# The next Airflow's beta, named whole, because nothing else may be a pre-release.
+pin 3.4-beta 3.11 --group test <<< "apache-airflow==3.4.0b2
+apache-airflow-core==3.4.0b2
+apache-airflow-task-sdk==1.4.0b2"
+
 pin 2.11-lowest-direct 3.10 --group test --resolution lowest-direct <<< "apache-airflow"
 pin 3.3-lowest-direct 3.13 --group test --resolution lowest-direct <<< "apache-airflow==3.3.2"
 
