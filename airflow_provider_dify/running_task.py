@@ -179,15 +179,7 @@ class RunningTask:
         failures = 0
         while True:
             try:
-                found = self._hook.run_steps(
-                    find_earlier_start(
-                        self.context,
-                        settings.user,
-                        settings.retries,
-                        settings.inputs,
-                        settings.run_timeout,
-                    )
-                )
+                found = self._hook.run_steps(find_earlier_start(self.context, settings))
                 break
             except DifyConnectionError as error:
                 # Survived as a failed poll is: that Dify is away is no reason to give its run up.
@@ -327,6 +319,10 @@ class RunningTask:
 
     def _remember(self, start: TaskStart) -> None:
         """Store the run everywhere at once, so that no crash loses it."""
+        if self.stream is not None and not self.stream.is_named:
+            # It was found in the log: the stream that should have named it is of no more use.
+            self.stream.close()
+            self.follower.stream = None
         self._start = start
         self._memory.save(start)
         self.xcoms.push_ids(str(start.workflow_run_id), start.task_id)

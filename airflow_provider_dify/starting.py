@@ -17,7 +17,7 @@ from airflow_provider_dify.exceptions import DifyWorkflowRunNotFound
 from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
-from airflow_provider_dify.verdict import Outcome, judge
+from airflow_provider_dify.verdict import judge
 
 STATE_KEY = "dify_workflow_run"
 
@@ -33,6 +33,7 @@ class StartSettings:
     deferrable: bool
     poll_interval: float
     run_timeout: float | None
+    fail_on_partial_success: bool
     not_found_grace: float
     max_consecutive_failures: int
     stop_on_failure: bool
@@ -131,16 +132,13 @@ def new_start(
 
 
 def find_earlier_start(
-    context: Mapping[str, Any], user: str | None, retries: int, inputs: Mapping[str, Any], run_timeout: float | None
+    context: Mapping[str, Any], settings: StartSettings
 ) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
     """
     Look for a start of an earlier try of this task whose run is to be continued.
 
     :param context: the running task's context.
-    :param user: the operator's ``user``; ``None`` for the default one.
-    :param retries: the operator's ``retries``.
-    :param inputs: the workflow's inputs.
-    :param run_timeout: as for the operator.
+    :param settings: the operator's arguments.
     :return: the start, and its run unless that isn't named yet; ``None`` if a new run is to be started: there was no
         start, its run can't succeed any more, or Dify was asked to stop it.
     """
@@ -154,33 +152,34 @@ def find_earlier_start(
             if run_id is None:
                 return start, None
             start = replace(start, workflow_run_id=run_id)
-        return (yield from _if_it_can_succeed(start, run_timeout))
-    for search, number in _searches_of_earlier_tries(context, user, retries, inputs):
+        return (yield from _if_it_can_succeed(start, settings))
+    for search, number in _searches_of_earlier_tries(context, settings):
         run_id = yield from find_run(search)
         if run_id is not None:
             found = TaskStart(search.user, search, number, ti.max_tries or 0, True, run_id)
-            return (yield from _if_it_can_succeed(found, run_timeout))
+            return (yield from _if_it_can_succeed(found, settings))
     return None
 
 
-def _if_it_can_succeed(
-    start: TaskStart, run_timeout: float | None
-) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
+def _if_it_can_succeed(start: TaskStart, settings: StartSettings) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
     try:
         run: WorkflowRun = yield from calls.look_up_run(str(start.workflow_run_id))
     except DifyWorkflowRunNotFound:
         return None
-    verdict = judge(run, now=datetime.now(timezone.utc), run_timeout=run_timeout)
-    return (start, run) if verdict.outcome in (Outcome.WAIT, Outcome.DONE) else None
+    verdict = judge(
+        run,
+        now=datetime.now(timezone.utc),
+        fail_on_partial_success=settings.fail_on_partial_success,
+        run_timeout=settings.run_timeout,
+    )
+    return None if verdict.is_failure else (start, run)
 
 
-def _searches_of_earlier_tries(
-    context: Mapping[str, Any], user: str | None, retries: int, inputs: Mapping[str, Any]
-) -> Iterator[tuple[RunSearch, int]]:
+def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettings) -> Iterator[tuple[RunSearch, int]]:
     """Return what to look for in Dify's log where Airflow remembers nothing, the last try first."""
     ti: Any = context["ti"]
     # After a task was cleared its tries go on counting, but what came before was to be done anew.
-    first_try = (ti.max_tries or 0) - retries + 1
+    first_try = (ti.max_tries or 0) - settings.retries + 1
     if first_try > ti.try_number:
         # Impossible, unless `retries` was lowered since: then nothing tells which try was the first.
         first_try = 1
@@ -189,10 +188,10 @@ def _searches_of_earlier_tries(
     began = getattr(context.get("dag_run"), "start_date", None)
     # A run from before the Dag run is an older one's, or another Airflow's.
     not_before = began.timestamp() if isinstance(began, datetime) else (_now() - timedelta(days=7)).timestamp()
-    prints = fingerprint(inputs)
-    if user is not None:
+    prints = fingerprint(settings.inputs)
+    if settings.user is not None:
         # It names no try, so the inputs have to tell the runs apart.
-        yield RunSearch(user, not_before + CLOCK_TOLERANCE.total_seconds(), False, prints), ti.try_number - 1
+        yield RunSearch(settings.user, not_before + CLOCK_TOLERANCE.total_seconds(), False, prints), ti.try_number - 1
         return
     for number in range(ti.try_number - 1, first_try - 1, -1):
         yield RunSearch(default_user(ti, number), not_before, True, prints), number

@@ -21,6 +21,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
+from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
 
 if TYPE_CHECKING:
@@ -196,6 +197,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             deferrable=self.deferrable and self.wait_for_completion,
             poll_interval=self.poll_interval,
             run_timeout=self.run_timeout,
+            fail_on_partial_success=self.fail_on_partial_success,
             not_found_grace=self.not_found_grace,
             max_consecutive_failures=self.max_consecutive_failures,
             stop_on_failure=self.stop_on_failure,
@@ -214,7 +216,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     def _wait(self, task: RunningTask) -> dict[str, Any]:
         wait = RunWait(task.named_run_id, self._policy(), log=self.log, on_first_run=task.xcoms.on_run)
         run, verdict = task.follower.follow(wait, task.stream, self.timeout)
-        task.run_is_over = True
+        task.run_is_over = verdict.outcome is not Outcome.TIMED_OUT
         return task.xcoms.push_and_return(run, verdict, price=task.follower.progress.price, starts_again=True)
 
     def _defer(self, task: RunningTask) -> NoReturn:
