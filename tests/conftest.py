@@ -71,4 +71,4 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DifyHook.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
     monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
-    monkeypatch.setattr("airflow_provider_dify.operators.dify.SEARCH_INTERVAL", 0.01)
+    monkeypatch.setattr("airflow_provider_dify.following.RETRY_DELAY", 0.01)
