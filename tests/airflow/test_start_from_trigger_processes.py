@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
-from tests import triggerer_templates as known
-from tests.airflow_processes import AirflowProcesses, airflow_processes
-from tests.local_dify import API_KEY, LocalDify
+from tests.airflow import triggerer_templates as known
+from tests.airflow.airflow_processes import AirflowProcesses, airflow_processes
+from tests.dify_stand_in import API_KEY, DifyStandIn
 
 pytestmark = [
     pytest.mark.airflow_processes,
@@ -126,7 +126,7 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AirflowProcess
     """An Airflow in which every task has ended."""
     modules = tmp_path_factory.mktemp("modules")
     (modules / "recording.py").write_text(RECORDING)
-    with LocalDify() as dify:
+    with DifyStandIn() as dify:
         environment = {
             "PYTHONPATH": str(modules),
             "RECORDED": str(modules / "recorded.jsonl"),

@@ -10,7 +10,7 @@ from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 from airflow_provider_dify.triggers import templates
-from tests.triggerer_templates import HANGS, REFUSED, WORKS
+from tests.airflow.triggerer_templates import HANGS, REFUSED, WORKS
 
 needs_start = pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start it on the triggerer")
 
