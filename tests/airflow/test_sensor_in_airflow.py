@@ -17,7 +17,7 @@ from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
     DifyRequestError,
-    DifyWorkflowRunFailed,
+    DifyWorkflowRunCannotSucceed,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
@@ -90,7 +90,8 @@ def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: DifyStand
     result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), **way)
     assert result.state == "success"
     assert result.received["outputs"] == {"workflow_run": 1, "b": 2}
-    assert result.xcoms["wait"]["workflow_run"] == 1
+    assert result.xcoms["wait"]["workflow_run"]["status"] == "succeeded"
+    assert result.xcoms["wait"]["b"] == 2
 
 
 def test_multiple_outputs_can_be_turned_off(dify: DifyStandIn) -> None:
@@ -176,19 +177,19 @@ def test_the_run_id_may_come_from_an_upstream_task(dify: DifyStandIn) -> None:
 
 
 FAILURES = [
-    pytest.param(["running", "detail_failed"], {}, DifyWorkflowRunFailed, "failed.*Connection refused", id="failed"),
-    pytest.param(["detail_failed_parallel"], {}, DifyWorkflowRunFailed, "4 steps.*refused", id="failed-with-outputs"),
+    pytest.param(["running", "detail_failed"], {}, DifyWorkflowRunCannotSucceed, "Connection refused.*failed after", id="failed"),
+    pytest.param(["detail_failed_parallel"], {}, DifyWorkflowRunCannotSucceed, "refused.*4 steps", id="failed-with-outputs"),
     pytest.param(
         ["stopped"],
         {},
-        DifyWorkflowRunFailed,
-        "was stopped.*Aborted: (User requested stop|App task was stopped)",
+        DifyWorkflowRunCannotSucceed,
+        "Aborted: (User requested stop|App task was stopped).*was stopped",
         id="stopped",
     ),
     pytest.param(
         ["partial-succeeded"],
         {"fail_on_partial_success": True},
-        DifyWorkflowRunFailed,
+        DifyWorkflowRunCannotSucceed,
         "fail_on_partial_success",
         id="partial-succeeded",
     ),
@@ -219,7 +220,7 @@ def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
     assert type(error) is exception
     assert re.search(message, str(error))
     assert run_id in str(error)
-    if isinstance(error, DifyWorkflowRunFailed):
+    if isinstance(error, DifyWorkflowRunCannotSucceed):
         assert error.run is not None
         assert error.run.id == run_id
         assert result.xcoms["wait"]["workflow_run"]["status"] == error.run.status
