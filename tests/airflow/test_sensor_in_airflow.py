@@ -177,8 +177,12 @@ def test_the_run_id_may_come_from_an_upstream_task(dify: DifyStandIn) -> None:
 
 
 FAILURES = [
-    pytest.param(["running", "detail_failed"], {}, DifyWorkflowRunCannotSucceed, "Connection refused.*failed after", id="failed"),
-    pytest.param(["detail_failed_parallel"], {}, DifyWorkflowRunCannotSucceed, "refused.*4 steps", id="failed-with-outputs"),
+    pytest.param(
+        ["running", "detail_failed"], {}, DifyWorkflowRunCannotSucceed, "Connection refused.*failed after", id="failed"
+    ),
+    pytest.param(
+        ["detail_failed_parallel"], {}, DifyWorkflowRunCannotSucceed, "refused.*4 steps", id="failed-with-outputs"
+    ),
     pytest.param(
         ["stopped"],
         {},
