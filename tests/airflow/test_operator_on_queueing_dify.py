@@ -138,7 +138,7 @@ def on_a_silent_stream(dify: DifyStandIn) -> None:
 
 
 def on_a_silent_response(dify: DifyStandIn) -> None:
-    dify.misbehave(stall(), only="POST .*/run")
+    dify.misbehave(stall(10), only="POST .*/run")
 
 
 def on_polls(dify: DifyStandIn) -> None:
