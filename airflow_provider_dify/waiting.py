@@ -211,7 +211,9 @@ class RunWait:
 
     def _on_unknown_run(self, error: DifyWorkflowRunNotFound) -> None:
         grace = self.policy.not_found_grace
-        elapsed = (datetime.now(timezone.utc) - self.first_poll).total_seconds()
+        # Read before the present, because this may be the first poll.
+        began = self.first_poll
+        elapsed = (datetime.now(timezone.utc) - began).total_seconds()
         if elapsed >= grace:
             if not grace:
                 raise error
