@@ -117,13 +117,14 @@ class RunningTask:
         ti: Any = self.context["ti"]
         start = TaskStart.deserialize(data) if data else self._memory.load()
         if start is None or start.try_number != ti.try_number:
-            start = new_start(ti, self._settings.user, self._settings.inputs, (), time.time())
+            self._start = new_start(ti, self._settings.user, self._settings.inputs, (), time.time())
+            # The event names the run, but not the task id that a stop takes.
+            self._take_ids_from_xcoms(ti)
+            start = self.task_start
         named = event.get("workflow_run_id") if isinstance(event, dict) else None
         is_new = start.workflow_run_id is None and bool(named)
         self._start = replace(start, workflow_run_id=named) if is_new else start
-        if self._start.workflow_run_id is None:
-            self._take_ids_from_xcoms(ti)
-        elif is_new:
+        if is_new:
             self._remember(self._start)
 
     def stop(self) -> None:
