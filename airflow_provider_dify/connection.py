@@ -66,17 +66,18 @@ class DifyConnection:
     console_url: str | None = None
 
     @classmethod
-    def from_airflow(cls, connection: Connection) -> DifyConnection:
+    def from_airflow(cls, connection: Connection, *, has_name: bool = True) -> DifyConnection:
         """
         Parse an Airflow connection.
 
         :param connection: ``password`` is the API key; ``host``, ``schema`` and ``port`` make the base URL; ``extra``
             may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle), ``proxies`` and
             ``console_url``. Other extras are ignored.
+        :param has_name: whether messages name the connection; Airflow's Test button makes up an id for a copy of it.
         :return: the settings.
         :raises DifyConfigurationError: if the key is missing or no URL can be made; names the connection.
         """
-        conn_id = connection.conn_id
+        conn_id = connection.conn_id if has_name else ""
         try:
             extra = _extra(connection.extra)
             return cls(
@@ -89,7 +90,8 @@ class DifyConnection:
                 console_url=_console_url(extra.get("console_url")),
             )
         except DifyConfigurationError as error:
-            raise DifyConfigurationError(f"Connection {conn_id!r} cannot be used: {error}") from None
+            name = name_connection(conn_id)
+            raise DifyConfigurationError(f"{name[0].upper()}{name[1:]} cannot be used: {error}") from None
 
     @property
     def console(self) -> str:
@@ -127,6 +129,11 @@ class DifyConnection:
         """
         origin = _origin(url)
         return origin is not None and origin == _origin(self.base_url)
+
+
+def name_connection(conn_id: str) -> str:
+    """Return the words for a connection in the middle of a message."""
+    return f"connection {conn_id!r}" if conn_id else "the connection"
 
 
 def _origin(url: str) -> tuple[str, str, int | None] | None:

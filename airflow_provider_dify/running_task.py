@@ -311,10 +311,8 @@ class RunningTask:
             return
         raise DifyWorkflowRunUncertain(
             f"The operator's timeout is over, and the workflow run of user {start.user!r} is still queued at Dify, "
-            "which "
-            "cannot be asked to drop it: it will run, and be paid for, once. Look for the user in the app's log in "
-            "Dify's "
-            "console.",
+            "which cannot be asked to drop it: it will run, and be paid for, once. Look for the user in the app's log "
+            "in Dify's console.",
             user=start.user,
         )
 

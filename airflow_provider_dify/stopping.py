@@ -85,6 +85,5 @@ def _report(workflow_run_id: str, run: WorkflowRun | None, server_version: str |
     return StopReport(
         True,
         f"Asked Dify to stop workflow run {workflow_run_id}. Whether it did may not show: up to Dify 1.15 the run's "
-        "record "
-        "can stay running for ever.",
+        "record can stay running for ever.",
     )

@@ -107,8 +107,7 @@ def judge(
         return Verdict(
             Outcome.FAILED,
             f"{_error(run)} Dify workflow run {run.id} finished with the status {one_line(str(run.status), 50)!r}, "
-            "which "
-            f"this version of airflow-provider-dify does not know{_facts(run)}.",
+            f"which this version of airflow-provider-dify does not know{_facts(run)}.",
             can_be_repeated=True,
         )
     if run_timeout is not None and run.created_at is not None:

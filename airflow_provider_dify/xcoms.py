@@ -56,8 +56,7 @@ def check_outputs(run: WorkflowRun) -> None:
             raise DifyOutputsError(
                 f"The output {one_line(key, 80)!r} {reason}, which Airflow cannot store as an XCom: Dify workflow run "
                 f"{run.id} succeeded, but its outputs cannot be the task's return value. Change what the workflow's "
-                "end "
-                "node returns. The XCom workflow_run and the other outputs are there."
+                "end node returns. The XCom workflow_run and the other outputs are there."
             )
 
 

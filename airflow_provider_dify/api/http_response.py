@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.connection import DifyConnection, name_connection
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.excerpts import EXCERPT_LENGTH, one_line, redact
 
@@ -26,7 +26,7 @@ class HttpResponse:
     :param headers: the response's headers; looked up without regard to case.
     :param body: the body's bytes, content encoding undone.
     :param url: the URL that was requested.
-    :param conn_id: the Airflow connection in use, for messages.
+    :param conn_id: the Airflow connection in use, for messages; empty for one that has no name yet.
     :param secrets: the API key and proxies' passwords, which no message may show.
     """
 
@@ -44,6 +44,11 @@ class HttpResponse:
         """Return what a client received, as the rest of this package reads it."""
         body = without_key(body, connection.api_key)
         return cls(status_code, headers, body, url, connection.conn_id, connection.secrets)
+
+    @property
+    def connection_name(self) -> str:
+        """The connection, in the middle of a message."""
+        return name_connection(self.conn_id)
 
     @property
     def server_version(self) -> str | None:

@@ -158,8 +158,8 @@ def error_from_start(response: HttpResponse) -> DifyError:
     except DifyConnectionError as error:
         if error.status_code == 429 and error.code == "rate_limit_error":
             return DifyRequestError(
-                f"{error.message or 'The quota is used up'}: Dify refused to start a workflow run with connection "
-                f"{response.conn_id!r}, because the quota of the plan or of the model's provider is used up "
+                f"{error.message or 'The quota is used up'}: Dify refused to start a workflow run with "
+                f"{response.connection_name}, because the quota of the plan or of the model's provider is used up "
                 "(HTTP 429 rate_limit_error). Waiting does not help: look at the quota in Dify's console.",
                 **_facts(response, error.code, error.message),
             )
@@ -182,7 +182,7 @@ def not_found(response: HttpResponse, workflow_run_id: str) -> DifyWorkflowRunNo
     """
     return DifyWorkflowRunNotFound(
         f"Dify does not know workflow run {workflow_run_id} (HTTP {response.status_code} from {response.url}). Check "
-        f"the id, and that connection {response.conn_id!r} holds an API key of the app that made the run: Dify shows a "
+        f"the id, and that {response.connection_name} holds an API key of the app that made the run: Dify shows a "
         "run to its own app only. If the server writes runs late, set not_found_grace.",
         workflow_run_id=workflow_run_id,
     )
@@ -222,7 +222,7 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
         )
     if status_code in (401, 403):
         raise DifyAuthenticationError(
-            f"{cause}: Dify refused the API key of connection {response.conn_id!r} for {subject}. Check the "
+            f"{cause}: Dify refused the API key of {response.connection_name} for {subject}. Check the "
             "connection's password: it must be an API key of the app, and the app's API access must be on.",
             **facts,
         )
@@ -233,7 +233,7 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
             else ""
         )
         raise DifyRequestError(
-            f"{cause}: Dify rejected the request for {subject} with connection {response.conn_id!r}.{hint}", **facts
+            f"{cause}: Dify rejected the request for {subject} with {response.connection_name}.{hint}", **facts
         )
     location = response.header("Location")
     what = "no response of Dify's"
@@ -261,7 +261,7 @@ def _not_dify(response: HttpResponse, subject: str, what: str) -> DifyConnection
         else " Dify's API usually lives under /v1: is that missing from the base URL?"
     )
     return DifyConnectionError(
-        f"The response for {subject} at {response.url} is {what} ({response.excerpt()}). Check the host of connection "
-        f"{response.conn_id!r}.{hint}",
+        f"The response for {subject} at {response.url} is {what} ({response.excerpt()}). Check the host of "
+        f"{response.connection_name}.{hint}",
         **_facts(response, None, None),
     )

@@ -74,6 +74,7 @@ class DifyHook(ConnectionForm, BaseHook):
         self.retry_delay = retry_delay
         self.deadline: float | None = None
         self.server_version: str | None = None
+        self._names_connection = True
         self._connection: DifyConnection | None = None
         self._session: DifySession | None = None
 
@@ -85,8 +86,9 @@ class DifyHook(ConnectionForm, BaseHook):
         :raises DifyConfigurationError: if the connection cannot be used.
         """
         if self._connection is None:
-            connection = DifyConnection.from_airflow(self.get_connection(self.dify_conn_id))
-            self._connection = replace(connection, timeout=self.timeout or connection.timeout)
+            connection = self.get_connection(self.dify_conn_id)
+            settings = DifyConnection.from_airflow(connection, has_name=self._names_connection)
+            self._connection = replace(settings, timeout=self.timeout or settings.timeout)
         return self._connection
 
     def get_conn(self) -> requests.Session:
@@ -287,11 +289,11 @@ class DifyHook(ConnectionForm, BaseHook):
         hook = type(self)(self.dify_conn_id, timeout=self.timeout, retry_limit=0)
         try:
             with hook:
-                # Airflow's button tests a copy of the connection under an id of its own, which no reader knows.
-                hook._connection = replace(hook.connection, conn_id="")
+                # Airflow's button tests a copy of the connection, under an id that no reader knows.
+                hook._names_connection = False
                 app = hook.get_app_info()
         except DifyError as error:
-            return False, str(error).replace(f" {''!r}", "").replace(f" {self.dify_conn_id!r}", "")
+            return False, str(error)
         if not app.has_workflow_runs:
             return False, (
                 f"The API key works, but it belongs to the app {app.name!r} of mode {app.mode}, which has no workflow "

@@ -25,7 +25,7 @@ from airflow_provider_dify.api import async_session
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
-from airflow_provider_dify.waiting import spread
+from airflow_provider_dify.waiting import next_interval
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
@@ -362,8 +362,8 @@ def test_backoff_and_its_limit_are_honoured(dify: DifyStandIn) -> None:
 
 
 def test_backoff_never_overflows() -> None:
-    assert spread(10, 100_000, exponential_backoff=True, max_wait=300) == 300
-    assert spread(10, 5) == 10
+    assert next_interval(10, 100_000, exponential_backoff=True, max_wait=300) == 300
+    assert next_interval(10, 5) == 10
 
 
 def test_a_key_that_was_rotated_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from airflow_provider_dify.api.events import EventStreamReader, WorkflowEvent
+from airflow_provider_dify.api.progress import RunProgress
 from tests.dify_stand_in import RECORDED, Recording
 
 STREAMS = sorted(
@@ -70,7 +71,8 @@ def test_an_event_of_another_shape_is_an_error(broken: bytes) -> None:
 
 
 def test_node_events_become_lines_and_others_do_not() -> None:
-    lines = [event.progress() for event in read(Recording.load("run_streaming_failed").body)]
+    progress = RunProgress()
+    lines = [progress.on_event(event) for event in read(Recording.load("run_streaming_failed").body)]
     assert [line for line in lines if line] == [
         "Node 'start' (start) started.",
         "Node 'start' (start) succeeded after 0.01 seconds.",
@@ -84,7 +86,7 @@ def test_node_events_become_lines_and_others_do_not() -> None:
         {"title": "LLM", "node_type": "llm", "status": "succeeded", "elapsed_time": 1.5,
          "execution_metadata": {"total_tokens": 42}},
     )  # fmt: skip
-    assert used.progress() == "Node 'LLM' (llm) succeeded after 1.50 seconds, 42 tokens."
+    assert RunProgress().on_event(used) == "Node 'LLM' (llm) succeeded after 1.50 seconds, 42 tokens."
 
 
 def test_an_error_event_has_the_fields_beside_its_name() -> None:
