@@ -139,8 +139,8 @@ def look_up_run(workflow_run_id: str) -> Steps[WorkflowRun]:
         raise DifyWorkflowRunNotFound(
             f"{error.message or 'Internal Server Error'} (HTTP 500): Dify 1.13.0 responds so for a run that it "
             f"does not know, and it does not know workflow run {workflow_run_id}, or cannot read its record: other "
-            "requests succeed. Check the id, and that the connection holds an API key of the app that made the run. Dify "
-            "1.13.1 and later name an unknown run as such. If the server writes runs late, set not_found_grace.",
+            "requests succeed. Check the id, and that the connection holds an API key of the app that made the run. "
+            "Dify 1.13.1 and later name an unknown run as such. If the server writes runs late, set not_found_grace.",
             workflow_run_id=workflow_run_id,
             is_sure=False,
         ) from error

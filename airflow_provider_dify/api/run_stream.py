@@ -15,6 +15,7 @@ from airflow_provider_dify.api.events import STARTED, EventStreamReader, Workflo
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
 from airflow_provider_dify.api.responses import error_from_start
 from airflow_provider_dify.api.session import DifySession
+from airflow_provider_dify.closing import Closing
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
@@ -24,14 +25,12 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.excerpts import one_line
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from requests.models import Response
 
 _SUBJECT = "the start of a workflow run"
 
 
-class WorkflowRunStream:
+class WorkflowRunStream(Closing):
     """
     A start that was sent, the run once Dify names it, and the run's events.
 
@@ -129,6 +128,25 @@ class WorkflowRunStream:
                 return event
         return None
 
+    def require_name(self, seconds: float) -> None:
+        """
+        Wait until Dify names the run, and hang up if it doesn't.
+
+        :param seconds: how long.
+        :raises DifyWorkflowRunUncertain: if Dify named no run in time.
+        :raises DifyError: as :meth:`wait_until_named` does.
+        """
+        try:
+            if self.wait_until_named(seconds) is None:
+                raise DifyWorkflowRunUncertain(
+                    f"Dify did not name the run of user {self._user!r} within {seconds:g} seconds: it is queued, and "
+                    "may run later. Look for the user in the app's log in Dify's console.",
+                    user=self._user,
+                )
+        except BaseException:
+            self.close()
+            raise
+
     def __iter__(self) -> Iterator[WorkflowEvent]:
         """
         Iterate over the events after ``workflow_started``, up to the one that ends the stream.
@@ -143,17 +161,6 @@ class WorkflowRunStream:
             yield event
             if event.is_ending:
                 return
-
-    def __enter__(self) -> WorkflowRunStream:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Hang up; the run goes on."""

@@ -1,10 +1,35 @@
-"""The connection form of Airflows before 3.2, whose hooks define it; later ones read the package's description."""
+"""The connection form of Airflows before 3.2, whose hooks define it, and what its Test button says."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
+from airflow_provider_dify.models import AppInfo
+
+_NAME_LENGTH = 80
+
+
+def describe_test(connection: DifyConnection, app: AppInfo, server_version: str | None) -> tuple[bool, str]:
+    """
+    Return what the Test button shows for a connection whose key was accepted.
+
+    :param connection: the connection's settings.
+    :param app: the app that the key belongs to.
+    :param server_version: Dify's version; ``None`` where it isn't known.
+    :return: whether the connection can be used, and a sentence.
+    """
+    name = one_line(app.name, _NAME_LENGTH)
+    if not app.has_workflow_runs:
+        return False, (
+            f"The API key works, but it belongs to the app {name!r} of mode {one_line(str(app.mode), _NAME_LENGTH)}, "
+            "which has no workflow runs. Use the API key of a workflow or chatflow app."
+        )
+    mode = f" ({app.mode})" if app.mode else ""
+    version = f", Dify {server_version}" if server_version else ""
+    return True, f"Connected to {connection.base_url}{version}, as the app {name!r}{mode}."
 
 
 class ConnectionForm:

@@ -19,27 +19,27 @@ from airflow_provider_dify.api.responses import parse_uploaded_file_id
 from airflow_provider_dify.api.retrying import RequestRetries
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
 from airflow_provider_dify.api.session import DifySession, send
+from airflow_provider_dify.api.steps import Step, run_steps
+from airflow_provider_dify.closing import Closing
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
     DifyError,
-    DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.hooks.connection_form import ConnectionForm
+from airflow_provider_dify.hooks.connection_form import ConnectionForm, describe_test
 from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
-    from types import TracebackType
 
     import requests
 
 T = TypeVar("T")
 
 
-class DifyHook(ConnectionForm, BaseHook):
+class DifyHook(Closing, ConnectionForm, BaseHook):
     """
     Talk to Dify's Service API with one app's API key.
 
@@ -109,17 +109,6 @@ class DifyHook(ConnectionForm, BaseHook):
             self._session.close()
             self._session = None
 
-    def __enter__(self) -> DifyHook:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
         """
         Look a workflow run up: ``GET /workflows/run/{workflow_run_id}``.
@@ -173,17 +162,7 @@ class DifyHook(ConnectionForm, BaseHook):
 
         def start() -> WorkflowRunStream:
             stream = self.send_start(inputs, user, workflow_id=workflow_id)
-            try:
-                if stream.wait_until_named(timeout) is None:
-                    raise DifyWorkflowRunUncertain(
-                        f"Dify did not name the run of user {user!r} within {timeout:g} seconds: it is queued, and "
-                        "may run "
-                        "later. Look for the user in the app's log in Dify's console.",
-                        user=user,
-                    )
-            except BaseException:
-                stream.close()
-                raise
+            stream.require_name(timeout)
             return stream
 
         return self._with_retries(start)
@@ -294,14 +273,7 @@ class DifyHook(ConnectionForm, BaseHook):
                 app = hook.get_app_info()
         except DifyError as error:
             return False, str(error)
-        if not app.has_workflow_runs:
-            return False, (
-                f"The API key works, but it belongs to the app {app.name!r} of mode {app.mode}, which has no workflow "
-                "runs. Use the API key of a workflow or chatflow app."
-            )
-        mode = f" ({app.mode})" if app.mode else ""
-        version = f", Dify {hook.server_version}" if hook.server_version else ""
-        return True, f"Connected to {hook.connection.base_url}{version}, as the app {app.name!r}{mode}."
+        return describe_test(hook.connection, app, hook.server_version)
 
     def perform(self, call: Call[T]) -> T:
         """
@@ -319,19 +291,9 @@ class DifyHook(ConnectionForm, BaseHook):
         :param steps: yields each request, and is sent what its response meant.
         :return: what the steps return.
         """
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    result = self._run_step(step)
-                except DifyError as error:  # noqa: PERF203
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(result)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        return run_steps(steps, self._take_step)
 
-    def _run_step(self, step: Call[Any] | Pause | LiveTaskId) -> Any:
+    def _take_step(self, step: Step) -> Any:
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if isinstance(step, LiveTaskId):

@@ -12,8 +12,9 @@ from airflow_provider_dify.api import calls, routes
 from airflow_provider_dify.api.async_session import SharedSession
 from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
 from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.steps import Step, run_steps_async
 from airflow_provider_dify.connection import DifyConnection
-from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
+from airflow_provider_dify.exceptions import DifyAuthenticationError
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
 
 if TYPE_CHECKING:
@@ -124,19 +125,9 @@ class DifyAsyncHook:
         :param steps: yields each request, and is sent what its response meant.
         :return: what the steps return.
         """
-        try:
-            step = next(steps)
-            while True:
-                try:
-                    result = await self._run_step(step)
-                except DifyError as error:  # noqa: PERF203
-                    step = steps.throw(error)
-                else:
-                    step = steps.send(result)
-        except StopIteration as done:
-            return done.value  # type: ignore[no-any-return]
+        return await run_steps_async(steps, self._take_step)
 
-    async def _run_step(self, step: Call[Any] | Pause | LiveTaskId) -> Any:
+    async def _take_step(self, step: Step) -> Any:
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, LiveTaskId):

@@ -156,7 +156,7 @@ FAILURES = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
 # Airflow's own exceptions are raised with our words, too.
 RAISING = {name for name in vars(exceptions) if name.startswith("Dify")} | {"AirflowSensorTimeout"}
 # What a wait goes on or succeeds with is no failure to look up.
-FINE = {"Dify workflow run … is ….", "Dify workflow run … succeeded…."}
+FINE = {"Dify workflow run … is …….", "Dify workflow run … succeeded…."}
 # A row must name at least so much of a message that it can be told from others.
 SHORTEST = len(" is no port")
 

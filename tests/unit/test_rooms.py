@@ -1,0 +1,113 @@
+"""The package as a house: a module imports only what lies below it, and none is too long to read at once."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import airflow_provider_dify
+
+PACKAGE = Path(airflow_provider_dify.__file__).parent
+
+# From the ground up; a module imports its own floor and those below, never a floor above.
+FLOORS: dict[int, tuple[str, ...]] = {
+    1: ("__init__", "models", "excerpts", "closing", "airflow_versions", "get_provider_info", "input_form"),
+    2: ("exceptions", "input_fingerprint", "input_check"),
+    3: ("connection", "verdict", "arguments", "task_clock"),
+    4: ("waiting", "xcoms"),
+    5: ("links", "api"),
+    6: ("task_xcoms", "stopping", "run_search", "hooks"),
+    7: ("starting", "following"),
+    8: ("running_task", "triggers"),
+    9: ("sensors", "operators"),
+}
+MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
+MOST_LINES = 350
+
+
+def floor_of(module: str) -> int:
+    """Return the floor of a module such as ``api/session``; a folder's floor is that of all its modules."""
+    room = module.partition("/")[0]
+    (floor,) = [number for number, rooms in FLOORS.items() if room in rooms]
+    return floor
+
+
+def modules_imported_by(module: str, source: str) -> Iterator[str]:
+    """Iterate over our modules that a module imports anywhere: in functions and for types, too."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively, which this test does not follow"
+            # What is imported may be a module itself, or a name in one.
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            first, *path = name.split(".")
+            if first != PACKAGE.name:
+                continue
+            while path and "/".join(path) not in MODULES:
+                path.pop()
+            yield "/".join(path) or "__init__"
+
+
+def source_of(module: str) -> str:
+    return (PACKAGE / f"{module}.py").read_text()
+
+
+def test_every_module_is_on_one_floor_and_no_floor_names_a_module_that_is_gone() -> None:
+    rooms = [room for rooms in FLOORS.values() for room in rooms]
+    assert sorted(rooms) == sorted({module.partition("/")[0] for module in MODULES})
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_nothing_from_a_floor_above_not_even_for_types(module: str) -> None:
+    imported = set(modules_imported_by(module, source_of(module)))
+    assert [name for name in sorted(imported) if floor_of(name) > floor_of(module)] == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    imports = {module: set(modules_imported_by(module, source_of(module))) - {module} for module in MODULES}
+    while free := {module for module, imported in imports.items() if not imported & imports.keys()}:
+        imports = {module: imported for module, imported in imports.items() if module not in free}
+    assert imports == {}
+
+
+def test_the_client_in_api_needs_no_airflow_of_its_own() -> None:
+    for module in MODULES:
+        if not module.startswith("api/"):
+            continue
+        tree = ast.parse(source_of(module))
+        for_types = {
+            id(node)
+            for block in ast.walk(tree)
+            if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+            for node in ast.walk(block)
+        }
+        needed = [node for node in ast.walk(tree) if id(node) not in for_types]
+        names = [alias.name for node in needed if isinstance(node, ast.Import) for alias in node.names]
+        names += [node.module or "" for node in needed if isinstance(node, ast.ImportFrom)]
+        assert [name for name in names if name.split(".")[0] == "airflow"] == [], module
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_can_be_read_at_once_and_is_named_for_what_it_knows(module: str) -> None:
+    assert len(source_of(module).splitlines()) <= MOST_LINES
+    assert module.rpartition("/")[2] not in {"utils", "util", "helpers", "helper", "common", "misc", "base"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from airflow_provider_dify.hooks.dify import DifyHook",
+        "from airflow_provider_dify.hooks import dify",
+        "import airflow_provider_dify.hooks.dify",
+        "if TYPE_CHECKING:\n    from airflow_provider_dify.hooks.dify import DifyHook",
+        "def load():\n    import airflow_provider_dify.hooks.dify",
+    ],
+)
+def test_an_import_is_found_wherever_it_stands(line: str) -> None:
+    assert list(modules_imported_by("models", line)) == ["hooks/dify"]
