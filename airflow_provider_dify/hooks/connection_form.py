@@ -32,28 +32,24 @@ def describe_test(connection: DifyConnection, app: AppInfo, server_version: str 
     return True, f"Connected to {connection.base_url}{version}, as the app {name!r}{mode}."
 
 
-class ConnectionForm:
-    """Mixed into the hook: the form's labels, hidden fields and extra fields."""
+def ui_field_behaviour() -> dict[str, Any]:
+    """Return the form's labels and hidden fields."""
+    return {key.replace("-", "_"): value for key, value in UI_FIELD_BEHAVIOUR.items()}
 
-    @classmethod
-    def get_ui_field_behaviour(cls) -> dict[str, Any]:
-        """Return the form's labels and hidden fields."""
-        return {key.replace("-", "_"): value for key, value in UI_FIELD_BEHAVIOUR.items()}
 
-    @classmethod
-    def get_connection_form_widgets(cls) -> dict[str, Any]:
-        """Return the form's extra fields."""
-        from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
-        from flask_babel import lazy_gettext
-        from wtforms import IntegerField, StringField
-        from wtforms.validators import Optional
+def connection_form_widgets() -> dict[str, Any]:
+    """Return the form's extra fields."""
+    from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
+    from flask_babel import lazy_gettext
+    from wtforms import IntegerField, StringField
+    from wtforms.validators import Optional
 
-        return {
-            name: (IntegerField if "integer" in form_field["schema"]["type"] else StringField)(
-                lazy_gettext(form_field["label"]),
-                widget=BS3TextFieldWidget(),
-                description=form_field["description"],
-                validators=[Optional()],
-            )
-            for name, form_field in CONNECTION_FIELDS.items()
-        }
+    return {
+        name: (IntegerField if "integer" in form_field["schema"]["type"] else StringField)(
+            lazy_gettext(form_field["label"]),
+            widget=BS3TextFieldWidget(),
+            description=form_field["description"],
+            validators=[Optional()],
+        )
+        for name, form_field in CONNECTION_FIELDS.items()
+    }

@@ -27,7 +27,7 @@ from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
 )
-from airflow_provider_dify.hooks.connection_form import ConnectionForm, describe_test
+from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class DifyHook(Closing, ConnectionForm, BaseHook):
+class DifyHook(Closing, BaseHook):
     """
     Talk to Dify's Service API with one app's API key.
 
@@ -58,6 +58,9 @@ class DifyHook(Closing, ConnectionForm, BaseHook):
     default_conn_name = "dify_default"
     conn_type = "dify"
     hook_name = "Dify"
+    # Airflow 2 looks for these in the class itself.
+    get_ui_field_behaviour = staticmethod(ui_field_behaviour)
+    get_connection_form_widgets = staticmethod(connection_form_widgets)
 
     def __init__(
         self,
