@@ -44,7 +44,7 @@ INTERVAL = 1 if AIRFLOW_2 else 4
 # Statuses, sensor arguments, state of the task, exception and message.
 ENDINGS: dict[str, tuple[list[str | None], dict[str, Any], str, str, str]] = {
     "succeeded": (["running", "running", "succeeded"], {}, "success", "", ""),
-    "failed": (["running", "failed"], {}, "failed", "DifyWorkflowRunFailed", "Connection refused"),
+    "failed": (["running", "failed"], {}, "failed", "DifyWorkflowRunCannotSucceed", "Connection refused"),
     "unknown": ([None], {"not_found_grace": 2}, "failed", "DifyWorkflowRunNotFound", "still unknown"),
     "overdue": (["running"], {"run_timeout": 60}, "failed", "DifyWorkflowRunTimeout", "orphaned"),
     "timeout": (["running"], {"timeout": 3}, "failed", "AirflowSensorTimeout", "timed out after 3 seconds.*running"),

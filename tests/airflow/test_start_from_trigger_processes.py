@@ -172,7 +172,7 @@ def test_a_template_that_the_package_takes_is_rendered(
 def test_a_template_that_gets_no_answer_ends_when_its_time_is_over(
     recorded: dict[str, list[str]], task_id: str, template: str
 ) -> None:
-    message = "The sensor's templates got no answer from Airflow on the triggerer for 30 seconds."
+    message = "Airflow did not respond for 30 seconds to what the sensor's templates ask for on the triggerer."
     assert recorded[task_id] == ["failed", message], template
 
 
@@ -180,7 +180,7 @@ def test_a_template_that_gets_no_answer_ends_when_its_time_is_over(
 def test_a_template_that_fails_says_why(recorded: dict[str, list[str]], task_id: str, template: str) -> None:
     end, message = recorded[task_id]
     assert end == "failed", template
-    assert message.startswith("The sensor's templates could not be rendered on the triggerer: ")
+    assert message.endswith(": the sensor's templates could not be rendered on the triggerer.")
 
 
 @pytest.mark.parametrize(("task_id", "template"), EMPTY.items())
@@ -199,7 +199,7 @@ def test_no_task_waits_for_a_template_longer_than_its_timeout(
     kind, message = recorded["hanging"]
     assert kind == "DifyError"
     # What is left of its five seconds when the triggerer gets to it.
-    assert re.match("The sensor's templates got no answer from Airflow on the triggerer for [0-5] seconds", message)
+    assert re.match("Airflow did not respond for [0-5] seconds to what the sensor's templates ask for", message)
     # Airflow's own limit would have ended it after 125 seconds.
     assert seconds < 100
 
