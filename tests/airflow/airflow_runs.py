@@ -78,7 +78,7 @@ def _api_server() -> Any:
 
 @contextlib.contextmanager
 def as_on_a_worker() -> Iterator[None]:
-    """Mend where ``dag.test()`` of Airflow 3 treats a task otherwise than a worker does."""
+    """Correct where ``dag.test()`` of Airflow 3 treats a task otherwise than a worker does."""
     try:
         from airflow.sdk.api.client import TaskInstanceOperations
         from airflow.sdk.execution_time import supervisor, task_runner
