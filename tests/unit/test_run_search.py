@@ -1,0 +1,122 @@
+"""Which run in Dify's log is the one that a start was to start."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pendulum
+import pytest
+
+from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunUncertain
+from airflow_provider_dify.input_fingerprint import fingerprint
+from airflow_provider_dify.models import LoggedWorkflowRun
+from airflow_provider_dify.run_search import RunSearch, find_run, known_runs, runs_queue
+from tests.unit.test_workflow_run import make_run
+
+SENT_AT = time.time()
+
+
+def row(run_id: str, *, user: str = "us", age: float = 0.0) -> LoggedWorkflowRun:
+    created_at = pendulum.from_timestamp(SENT_AT + 1 - age)
+    return LoggedWorkflowRun(run_id, "running", user, None, 0, 0, created_at, None, 0.0)
+
+
+def search_of(**fields: Any) -> RunSearch:
+    return RunSearch(**{"user": "us", "sent_at": SENT_AT, "user_is_unique": False, **fields})
+
+
+def play(
+    search: RunSearch, log: list[LoggedWorkflowRun], inputs: dict[str, Any] | None = None
+) -> tuple[Any, list[Call[Any]]]:
+    """Run a search over a log that ignores every filter, and over details with the inputs of each run."""
+    steps = find_run(search)
+    calls: list[Call[Any]] = []
+    try:
+        step = next(steps)
+        while True:
+            assert isinstance(step, Call)
+            calls.append(step)
+            if step.path == "/workflows/logs":
+                assert step.params is not None
+                page, limit = step.params["page"], step.params["limit"]
+                step = steps.send(log[(page - 1) * limit : page * limit])
+            else:
+                run_id = step.path.rpartition("/")[2]
+                step = steps.send(make_run("running", finished_at=None, inputs=(inputs or {}).get(run_id, {})))
+    except StopIteration as done:
+        return done.value, calls
+
+
+def test_the_one_run_of_a_unique_user_is_ours() -> None:
+    assert play(search_of(user_is_unique=True), [row("a")])[0] == "a"
+
+
+def test_no_run_is_none_yet() -> None:
+    assert play(search_of(user_is_unique=True), [])[0] is None
+
+
+def test_several_runs_of_a_unique_user_are_named() -> None:
+    with pytest.raises(DifyWorkflowRunUncertain, match="a, b"):
+        play(search_of(user_is_unique=True), [row("a"), row("b")])
+
+
+def test_a_run_of_somebody_else_is_not_taken_where_the_server_ignores_the_filter() -> None:
+    assert play(search_of(user_is_unique=True), [row("a", user="other")] * 3)[0] is None
+
+
+def test_a_run_from_before_the_start_is_not_taken() -> None:
+    assert play(search_of(user_is_unique=True), [row("a", age=3600)])[0] is None
+
+
+def test_a_run_that_was_known_before_the_start_is_not_taken() -> None:
+    assert play(search_of(user_is_unique=True, known_runs=("a",)), [row("a")])[0] is None
+
+
+def test_ours_is_found_behind_pages_of_others() -> None:
+    log = [row(f"o{number}", user="other") for number in range(45)]
+    found, calls = play(search_of(user_is_unique=True), [*log, row("ours")])
+    assert found == "ours"
+    assert len(calls) == 3
+
+
+def test_the_search_stops_at_runs_from_before_the_start() -> None:
+    log = [row(f"o{number}", user="other", age=7200) for number in range(1000)]
+    assert len(play(search_of(user_is_unique=True), log)[1]) == 1
+
+
+def test_a_shared_users_run_is_told_by_its_inputs() -> None:
+    search = search_of(fingerprint=fingerprint({"q": "mine"}))
+    inputs = {"a": {"q": "theirs", "sys.user_id": "us"}, "b": {"q": "mine", "sys.user_id": "us"}}
+    assert play(search, [row("a"), row("b")], inputs)[0] == "b"
+
+
+def test_one_run_of_a_shared_user_proves_nothing_without_inputs_to_compare() -> None:
+    with pytest.raises(DifyWorkflowRunUncertain, match="could be compared"):
+        play(search_of(), [row("a")])
+
+
+def test_a_concurrent_tasks_run_with_other_inputs_is_not_taken() -> None:
+    assert play(search_of(fingerprint=fingerprint({"q": "mine"})), [row("a")], {"a": {"q": "theirs"}})[0] is None
+
+
+def test_a_search_survives_its_way_through_a_serialized_trigger() -> None:
+    search = search_of(fingerprint={"q": "01234567"}, known_runs=("a", "b"))
+    assert RunSearch.deserialize(search.serialize()) == search
+    assert "mine" not in repr(search_of(fingerprint=fingerprint({"q": "mine"})).serialize())
+
+
+def test_a_log_that_cannot_be_read_before_a_start_knows_no_runs() -> None:
+    steps = known_runs("us")
+    next(steps)
+    with pytest.raises(StopIteration) as done:
+        steps.throw(DifyConnectionError("away"))
+    assert done.value.value == ()
+
+
+@pytest.mark.parametrize(
+    ("version", "queues"), [("1.12.1", False), ("1.13.0", True), ("1.16.1", True), (None, True), ("x", True)]
+)
+def test_runs_queue_from_1_13_on_and_where_the_version_is_not_known(version: str | None, queues: bool) -> None:
+    assert runs_queue(version) == queues

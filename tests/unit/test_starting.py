@@ -1,0 +1,188 @@
+"""Which run a try owns: a new one, an earlier try's, or one that has to be looked for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
+from typing import Any
+
+import pendulum
+import pytest
+
+from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.models import LoggedWorkflowRun
+from airflow_provider_dify.starting import (
+    STATE_KEY,
+    StartMemory,
+    StartSettings,
+    TaskStart,
+    default_user,
+    find_earlier_start,
+    new_start,
+)
+from tests.unit.test_workflow_run import RUN_ID, make_run
+
+RUNNING = make_run("running", finished_at=None)
+
+
+class Store(dict[str, Any]):
+    """Airflow's memory of a task, which takes no ``None``."""
+
+    def set(self, key: str, value: Any) -> None:
+        assert value is not None
+        self[key] = value
+
+    def delete(self, key: str) -> None:
+        self.pop(key, None)
+
+
+def context_of(try_number: int, max_tries: int, store: Store | None = None) -> dict[str, Any]:
+    ti = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1, try_number=try_number, max_tries=max_tries)
+    dag_run = SimpleNamespace(start_date=datetime.now(timezone.utc) - timedelta(minutes=5))
+    return {"ti": ti, "dag_run": dag_run, **({} if store is None else {"task_state_store": store})}
+
+
+def settings_of(**fields: Any) -> StartSettings:
+    defaults: dict[str, Any] = {
+        "inputs": {"q": "1"},
+        "user": None,
+        "workflow_id": None,
+        "retries": 2,
+        "deferrable": False,
+        "poll_interval": 1.0,
+        "run_timeout": None,
+        "fail_on_partial_success": False,
+        "not_found_grace": 1.0,
+        "max_consecutive_failures": 5,
+        "stop_on_failure": True,
+    }
+    return StartSettings(**{**defaults, **fields})
+
+
+def play(
+    context: dict[str, Any], settings: StartSettings, log: list[LoggedWorkflowRun], run: Any = RUNNING
+) -> tuple[Any, list[str]]:
+    """Run the look for an earlier start, with this log and this run; return whom the log was asked for."""
+    steps = find_earlier_start(context, settings)
+    asked: list[str] = []
+    try:
+        step = next(steps)
+        while True:
+            assert isinstance(step, Call)
+            if step.path == "/workflows/logs":
+                assert step.params is not None
+                asked.append(step.params["created_by_end_user_session_id"])
+                step = steps.send([row for row in log if row.user == asked[-1]])
+            else:
+                step = steps.send(run)
+    except StopIteration as done:
+        return done.value, asked
+
+
+def row_of(context: dict[str, Any], try_number: int, age: float = 60.0) -> LoggedWorkflowRun:
+    created_at = pendulum.from_timestamp(time.time() - age)
+    return LoggedWorkflowRun(
+        RUN_ID, "running", default_user(context["ti"], try_number), None, 0, 0, created_at, None, 0.0
+    )
+
+
+def remembered(store: Store, context: dict[str, Any], **fields: Any) -> None:
+    start = new_start(context["ti"], None, {"q": "1"}, (), time.time())
+    StartMemory({**context, "task_state_store": store}).save(replace(start, **fields))
+
+
+def test_a_remembered_run_that_is_alive_is_continued() -> None:
+    store = Store()
+    remembered(store, context_of(1, 2), workflow_run_id=RUN_ID, task_id="t")
+    (start, run), asked = play(context_of(2, 2, store), settings_of(), [])
+    assert (start.workflow_run_id, start.task_id, run) == (RUN_ID, "t", RUNNING)
+    assert asked == []
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped"])
+def test_a_remembered_run_that_cannot_succeed_is_not(status: str) -> None:
+    store = Store()
+    remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
+    assert play(context_of(2, 2, store), settings_of(), [], make_run(status))[0] is None
+
+
+def test_a_partial_success_that_counts_as_failure_is_not_continued() -> None:
+    store = Store()
+    remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
+    settings = settings_of(fail_on_partial_success=True)
+    assert play(context_of(2, 2, store), settings, [], make_run("partial-succeeded"))[0] is None
+
+
+def test_a_run_that_dify_was_asked_to_stop_is_never_continued() -> None:
+    store = Store()
+    context = context_of(2, 2, store)
+    remembered(store, context_of(1, 2), workflow_run_id=RUN_ID, stop_was_asked=True)
+    found, asked = play(context, settings_of(), [row_of(context, 1)])
+    assert found is None
+    assert asked == []
+
+
+def test_a_start_that_was_under_way_is_looked_for() -> None:
+    store = Store()
+    remembered(store, context_of(1, 2), was_accepted=True)
+    (start, run), asked = play(context_of(2, 2, store), settings_of(), [])
+    assert (start.workflow_run_id, start.was_accepted, run) == (None, True, None)
+    assert asked == [default_user(context_of(1, 2)["ti"], 1)]
+
+
+def test_a_cleared_task_starts_anew() -> None:
+    store = Store()
+    remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
+    # Cleared after its first try: Airflow adds the tries that it had.
+    context = context_of(2, 3, store)
+    assert play(context, settings_of(), [row_of(context, 1)])[0] is None
+
+
+def test_without_a_memory_the_log_is_asked_for_the_users_of_earlier_tries_the_last_first() -> None:
+    context = context_of(3, 2)
+    (start, _), asked = play(context, settings_of(), [row_of(context, 1)])
+    assert start.workflow_run_id == RUN_ID
+    assert asked == [default_user(context["ti"], 2), default_user(context["ti"], 1)]
+
+
+def test_a_run_from_before_the_dag_run_is_not_taken() -> None:
+    context = context_of(2, 2)
+    assert play(context, settings_of(), [row_of(context, 1, age=7 * 86400)])[0] is None
+
+
+def test_retries_that_were_lowered_meanwhile_do_not_hide_an_earlier_try() -> None:
+    context = context_of(2, 2)
+    found, _ = play(context, settings_of(retries=0), [row_of(context, 1)])
+    assert found is not None
+
+
+def test_a_start_that_started_nothing_is_forgotten() -> None:
+    store = Store()
+    context = context_of(1, 2, store)
+    memory = StartMemory(context)
+    memory.save(new_start(context["ti"], None, {}, (), time.time()))
+    assert STATE_KEY in store
+    memory.save(None)
+    assert memory.load() is None
+
+
+@pytest.mark.parametrize("data", [5, {}, {"user": "u"}, {"user": "u", "search": {}, "new_field": 1}])
+def test_a_memory_of_another_version_is_none(data: Any) -> None:
+    assert StartMemory(context_of(2, 2, Store({STATE_KEY: data}))).load() is None
+
+
+def test_a_start_survives_its_way_through_airflow() -> None:
+    start = new_start(context_of(1, 2)["ti"], "us", {"q": "1"}, ("a",), 5.0)
+    assert TaskStart.deserialize(start.serialize()) == start
+
+
+def test_two_airflows_with_the_same_dag_have_different_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    ti = context_of(1, 2)["ti"]
+    users = []
+    for key in ("one", "two"):
+        monkeypatch.setenv("AIRFLOW__CORE__FERNET_KEY", key)
+        users.append(default_user(ti, 1))
+    assert users[0] != users[1]
+    assert all(key not in user for key, user in zip(("one", "two"), users, strict=True))
