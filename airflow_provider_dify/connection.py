@@ -6,6 +6,7 @@ Every HTTP client of this package takes its settings from here, so that they beh
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ipaddress
 import json
@@ -160,7 +161,9 @@ def _ascii_host(host: str) -> str:
 def _secrets_in(url: str) -> list[str]:
     userinfo = url.partition("://")[2].rpartition("@")[0] or url.rpartition("@")[0]
     password = userinfo.partition(":")[2]
-    return [secret for secret in (userinfo, password, unquote(password)) if len(secret) > 3]
+    # What a proxy is sent, and may send back.
+    sent = base64.b64encode(unquote(userinfo).encode("utf-8", "replace")).decode()
+    return [secret for secret in (userinfo, password, unquote(password), sent) if len(secret) > 3]
 
 
 def make_base_url(host: str | None, schema: str | None = None, port: int | None = None) -> str:
@@ -314,10 +317,10 @@ def is_proxy_url(url: object) -> bool:
     """
     Return whether a proxy's URL can be used; the HTTP clients quote a malformed one, password included.
 
-    :param url: such as ``http://user:password@proxy.example.com:3128``; the scheme may be missing.
+    :param url: such as ``http://user:password@proxy.example.com:3128``; without a password, the scheme may be missing.
     :return: whether it names a host, and a port if any.
     """
-    if not isinstance(url, str) or re.search(r"[\s\\]", url):
+    if not isinstance(url, str) or re.search(r"[\s\\]", url) or ("@" in url and "://" not in url):
         return False
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")

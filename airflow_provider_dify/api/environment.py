@@ -42,6 +42,9 @@ def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
         )
     proxy = select_proxy(connection.base_url, settings["proxies"])
     _check_proxy(proxy, takes_socks)
+    if proxy is not None and "://" not in proxy:
+        # As requests reads it.
+        proxy = f"http://{proxy}"
     bundle = settings["verify"]
     if bundle is False:
         return Route(proxy, verify=False)

@@ -9,6 +9,7 @@ on the first ping comes at once, before there is a run.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +68,12 @@ class EventStreamReader:
 
     No library is used for this: the ones for ``requests`` are not part of Airflow, and what Dify sends takes a dozen
     lines. Follows the field rules of the HTML standard's server-sent events, for ``data`` and ``event``.
+
+    :param redact: removes the API key from an event's bytes; not from a piece's, which may hold half of the key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, redact: Callable[[bytes], bytes] = lambda data: data) -> None:
+        self._redact = redact
         self._pending = bytearray()
         self._searched = 0
         self._data: list[bytes] = []
@@ -96,7 +100,7 @@ class EventStreamReader:
                 self._name = line[6:].strip()
             elif not line:
                 if self._data:
-                    events.append(_parse_event(b"\n".join(self._data)))
+                    events.append(_parse_event(self._redact(b"\n".join(self._data))))
                 elif self._name == PING.encode():
                     # Passed on, so that a reader of a silent run can look at the clock.
                     events.append(WorkflowEvent(PING, None, None, {}))

@@ -54,7 +54,7 @@ class HttpResponse:
     def server_version(self) -> str | None:
         """Dify's version, which each of its responses names; ``None`` where something else responded."""
         version = self.header("X-Version")
-        return one_line(version, 30) if version else None
+        return self.shown(version, 30) if version else None
 
     def header(self, name: str) -> str | None:
         """Return a header's value, or ``None``."""

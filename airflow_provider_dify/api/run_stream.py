@@ -195,11 +195,11 @@ class WorkflowRunStream(Closing):
                 self._url, data=body, headers=headers, stream=True, allow_redirects=False, timeout=(connect, None)
             )
             self._response = response
-            self.server_version = one_line(response.headers.get("X-Version", ""), 30) or None
-            if not (response.ok and response.headers.get("Content-Type", "").startswith("text/event-stream")):
-                received = HttpResponse.received(
-                    self._connection, self._url, response.status_code, response.headers, response.content
-                )
+            is_stream = response.ok and response.headers.get("Content-Type", "").startswith("text/event-stream")
+            body = b"" if is_stream else response.content
+            received = HttpResponse.received(self._connection, self._url, response.status_code, response.headers, body)
+            self.server_version = received.server_version
+            if not is_stream:
                 self._items.put(received)
                 return
             self._items.put(None)
@@ -208,10 +208,10 @@ class WorkflowRunStream(Closing):
             self._items.put(error)
 
     def _read_events(self, response: Response) -> None:
-        reader = EventStreamReader()
+        reader = EventStreamReader(lambda data: without_key(data, self._connection.api_key))
         # What is there, and not the next 8 KB, which a response without chunks would wait for.
         while piece := response.raw.read1(65536):
-            for event in reader.feed(without_key(piece, self._connection.api_key)):
+            for event in reader.feed(piece):
                 self._items.put(event)
         raise EOFError("the stream ended before the run did")
 
