@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
     from airflow_provider_dify.hooks.dify import DifyHook
 
+# A worker that ends a try needs seconds, in which the next one must not begin.
+SHORTEST_RESCHEDULE = 60.0
 TRIGGER = "airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger"
 
 
@@ -99,6 +102,14 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         **kwargs: Any,
     ) -> None:
         super().__init__(poke_interval=poke_interval, multiple_outputs=multiple_outputs, **kwargs)
+        if self.reschedule and not deferrable and self.poke_interval < SHORTEST_RESCHEDULE:
+            warnings.warn(
+                f"{self.task_id}: mode='reschedule' with poke_interval={self.poke_interval:g} can fail: Airflow "
+                f"takes a task for dead that comes back within seconds. Use {SHORTEST_RESCHEDULE:g} or more, or "
+                "deferrable=True.",
+                UserWarning,
+                stacklevel=2,
+            )
         self.workflow_run_id = workflow_run_id
         self.dify_conn_id = dify_conn_id
         self.fail_on_partial_success = fail_on_partial_success
@@ -193,6 +204,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
             self._wait.on_failed_poll(error)
             return self._not_yet(self._wait)
+        if self._wait.status is None and self.hook.server_version:
+            self.log.info("Dify %s at %s.", self.hook.server_version, self.hook.connection.base_url)
         verdict = self._wait.on_poll(run)
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait)

@@ -204,6 +204,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 wait.on_failed_poll(error)
                 delay = delay_after(error, wait.consecutive_failures, self.retry_delay)
             else:
+                if wait.status is None and hook.server_version and hook.connection is not None:
+                    self.log.info("Dify %s at %s.", hook.server_version, hook.connection.base_url)
                 verdict = wait.on_poll(run)
                 if not has_link:
                     has_link = await self._push_link(run, hook)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from datetime import datetime, timezone
 from typing import Any
 
@@ -21,6 +22,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_sensor
 from tests.dify_stand_in import DifyStandIn, Recording, html, replay, reset, respond
@@ -443,3 +445,13 @@ def test_a_wrong_argument_fails_when_the_dag_is_parsed(arguments: dict[str, Any]
 
     with pytest.raises(ValueError, match=next(iter(arguments))):
         DifyWorkflowRunSensor(task_id="wait", workflow_run_id="x", **arguments)
+
+
+@pytest.mark.parametrize(("interval", "warns"), [(5, True), (60, False), (300, False)])
+def test_a_reschedule_interval_that_airflow_cannot_keep_is_warned_of_when_the_dag_is_parsed(
+    interval: float, warns: bool
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        DifyWorkflowRunSensor(task_id="wait", workflow_run_id="r", mode="reschedule", poke_interval=interval)
+    assert any("poke_interval=5 can fail" in str(warning.message) for warning in caught) == warns
