@@ -11,7 +11,7 @@ from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.input_fingerprint import fits
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, is_server_from
+from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, WorkflowRunStatus, is_server_from
 
 # How far Dify's clock may be behind ours for a run to count as started after the start was sent.
 CLOCK_TOLERANCE = timedelta(seconds=60)
@@ -30,6 +30,7 @@ class RunSearch:
     :param user_is_unique: whether the user names one try of one task, so that each run of it is ours.
     :param fingerprint: of the start's inputs, from :func:`airflow_provider_dify.input_fingerprint.fingerprint`.
     :param known_runs: ids of the user's runs from before the start.
+    :param skips_failed: whether a run that failed or was stopped is of no interest.
     """
 
     user: str
@@ -37,6 +38,7 @@ class RunSearch:
     user_is_unique: bool
     fingerprint: dict[str, str] = field(default_factory=dict)
     known_runs: tuple[str, ...] = ()
+    skips_failed: bool = False
 
     def serialize(self) -> dict[str, Any]:
         """Return the search as JSON-ready values, for :meth:`deserialize`."""
@@ -61,6 +63,7 @@ class RunSearch:
         return (
             run.user == self.user
             and run.workflow_run_id not in self.known_runs
+            and not (self.skips_failed and run.status in (WorkflowRunStatus.FAILED, WorkflowRunStatus.STOPPED))
             and (run.created_at is None or run.created_at >= self.not_before)
         )
 

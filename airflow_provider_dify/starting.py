@@ -191,10 +191,11 @@ def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettin
     prints = fingerprint(settings.inputs)
     if settings.user is not None:
         # It names no try, so the inputs have to tell the runs apart.
-        yield RunSearch(settings.user, not_before + CLOCK_TOLERANCE.total_seconds(), False, prints), ti.try_number - 1
+        not_before += CLOCK_TOLERANCE.total_seconds()
+        yield RunSearch(settings.user, not_before, False, prints, skips_failed=True), ti.try_number - 1
         return
     for number in range(ti.try_number - 1, first_try - 1, -1):
-        yield RunSearch(default_user(ti, number), not_before, True, prints), number
+        yield RunSearch(default_user(ti, number), not_before, True, prints, skips_failed=True), number
 
 
 def _now() -> datetime:

@@ -186,3 +186,10 @@ def test_two_airflows_with_the_same_dag_have_different_users(monkeypatch: pytest
         users.append(default_user(ti, 1))
     assert users[0] != users[1]
     assert all(key not in user for key, user in zip(("one", "two"), users, strict=True))
+
+
+def test_a_failed_run_of_a_shared_user_is_no_reason_to_doubt() -> None:
+    # Its inputs could not be compared, and it need not be: a retry starts a new run.
+    context = context_of(2, 2)
+    row = replace(row_of(context, 1), user="us", status="failed")
+    assert play(context, settings_of(user="us", inputs={}), [row])[0] is None
