@@ -7,7 +7,7 @@ import base64
 import json
 import pickle
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
@@ -214,12 +214,12 @@ def test_a_server_that_echoes_the_key_gets_it_into_no_error(
 
 
 @pytest.fixture(params=["worker", "triggerer"])
-def read_run(request: pytest.FixtureRequest) -> Iterator[Callable[[], Any]]:
+def read_run(request: pytest.FixtureRequest) -> Callable[[], Any]:
     async def read() -> Any:
         async with DifyAsyncHook() as hook:
             return await hook.get_workflow_run(RUN_ID)
 
-    yield (lambda: DifyHook().get_workflow_run(RUN_ID)) if request.param == "worker" else lambda: asyncio.run(read())
+    return (lambda: DifyHook().get_workflow_run(RUN_ID)) if request.param == "worker" else lambda: asyncio.run(read())
 
 
 def test_a_run_whose_error_echoes_the_key_is_an_xcom_without_it(
