@@ -118,7 +118,7 @@ class Server:
         return web.json_response(asdict(self.scenario))
 
     async def stats(self, request: web.Request) -> web.Response:
-        """Tell how many connections were accepted, and when each wait polled."""
+        """Return how many connections were accepted, and when each wait polled."""
         return web.json_response({"connections": self.connections, "polls": self.polls})
 
 

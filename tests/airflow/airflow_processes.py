@@ -25,7 +25,7 @@ AIRFLOW_3_0 = version("apache-airflow").startswith("3.0.")
 
 
 def free_port() -> int:
-    """Give a port of the loopback interface that nobody listens on."""
+    """Return a port of the loopback interface that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -139,7 +139,7 @@ class AirflowProcesses:
         return f"http://127.0.0.1:{self.environment['AIRFLOW__API__PORT']}"
 
     def api_answers(self) -> bool:
-        """Say whether the API server is up (Airflow 3)."""
+        """Return whether the API server is up (Airflow 3)."""
         try:
             return requests.get(f"{self.api}/api/v2/version", timeout=30).ok
         except requests.RequestException:
@@ -172,7 +172,7 @@ class AirflowProcesses:
             time.sleep(0.5)
 
     def everything_written(self) -> Iterator[tuple[Path, bytes]]:
-        """Give every file that this Airflow wrote, logs and database included."""
+        """Return every file that this Airflow wrote, logs and database included."""
         for path in self.home.rglob("*"):
             if path.is_file():
                 yield path, path.read_bytes()

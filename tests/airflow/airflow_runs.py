@@ -234,7 +234,7 @@ def _result(dag: Any, dag_run: Any) -> DagRunResult:
 
 
 def _links(dag: Any, tis: Any) -> dict[str, dict[str, str]]:
-    """Give the links of every task that can have any as the UI does: from the serialized Dag."""
+    """Return the links of every task that can have any as the UI does: from the serialized Dag."""
     try:
         from airflow.serialization.serialized_objects import DagSerialization
     except ImportError:  # before Airflow 3.3

@@ -189,7 +189,7 @@ def _tasks(airflow: Any, told: Path) -> dict[str, Task]:
 
 
 def ended(tasks: dict[str, Task], name: str) -> Task:
-    """Give a task that ended by its own doing."""
+    """Return a task that ended by its own doing."""
     if tasks[name].was_taken_for_dead:
         pytest.xfail("Airflow's scheduler took this task for dead while it went on (in its log: state mismatch)")
     return tasks[name]

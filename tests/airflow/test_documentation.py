@@ -36,7 +36,7 @@ class Block:
         return f"{self.page.stem.lower().replace('-', '_')}_{self.line}"
 
     def for_this_airflow(self) -> str:
-        """Give the code as its own comments say it is to be written for the Airflow that is installed."""
+        """Return the code as its own comments say it is to be written for the Airflow that is installed."""
         return re.sub(r"^from .*#.*on Airflow 2\.11: (.*)$", r"\1", self.code, flags=re.M) if AIRFLOW_2 else self.code
 
 
@@ -104,7 +104,7 @@ def test_any_other_block_of_the_pages_runs(
 
 
 def anchors(page: Path) -> set[str]:
-    """Give the anchors that GitHub and Sphinx make of a page's headings."""
+    """Return the anchors that GitHub and Sphinx make of a page's headings."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
@@ -170,7 +170,7 @@ def messages_of_the_table() -> list[str]:
 
 
 def template(node: ast.AST) -> str | None:
-    """Give a text of the sources with ``…`` for what is filled in."""
+    """Return a text of the sources with ``…`` for what is filled in."""
     if isinstance(node, ast.JoinedStr):
         return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -187,7 +187,7 @@ TEXTS = {text for node in sources() if (text := template(node))}
 
 
 def failures_and_warnings() -> set[str]:
-    """Give the messages that the package raises or warns with, as far as they are written where that is done."""
+    """Return the messages that the package raises or warns with, as far as they are written where that is done."""
     found = set()
     for node in sources():
         if not isinstance(node, ast.Call):
@@ -202,7 +202,7 @@ def failures_and_warnings() -> set[str]:
 
 
 def begins_as(message: str, text: str) -> bool:
-    """Say whether a row's message is the beginning of a text whose places are filled in."""
+    """Return whether a row's message is the beginning of a text whose places are filled in."""
     first, *pieces = re.split("…+", text)
     if not message.startswith(first):
         return len(message) >= SHORTEST and first.startswith(message)

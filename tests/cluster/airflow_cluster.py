@@ -71,7 +71,7 @@ class AirflowCluster(AirflowProcesses):
         }
 
     def is_up(self) -> bool:
-        """Say whether api-server, scheduler, both triggerers and both workers are at work."""
+        """Return whether api-server, scheduler, both triggerers and both workers are at work."""
         try:
             self.ask_api("GET", "/version")
         except requests.ConnectionError:
@@ -106,17 +106,17 @@ class AirflowCluster(AirflowProcesses):
         self.ask_api("POST", f"/dags/{dag_id}/dagRuns", {"logical_date": None, "conf": conf})
 
     def is_over(self, dag_id: str) -> bool:
-        """Say whether all runs of a Dag have ended, however."""
+        """Return whether all runs of a Dag have ended, however."""
         states = self.query("SELECT DISTINCT state FROM dag_run WHERE dag_id = %s", dag_id)
         return {state for (state,) in states} <= {"success", "failed"}
 
     def tasks_run_on_workers(self) -> list[float]:
-        """Give the seconds that each task took of a worker, as the workers told; a task is run once a start."""
+        """Return the seconds that each task took of a worker, as the workers told; a task is run once a start."""
         said = "".join((self.home / f"{name}.out").read_text() for name in WORKERS)
         return [float(seconds) for seconds in TASK_ENDED.findall(said)]
 
     def everything_written(self) -> Iterator[tuple[Path, bytes]]:
-        """Give every file that the cluster wrote, and its database as text."""
+        """Return every file that the cluster wrote, and its database as text."""
         yield from super().everything_written()
         dump = [binary("pg_dump"), f"postgresql://{self.database}"]
         yield Path("database"), subprocess.run(dump, check=True, capture_output=True).stdout

@@ -92,12 +92,12 @@ class EventLog:
         self._notify()
 
     def close(self) -> None:
-        """Say that no more come, for now."""
+        """Mark that no more events come, for now."""
         self.closed = True
         self._notify()
 
     def reopen(self) -> None:
-        """Say that more come after all: a paused run continues."""
+        """Mark that more events come after all: a paused run continues."""
         self.closed = False
         self._notify()
 

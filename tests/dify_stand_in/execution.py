@@ -156,7 +156,7 @@ class Execution:
     # --- pauses
 
     def _with_form(self, run: Run, events: bytes) -> bytes:
-        """Give the form in a run's events a token of its own, and keep it."""
+        """Put a new token into the form in a run's events, and keep it."""
         recorded = next(
             (event for event in map(parse, split(events)) if event.get("event") == "human_input_required"), None
         )

@@ -55,7 +55,7 @@ class AirflowUI(ABC):
 
     @abstractmethod
     def fields(self) -> dict[str, str]:
-        """Give the labels and placeholders of all fields that the form shows."""
+        """Return the labels and placeholders of all fields that the form shows."""
 
     @abstractmethod
     def field(self, label: str) -> Locator:
@@ -88,7 +88,7 @@ class AirflowUI(ABC):
 
     @abstractmethod
     def task_states(self) -> dict[str, str]:
-        """Give the states of the open run's tasks."""
+        """Return the states of the open run's tasks."""
 
     @abstractmethod
     def open_task(self, task_id: str) -> None:

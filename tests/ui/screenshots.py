@@ -98,7 +98,7 @@ class Screenshots:
 
 
 def _look_the_same(one: Image.Image, other: Image.Image) -> bool:
-    """Say whether two pictures differ in a few pixels at most, as the corners of a frame do now and then."""
+    """Return whether two pictures differ in a few pixels at most, as the corners of a frame do now and then."""
     if one.size != other.size:
         return False
     difference = ImageChops.difference(one.convert("RGB"), other.convert("RGB")).convert("L")

@@ -315,7 +315,7 @@ def test_each_temporary_failure_is_retried_with_a_warning(
 
 @pytest.fixture
 def connection_with(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Give the connection these extras."""
+    """Set these extras on the connection."""
 
     def make(**extra: Any) -> None:
         connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": extra}

@@ -18,7 +18,7 @@ RETRIES = {"retries": 2, "retry_delay": timedelta(0)}
 
 @task(**RETRIES)
 def digest(outputs: dict) -> str:
-    """Tell what reached the next task."""
+    """Print what reached the next task."""
     return hashlib.sha256(json.dumps(outputs, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
