@@ -80,7 +80,7 @@ class DifyConnection:
         """
         conn_id = connection.conn_id if has_name else ""
         try:
-            extra = _extra(connection.extra)
+            extra = _extra(connection)
             return cls(
                 conn_id=conn_id,
                 base_url=make_base_url(connection.host, connection.schema, connection.port),
@@ -256,9 +256,11 @@ def _api_key(password: str | None) -> str:
     return api_key
 
 
-def _extra(text: str | None) -> dict[str, Any]:
+def _extra(connection: Connection) -> dict[str, Any]:
     # Not extra_dejson, which some Airflows let block the triggerer's event loop to mask what it holds.
     try:
+        # Airflow itself raises a ValueError for text that is no JSON object.
+        text = connection.extra
         extra = json.loads(text) if text else {}
     except (ValueError, RecursionError):
         extra = None

@@ -7,7 +7,6 @@ A thousand waits on one triggerer poll over a few kept-alive connections.
 from __future__ import annotations
 
 import asyncio
-import os
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from weakref import WeakKeyDictionary
 import aiohttp
 
 from airflow_provider_dify.api.calls import LiveTaskId
-from airflow_provider_dify.api.environment import route_to
+from airflow_provider_dify.api.environment import load_bundle, route_to
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
 from airflow_provider_dify.api.live_task_id import task_id_from
@@ -177,9 +176,4 @@ _sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[DifyConnection, Sha
 def _proxy_and_tls(connection: DifyConnection) -> tuple[str | None, ssl.SSLContext | bool]:
     """Return the proxy and the certificates that ``requests`` would use, so that both clients go the same way."""
     route = route_to(connection, takes_socks=False)
-    if route.verify is False:
-        return route.proxy, False
-    bundle = str(route.verify)
-    if os.path.isdir(bundle):
-        return route.proxy, ssl.create_default_context(capath=bundle)
-    return route.proxy, ssl.create_default_context(cafile=bundle)
+    return route.proxy, route.verify if isinstance(route.verify, bool) else load_bundle(route.verify)

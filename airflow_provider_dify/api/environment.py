@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import ssl
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -11,6 +12,7 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 
 from airflow_provider_dify.connection import DifyConnection, is_proxy_url
 from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.excerpts import one_line
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Route:
     The way to a connection's server, the same for both HTTP clients.
 
     :param proxy: the proxy's URL, which may hold a password; ``None`` for none.
-    :param verify: the path of the CA bundle; ``False`` to verify nothing.
+    :param verify: the path of the CA bundle; ``False`` to verify nothing, ``True`` where there is no TLS on the way.
     """
 
     proxy: str | None
@@ -48,13 +50,30 @@ def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
     bundle = settings["verify"]
     if bundle is False:
         return Route(proxy, verify=False)
+    if not any(url.lower().startswith("https:") for url in (connection.base_url, proxy or "")):
+        return Route(proxy, verify=True)
     path = str(bundle) if isinstance(bundle, (str, os.PathLike)) else DEFAULT_CA_BUNDLE_PATH
-    if not os.path.exists(path):
-        raise DifyConfigurationError(
-            f"The CA bundle {path!r} does not exist on this machine. It comes from the connection's extra 'verify', or "
-            "from REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE in the environment."
-        )
+    if path != DEFAULT_CA_BUNDLE_PATH:
+        load_bundle(path)
     return Route(proxy, path)
+
+
+def load_bundle(path: str) -> ssl.SSLContext:
+    """
+    Return TLS settings that trust a CA bundle.
+
+    :param path: a file, or a folder of hashed certificates.
+    :raises DifyConfigurationError: if it is missing, or holds no certificate; the HTTP clients say no more than that.
+    """
+    is_folder = os.path.isdir(path)
+    try:
+        return ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
+    except (OSError, ValueError) as error:
+        what = "does not exist on this machine" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise DifyConfigurationError(
+            f"The CA bundle {one_line(path, 200)!r} {what}. It comes from the connection's extra 'verify', or from "
+            "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE in the environment."
+        ) from None
 
 
 def _check_proxy(proxy: str | None, takes_socks: bool) -> None:

@@ -171,14 +171,17 @@ class _WatchedAdapter(HTTPAdapter):
     def __init__(self, session: DifySession) -> None:
         watch = {"session": session}
         self._session = session
+        # Named as in urllib3, because its messages show the names.
         self._pool_classes = {
             "http": type(
-                "_Pool", (HTTPConnectionPool,), {"ConnectionCls": type("_Http", (_Watched, HTTPConnection), watch)}
+                "HTTPConnectionPool",
+                (HTTPConnectionPool,),
+                {"ConnectionCls": type("HTTPConnection", (_Watched, HTTPConnection), watch)},
             ),
             "https": type(
-                "_TlsPool",
+                "HTTPSConnectionPool",
                 (HTTPSConnectionPool,),
-                {"ConnectionCls": type("_Https", (_Watched, HTTPSConnection), watch)},
+                {"ConnectionCls": type("HTTPSConnection", (_Watched, HTTPSConnection), watch)},
             ),
         }
         super().__init__()
