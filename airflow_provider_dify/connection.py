@@ -19,6 +19,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from airflow_provider_dify import __version__
 from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.excerpts import one_line, redact
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Connection
@@ -92,7 +93,9 @@ class DifyConnection:
             )
         except DifyConfigurationError as error:
             name = name_connection(conn_id)
-            raise DifyConfigurationError(f"{name[0].upper()}{name[1:]} cannot be used: {error}") from None
+            # The key may have been put into another field, too.
+            reason = one_line(redact(str(error), (connection.password or "",)))
+            raise DifyConfigurationError(f"{name[0].upper()}{name[1:]} cannot be used: {reason}") from None
 
     @property
     def console(self) -> str:
