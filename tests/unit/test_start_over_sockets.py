@@ -172,7 +172,7 @@ def test_a_start_to_a_name_that_does_not_exist_may_be_sent_again(
 
     monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
     proxies = {"http": "http://proxy.invalid:3128"} if through_proxy else {}
-    with pytest.raises(DifyConnectionError, match="Name or service not known"):
+    with pytest.raises(DifyConnectionError, match="could not be reached"):
         connect("http://dify.invalid", proxies=proxies).start_workflow_run({}, "airflow")
     assert names == ["proxy.invalid" if through_proxy else "dify.invalid"] * 4
 
