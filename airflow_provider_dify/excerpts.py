@@ -22,11 +22,27 @@ def one_line(text: object, limit: int = REASON_LENGTH) -> str:
     :param limit: characters to keep.
     :return: the text with white space collapsed, control characters escaped and a ``…`` where it was cut.
     """
-    shown = text if isinstance(text, str) else repr(text)
+    shown = as_text(text)
     # Cut before the work, because a server may send megabytes.
     words = " ".join(shown[: limit * 8].split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words[: limit + 1])
     return line if len(line) <= limit else line[:limit] + "…"
+
+
+def as_text(value: object) -> str:
+    """
+    Return a foreign value as text.
+
+    :param value: text, or anything that JSON can hold, however deep.
+    :return: the text itself, or the value's ``repr``.
+    """
+    if isinstance(value, str):
+        return value
+    try:
+        return repr(value)
+    except RecursionError:
+        # Parsed with less on the stack than there is here.
+        return f"a {type(value).__name__} that is nested too deeply"
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:

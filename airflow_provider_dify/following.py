@@ -288,7 +288,7 @@ class Follower:
             self.log.warning(
                 "The event stream of workflow run %s ended with the error %s.",
                 wait.workflow_run_id,
-                one_line(repr(event.data), 300),
+                one_line(event.data, 300),
             )
         elif event.name != FINISHED:
             self.log.info("Dify paused workflow run %s; polling it until it goes on.", wait.workflow_run_id)

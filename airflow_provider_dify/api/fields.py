@@ -101,9 +101,12 @@ class Fields:
         return self._raise_wrong(name, "epoch seconds, RFC 822 text or null")
 
     def _raise_wrong(self, name: str, expected: str) -> NoReturn:
-        value = self.response.shown(repr(self.data[name])[:65536]) if name in self.data else "nothing"
+        value = self.data.get(name)
+        shown = (
+            self.response.shown(repr(value) if isinstance(value, str) else value) if name in self.data else "nothing"
+        )
         raise DifyConnectionError(
-            f"The field {name!r} must be {expected}, but it is {value}: this provider cannot read the response for "
+            f"The field {name!r} must be {expected}, but it is {shown}: this provider cannot read the response for "
             f"{self.subject} at {self.response.url}. Either it is not Dify that responded, or a version of Dify that "
             "this provider does not know yet.",
             status_code=self.response.status_code,

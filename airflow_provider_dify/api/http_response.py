@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow_provider_dify.connection import DifyConnection, name_connection
 from airflow_provider_dify.exceptions import DifyConnectionError
-from airflow_provider_dify.excerpts import EXCERPT_LENGTH, one_line, redact
+from airflow_provider_dify.excerpts import EXCERPT_LENGTH, as_text, one_line, redact
 
 # A shorter key is a test's, and could be part of a word.
 _SHORTEST_KEY_IN_A_BODY = 8
@@ -64,7 +64,7 @@ class HttpResponse:
     def shown(self, text: object, limit: int = EXCERPT_LENGTH) -> str:
         """Return a text of the response as a message may show it: redacted, printable, in one line."""
         # Redacted before it is cut, so that no half of a key survives at the end.
-        return one_line(redact(text if isinstance(text, str) else repr(text)[:65536], self.secrets), limit)
+        return one_line(redact(as_text(text)[:65536], self.secrets), limit)
 
     def json_object(self) -> dict[str, Any] | None:
         """Return the body as a JSON object; ``None`` where it is anything else."""

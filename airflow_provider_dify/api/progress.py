@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from airflow_provider_dify.api.events import FINISHED, WorkflowEvent
-from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.excerpts import as_text, one_line
 
 _TITLE_LENGTH = 80
 _ITERATION_ENDS = {"iteration_completed": "Iteration", "loop_completed": "Loop"}
@@ -70,12 +70,13 @@ class RunProgress:
         if not isinstance(metadata, dict) or not isinstance(metadata.get("currency"), str):
             return
         try:
-            price = Decimal(str(metadata.get("total_price")))
+            price = Decimal(as_text(metadata.get("total_price")))
         except InvalidOperation:
             return
-        if price.is_finite() and abs(price) < 10**9:
+        # Bounded both ways: as decimal text, 1e-999999 would be a megabyte.
+        if price.is_finite() and -30 < (price or Decimal()).adjusted() < 9:
             currency = one_line(metadata["currency"], 10)
-            self._prices[currency] = self._prices.get(currency, Decimal()) + price
+            self._prices[currency] = self._prices.get(currency, Decimal()) + (price or Decimal())
 
 
 def _line(name: str, data: dict[str, Any]) -> str | None:
@@ -86,17 +87,15 @@ def _line(name: str, data: dict[str, Any]) -> str | None:
         tokens = metadata.get("total_tokens") if isinstance(metadata, dict) else None
         used = f", {tokens} tokens" if isinstance(tokens, int) and tokens else ""
         error = f": {_error(data)}" if data.get("error") else ""
-        return f"{_node(data)} {one_line(str(data.get('status')), 30)}{_took(data)}{used}{error}."
+        return f"{_node(data)} {one_line(data.get('status'), 30)}{_took(data)}{used}{error}."
     if name == "node_retry":
-        return (
-            f"{_node(data)} failed and runs again, retry {one_line(str(data.get('retry_index')), 10)}: {_error(data)}."
-        )
+        return f"{_node(data)} failed and runs again, retry {one_line(data.get('retry_index'), 10)}: {_error(data)}."
     if name in _ITERATION_ENDS:
         steps = data.get("steps")
         items = f", {steps} items" if isinstance(steps, int) else ""
         error = f": {_error(data)}" if data.get("error") else ""
-        title = one_line(str(data.get("title")), _TITLE_LENGTH)
-        return f"{_ITERATION_ENDS[name]} {title!r} {one_line(str(data.get('status')), 30)}{_took(data)}{items}{error}."
+        title = one_line(data.get("title"), _TITLE_LENGTH)
+        return f"{_ITERATION_ENDS[name]} {title!r} {one_line(data.get('status'), 30)}{_took(data)}{items}{error}."
     if name == "human_input_required":
         return _waits_for_a_person(data)
     return None
@@ -104,10 +103,10 @@ def _line(name: str, data: dict[str, Any]) -> str | None:
 
 def _waits_for_a_person(data: dict[str, Any]) -> str:
     # Never the form's token: whoever has it can answer the form.
-    content = one_line(str(data.get("form_content") or ""), _TITLE_LENGTH)
+    content = one_line(data.get("form_content") or "", _TITLE_LENGTH)
     form = f", form {content!r}" if content else ""
     return (
-        f"The run is paused: it waits for a person at the node {one_line(str(data.get('node_title')), _TITLE_LENGTH)!r}"
+        f"The run is paused: it waits for a person at the node {one_line(data.get('node_title'), _TITLE_LENGTH)!r}"
         f"{form}{_expires(data.get('expiration_time'))}."
     )
 
@@ -121,12 +120,12 @@ def _expires(epoch: Any) -> str:
 
 
 def _node(data: dict[str, Any]) -> str:
-    title, node_type = (one_line(str(data.get(name)), _TITLE_LENGTH) for name in ("title", "node_type"))
+    title, node_type = (one_line(data.get(name), _TITLE_LENGTH) for name in ("title", "node_type"))
     return f"Node {title!r} ({node_type})"
 
 
 def _error(data: dict[str, Any]) -> str:
-    return one_line(str(data.get("error") or "Dify gave no error text"), 300).rstrip(".")
+    return one_line(data.get("error") or "Dify gave no error text", 300).rstrip(".")
 
 
 def _took(data: dict[str, Any]) -> str:

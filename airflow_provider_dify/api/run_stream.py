@@ -107,7 +107,7 @@ class WorkflowRunStream(Closing):
             self.app_id = item.app_id
         elif item.is_ending and not self.is_named:
             self.close()
-            raise self._uncertain(f"the stream begins with the event {item.name!r}: {one_line(repr(item.data), 300)}")
+            raise self._uncertain(f"the stream begins with the event {item.name!r}: {one_line(item.data, 300)}")
         return item
 
     def wait_until_named(self, seconds: float) -> WorkflowEvent | None:

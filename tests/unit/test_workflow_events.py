@@ -93,3 +93,34 @@ def test_an_error_event_has_the_fields_beside_its_name() -> None:
     (event,) = read(b'data: {"event": "error", "status": 400, "code": "invalid_param", "message": "no"}\n\n')
     assert event.is_ending
     assert event.data == {"status": 400, "code": "invalid_param", "message": "no"}
+
+
+@pytest.mark.parametrize("depth", range(800, 1000, 10))
+def test_events_that_are_nested_deeply_become_lines_or_an_error_of_the_reader(depth: int) -> None:
+    nested = "[" * depth + "]" * depth
+    fields = ", ".join(f'"{name}": {nested}' for name in ("title", "node_type", "status", "error"))
+    metadata = f'"execution_metadata": {{"currency": "USD", "total_price": {nested}}}'
+    event = f'data: {{"event": "node_finished", "data": {{{fields}, {metadata}}}}}\n\n'
+
+    def from_further_up_the_stack(calls: int) -> None:
+        if calls:
+            from_further_up_the_stack(calls - 1)
+            return
+        for parsed in events:
+            assert RunProgress().on_event(parsed)
+
+    try:
+        events = EventStreamReader().feed(event.encode())
+    except ValueError:
+        return
+    from_further_up_the_stack(50)
+
+
+@pytest.mark.parametrize("price", ["1e-999999", "0e-999999", "1e999999", "NaN", "x", None, [1]])
+def test_a_price_that_makes_no_sense_does_not_become_a_megabyte(price: object) -> None:
+    progress = RunProgress()
+    for cost in ("0.5", price):
+        metadata = {"currency": "USD", "total_price": cost}
+        progress.on_event(WorkflowEvent("node_finished", None, None, {"execution_metadata": metadata}))
+    progress.on_event(WorkflowEvent("workflow_finished", None, None, {"status": "succeeded"}))
+    assert progress.price == {"total_price": "0.5", "currency": "USD"}
