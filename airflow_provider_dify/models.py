@@ -73,7 +73,7 @@ class WorkflowRun:
         :return: ``id, workflow_id, status, error, total_steps, total_tokens, created_at, finished_at, elapsed_time``;
             times as ISO 8601 text.
         """
-        return {
+        values = {
             "id": self.id,
             "workflow_id": self.workflow_id,
             "status": str(self.status),
@@ -84,6 +84,7 @@ class WorkflowRun:
             "finished_at": self.finished_at.isoformat() if self.finished_at else None,
             "elapsed_time": self.elapsed_time,
         }
+        return {name: _storable(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,13 @@ class LoggedWorkflowRun:
     exceptions_count: int | None = None
     triggered_from: str | None = None
     version: str | None = None
+
+
+def _storable(value: Any) -> Any:
+    """Return a value as every database takes it: text without NUL and lone surrogates, whole numbers of 64 bits."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+    return None if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
 def app_id_from(inputs: object) -> str | None:

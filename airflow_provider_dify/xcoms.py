@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 from airflow_provider_dify.airflow_versions import CAN_PUSH_NONE, XCOMS_ARE_STRICT_JSON
@@ -20,6 +19,12 @@ TASK_ID = "task_id"
 RUN_LOG = "dify-run-log"
 # An output of one of these names is part of the return value only: the task's own XCom keeps its name.
 RESERVED = frozenset({RETURN_VALUE, WORKFLOW_RUN, WORKFLOW_RUN_ID, TASK_ID, RUN_LOG})
+
+# Airflow 3.3 stores 120 levels and can't read 200 again; 2.11 reads 400.
+_DEEPEST = 100
+# The keys by which Airflow (airflow.serialization.serde) knows an object that it has serialized, and those of old.
+_OBJECT = frozenset({"__classname__", "__id__"})
+_OLD_OBJECT = frozenset({"__type", "__var"})
 
 
 def run_log_url(connection: DifyConnection, app_id: str) -> str:
@@ -50,8 +55,10 @@ def check_outputs(run: WorkflowRun) -> None:
     :param run: the run.
     :raises DifyOutputsError: if one can't; names the output and the reason.
     """
-    for key, value in (run.outputs or {}).items():
-        reason = xcom_problem(key) or xcom_problem(value)
+    outputs = run.outputs or {}
+    for key, value in outputs.items():
+        # With all of the names, because Airflow looks at these together.
+        reason = xcom_problem({key: value}) or (_problem_of(outputs) if key in _OLD_OBJECT else None)
         if reason:
             raise DifyOutputsError(
                 f"The output {one_line(key, 80)!r} {reason}, which Airflow cannot store as an XCom: Dify workflow run "
@@ -64,37 +71,44 @@ def xcom_problem(value: Any) -> str | None:
     """
     Return why a JSON value can't be an XCom.
 
-    Measured on Airflow 3.0 to 3.3, which send XComs as JSON to a database; Airflow 2 takes them all.
+    Measured on Airflow 2.11 and 3.0 to 3.3. From 3.0 on they send XComs as JSON to a database.
 
     :param value: as parsed from JSON.
     :return: what is wrong with it, as the end of a sentence; ``None`` for nothing.
     """
-    if not XCOMS_ARE_STRICT_JSON:
-        return None
-    for leaf in _leaves(value):
-        if isinstance(leaf, float) and not math.isfinite(leaf):
-            return f"holds the number {leaf}"
-        if isinstance(leaf, int) and not -(2**63) <= leaf < 2**64:
-            return "holds a whole number of more than 64 bits"
-        if isinstance(leaf, str) and "\0" in leaf:
-            return "holds a NUL character"
-        if isinstance(leaf, str) and not _is_unicode(leaf):
-            return "holds text with a lone surrogate"
+    # Without recursion: it may be nested deeply.
+    pending = [(value, 0)]
+    while pending:
+        item, depth = pending.pop()
+        problem = _problem_of(item)
+        if problem:
+            return problem
+        if isinstance(item, (dict, list)) and depth >= _DEEPEST:
+            return f"is nested more than {_DEEPEST} levels deep"
+        if isinstance(item, dict):
+            pending.extend((part, depth + 1) for pair in item.items() for part in pair)
+        elif isinstance(item, list):
+            pending.extend((part, depth + 1) for part in item)
     return None
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    """Iterate over the texts and numbers in a JSON value, without recursion: it may be nested deeply."""
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending.extend(item.keys())
-            pending.extend(item.values())
-        elif isinstance(item, list):
-            pending.extend(item)
-        else:
-            yield item
+def _problem_of(item: Any) -> str | None:
+    """Return what is wrong with one value, whatever it holds."""
+    if isinstance(item, dict):
+        # Airflow refuses such an object, or makes what it names of it when the XCom is read.
+        is_object = not item.keys().isdisjoint(_OBJECT) or item.keys() >= _OLD_OBJECT
+        return "holds a key that marks the serialized objects of Airflow" if is_object else None
+    if not XCOMS_ARE_STRICT_JSON:
+        return None
+    if isinstance(item, float) and not math.isfinite(item):
+        return f"holds the number {item}"
+    if isinstance(item, int) and not -(2**63) <= item < 2**64:
+        return "holds a whole number of more than 64 bits"
+    if isinstance(item, str) and "\0" in item:
+        return "holds a NUL character"
+    if isinstance(item, str) and not _is_unicode(item):
+        return "holds text with a lone surrogate"
+    return None
 
 
 def _is_unicode(text: str) -> bool:
