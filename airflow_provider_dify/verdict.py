@@ -106,7 +106,7 @@ def judge(
     if run.status not in WAITING_STATUSES and run.finished_at is not None:
         return Verdict(
             Outcome.FAILED,
-            f"{_error(run)} Dify workflow run {run.id} finished with the status {one_line(str(run.status), 50)!r}, "
+            f"{_error(run)} Dify workflow run {run.id} finished with the status {str(run.status)!r}, "
             f"which this version of airflow-provider-dify does not know{_facts(run)}.",
             can_be_repeated=True,
         )
@@ -115,7 +115,7 @@ def judge(
         if age > run_timeout:
             return Verdict(Outcome.TIMED_OUT, _overdue(run, age, run_timeout))
     waits = " and waits for a person" if run.status == WorkflowRunStatus.PAUSED else ""
-    return Verdict(Outcome.WAIT, f"Dify workflow run {run.id} is {one_line(str(run.status), 50)}{waits}.")
+    return Verdict(Outcome.WAIT, f"Dify workflow run {run.id} is {run.status}{waits}.")
 
 
 def _judge_partial_success(run: WorkflowRun, is_failure: bool) -> Verdict:
@@ -155,7 +155,7 @@ def _overdue(run: WorkflowRun, age: float, run_timeout: float) -> str:
         "write that down. Look at the run in Dify's log and start a new one."
     )
     return (
-        f"Dify workflow run {run.id} is still {one_line(str(run.status), 50)} {age:.0f} seconds after it was created "
+        f"Dify workflow run {run.id} is still {run.status} {age:.0f} seconds after it was created "
         f"(run_timeout is {run_timeout:g} seconds). {cause}"
     )
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.models import WorkflowRunStatus
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 # What a run's `error` may hold as an XCom: a stack trace, not a document.
 _TEXT_LENGTH = 20_000
+_STATUS_LENGTH = 50
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Fields:
         return value[:_TEXT_LENGTH] if isinstance(value, str) else self._raise_wrong(name, "text or null")
 
     def status(self) -> WorkflowRunStatus | str:
-        """Return the field ``status``: a known one, or its text."""
+        """Return the field ``status``: a known one, or its text in a short line, because it stands in many messages."""
         text = self.required_text("status")
         try:
             return WorkflowRunStatus(text)
         except ValueError:
-            return text
+            return one_line(text, _STATUS_LENGTH)
 
     def integer(self, name: str) -> int | None:
         """Return a field that is a whole number or null."""
