@@ -7,24 +7,22 @@ Every HTTP client of this package takes its settings from here, so that they beh
 from __future__ import annotations
 
 import base64
-import contextlib
-import ipaddress
 import json
 import math
 import os
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from airflow_provider_dify import __version__
+from airflow_provider_dify.base_url import host_in_url, make_base_url, split_url
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.excerpts import one_line, redact
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Connection
 
-DEFAULT_BASE_URL = "https://api.dify.ai/v1"
 DEFAULT_TIMEOUT = 30.0
 # A connection is there within seconds or not at all; only the response may take its time.
 MAX_CONNECT_TIMEOUT = 10.0
@@ -32,14 +30,10 @@ MAX_CONNECT_TIMEOUT = 10.0
 MAX_TIMEOUT = 86400.0
 HEADERS = {"User-Agent": f"airflow-provider-dify/{__version__}", "Accept": "application/json"}
 
-# Dify Cloud and a default self-hosted Dify both serve the API here.
-DEFAULT_PATH = "/v1"
-
 # Dify Cloud alone has its console on another host than its API.
 CLOUD_API_HOST = "api.dify.ai"
 CLOUD_CONSOLE_URL = "https://cloud.dify.ai"
 
-_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?", re.IGNORECASE)
 # What an HTTP header takes without encoding; anything else in a key is a slip of copy and paste.
 _API_KEY = re.compile(r"[\x21-\x7e]+")
 
@@ -169,83 +163,6 @@ def _secrets_in(url: str) -> list[str]:
     return [secret for secret in (userinfo, password, unquote(password), sent) if len(secret) > 3]
 
 
-def make_base_url(host: str | None, schema: str | None = None, port: int | None = None) -> str:
-    """
-    Return the API's base URL, made of what a connection says.
-
-    :param host: a host name, a ``host:port``, a URL, or nothing for Dify Cloud; without a path, ``/v1`` is meant.
-    :param schema: ``http`` or ``https``, where the host doesn't say; ``https`` if nobody does.
-    :param port: the port, where the host doesn't say.
-    :return: the base URL, without a slash at the end.
-    :raises DifyConfigurationError: if that makes no URL, or if two of the three contradict each other.
-    """
-    host = (host or "").strip()
-    schema = (schema or "").strip().lower()
-    if schema and schema not in ("http", "https"):
-        raise DifyConfigurationError(
-            f"the schema must be http or https, but it is {schema!r}. A path such as /v1 belongs in the host."
-        )
-    if not host:
-        if schema == "http" or port not in (None, 443):
-            raise DifyConfigurationError("it has no host, and Dify Cloud answers at https and port 443 only.")
-        return DEFAULT_BASE_URL
-
-    url = _split(host)
-    if url.scheme and schema and url.scheme != schema:
-        raise DifyConfigurationError(f"the host says {url.scheme} and the schema says {schema}.")
-    try:
-        url_port = url.port
-    except ValueError:
-        raise DifyConfigurationError(f"the host {host!r} has no valid port.") from None
-    if url_port is not None and port is not None and url_port != port:
-        raise DifyConfigurationError(f"the host says port {url_port} and the port says {port}.")
-    final_port = port if url_port is None else url_port
-    if final_port is not None and not 0 < final_port < 65536:
-        raise DifyConfigurationError(f"{final_port} is no port.")
-
-    path = "/".join(part for part in url.path.split("/") if part)
-    return (
-        f"{url.scheme or schema or 'https'}://{_host_in_url(url, host)}"
-        f"{f':{final_port}' if final_port else ''}{f'/{path}' if path else DEFAULT_PATH}"
-    )
-
-
-def _split(host: str) -> SplitResult:
-    scheme, separator, rest = host.partition("://")
-    if separator and scheme.lower() not in ("http", "https"):
-        raise DifyConfigurationError(f"the host must be an http or https URL, but its scheme is {scheme!r}.")
-    if not separator:
-        rest = host
-        # The one host with colons and no port.
-        with contextlib.suppress(ValueError):
-            rest = f"[{ipaddress.IPv6Address(host)}]"
-    if "@" in rest.partition("/")[0]:
-        # Not shown: what stands before the @ is likely a secret.
-        raise DifyConfigurationError("the host holds a user name or password. The API key belongs in the password.")
-    try:
-        url = urlsplit(f"{scheme.lower()}://{rest}" if separator else f"//{rest}")
-    except ValueError as error:
-        raise DifyConfigurationError(f"the host {host!r} makes no URL ({error}).") from None
-    if url.query or url.fragment:
-        raise DifyConfigurationError(f"the host {host!r} has a query or a fragment, which a base URL cannot have.")
-    return url
-
-
-def _host_in_url(url: SplitResult, host: str) -> str:
-    name = url.hostname or ""
-    if "[" in url.netloc:
-        try:
-            return f"[{ipaddress.IPv6Address(name)}]"
-        except ValueError:
-            name = ""
-    # Names beyond ASCII are left to the HTTP clients, which encode them.
-    if not _HOST_NAME.fullmatch(name) and (name.isascii() or not all(c.isalnum() or c in "-._" for c in name)):
-        raise DifyConfigurationError(f"the host {host!r} makes no URL.")
-    if re.search(r"[\s\\]", url.path):
-        raise DifyConfigurationError(f"the host {host!r} has a path that makes no URL.")
-    return name
-
-
 def _api_key(password: str | None) -> str:
     api_key = (password or "").strip()
     if not api_key:
@@ -341,10 +258,10 @@ def _console_url(value: Any) -> str | None:
     try:
         if not isinstance(text, str) or "://" not in text:
             raise ValueError
-        url = _split(text)
+        url = split_url(text)
         port = f":{url.port}" if url.port else ""
         path = "/".join(part for part in url.path.split("/") if part)
-        return f"{url.scheme}://{_host_in_url(url, text)}{port}{f'/{path}' if path else ''}"
+        return f"{url.scheme}://{host_in_url(url, text)}{port}{f'/{path}' if path else ''}"
     except (DifyConfigurationError, ValueError):
         # Not shown: what stands before an @ is likely a secret.
         raise DifyConfigurationError(
