@@ -64,7 +64,7 @@ def settings_of(**fields: Any) -> StartSettings:
 def play(
     context: dict[str, Any], settings: StartSettings, log: list[LoggedWorkflowRun], run: Any = RUNNING
 ) -> tuple[Any, list[str]]:
-    """Run the look for an earlier start, with this log and this run; return whom the log was asked for."""
+    """Run the look for an earlier start, with this log and this run; return the users that the log was asked for."""
     steps = find_earlier_start(context, settings)
     asked: list[str] = []
     try:
