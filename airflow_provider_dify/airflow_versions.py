@@ -17,6 +17,8 @@ TRIGGER_TIMEOUT_MARGIN = 120.0
 
 _AIRFLOW = tuple(int(part) for part in airflow_version.split(".")[:2])
 
+# The section of Airflow's settings that has the UI's address. Goes with Airflow 2.11.
+UI_SECTION = "api" if _AIRFLOW >= (3, 0) else "webserver"
 # Whether a trigger may end its task and push its XComs. Goes with Airflow 2.11.
 CAN_END_FROM_TRIGGER = _AIRFLOW >= (3, 0)
 # Whether templates are rendered where a task starts on the triggerer. Goes with Airflow 3.2.

@@ -173,9 +173,6 @@ class RunningTask:
         self.stop()
 
     def _find_earlier_start(self) -> TaskStart | None:
-        ti: Any = self.context["ti"]
-        if ti.try_number <= 1:
-            return None
         settings = self._settings
         failures = 0
         while True:

@@ -10,6 +10,7 @@ from typing import Any
 
 from airflow.providers.common.compat.sdk import conf
 
+from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
@@ -135,7 +136,10 @@ def find_earlier_start(
     context: Mapping[str, Any], settings: StartSettings
 ) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
     """
-    Look for a start of an earlier try of this task whose run is to be continued.
+    Look for a start of this task whose run is to be continued: an earlier try's, or this one's.
+
+    A try may run twice: Airflow's scheduler takes a deferred task that resumes at once for dead, and may run the same
+    try from its beginning (seen on 3.3.2).
 
     :param context: the running task's context.
     :param settings: the operator's arguments.
@@ -183,18 +187,19 @@ def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettin
     if first_try > ti.try_number:
         # Impossible, unless `retries` was lowered since: then nothing tells which try was the first.
         first_try = 1
-    if ti.try_number <= first_try:
-        return
     began = getattr(context.get("dag_run"), "start_date", None)
     # A run from before the Dag run is an older one's, or another Airflow's.
     not_before = began.timestamp() if isinstance(began, datetime) else (_now() - timedelta(days=7)).timestamp()
     prints = fingerprint(settings.inputs)
-    if settings.user is not None:
+    if settings.user is not None and ti.try_number > first_try:
         # It names no try, so the inputs have to tell the runs apart.
         not_before += CLOCK_TOLERANCE.total_seconds()
         yield RunSearch(settings.user, not_before, False, prints, skips_failed=True), ti.try_number - 1
+    if settings.user is not None:
         return
-    for number in range(ti.try_number - 1, first_try - 1, -1):
+    # This try's own start is remembered, from Airflow 3.3 on.
+    newest = ti.try_number - 1 if StartMemory(context).is_kept else ti.try_number
+    for number in range(newest, first_try - 1, -1):
         yield RunSearch(default_user(ti, number), not_before, True, prints, skips_failed=True), number
 
 
@@ -211,7 +216,8 @@ def installation_id() -> str:
 
     :return: 8 hexadecimal digits, from which neither can be recovered.
     """
-    settings = (("core", "fernet_key"), ("api", "base_url"), ("webserver", "base_url"))
+    # Airflow 3 warns of the old name each time that it is read.
+    settings = (("core", "fernet_key"), (UI_SECTION, "base_url"))
     text = "\n".join(str(conf.get(section, key, fallback="")) for section, key in settings)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 

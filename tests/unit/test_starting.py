@@ -132,6 +132,24 @@ def test_a_start_that_was_under_way_is_looked_for() -> None:
     assert asked == [default_user(context_of(1, 2)["ti"], 1)]
 
 
+def test_a_try_that_airflow_runs_twice_continues_its_own_run() -> None:
+    store = Store()
+    remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
+    (start, _), _ = play(context_of(1, 2, store), settings_of(), [])
+    assert start.workflow_run_id == RUN_ID
+
+
+def test_a_try_that_airflow_runs_twice_finds_its_own_run_in_the_log_without_a_memory() -> None:
+    context = context_of(1, 2)
+    (start, _), asked = play(context, settings_of(), [row_of(context, 1)])
+    assert start.workflow_run_id == RUN_ID
+    assert asked == [default_user(context["ti"], 1)]
+
+
+def test_a_first_try_with_a_memory_asks_dify_for_nothing() -> None:
+    assert play(context_of(1, 2, Store()), settings_of(), []) == (None, [])
+
+
 def test_a_cleared_task_starts_anew() -> None:
     store = Store()
     remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
@@ -144,7 +162,7 @@ def test_without_a_memory_the_log_is_asked_for_the_users_of_earlier_tries_the_la
     context = context_of(3, 2)
     (start, _), asked = play(context, settings_of(), [row_of(context, 1)])
     assert start.workflow_run_id == RUN_ID
-    assert asked == [default_user(context["ti"], 2), default_user(context["ti"], 1)]
+    assert asked == [default_user(context["ti"], number) for number in (3, 2, 1)]
 
 
 def test_a_run_from_before_the_dag_run_is_not_taken() -> None:
