@@ -14,7 +14,7 @@ from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
-from airflow_provider_dify.exceptions import DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunNotFound
 from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
@@ -158,7 +158,13 @@ def find_earlier_start(
             start = replace(start, workflow_run_id=run_id)
         return (yield from _if_it_can_succeed(start, settings))
     for search, number in _searches_of_earlier_tries(context, settings):
-        run_id = yield from find_run(search)
+        try:
+            run_id = yield from find_run(search)
+        except DifyConnectionError:
+            if number < ti.try_number:
+                raise
+            # That this try has run before is so rare that a log which can't be read is no reason to wait.
+            continue
         if run_id is not None:
             found = TaskStart(search.user, search, number, ti.max_tries or 0, True, run_id)
             return (yield from _if_it_can_succeed(found, settings))

@@ -12,6 +12,7 @@ import pendulum
 import pytest
 
 from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.models import LoggedWorkflowRun
 from airflow_provider_dify.starting import (
     STATE_KEY,
@@ -144,6 +145,14 @@ def test_a_try_that_airflow_runs_twice_finds_its_own_run_in_the_log_without_a_me
     (start, _), asked = play(context, settings_of(), [row_of(context, 1)])
     assert start.workflow_run_id == RUN_ID
     assert asked == [default_user(context["ti"], 1)]
+
+
+def test_a_log_that_cannot_be_read_does_not_keep_a_first_try_from_its_start() -> None:
+    steps = find_earlier_start(context_of(1, 2), settings_of())
+    next(steps)
+    with pytest.raises(StopIteration) as done:
+        steps.throw(DifyConnectionError("away"))
+    assert done.value.value is None
 
 
 def test_a_first_try_with_a_memory_asks_dify_for_nothing() -> None:
