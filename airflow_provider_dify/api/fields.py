@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # What a run's `error` may hold as an XCom: a stack trace, not a document.
 _TEXT_LENGTH = 20_000
 _STATUS_LENGTH = 50
+# A UUID has 36.
+_ID_LENGTH = 100
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Fields:
         """Return a field that must be text."""
         value = self.text(name)
         return self._raise_wrong(name, "text") if value is None else value
+
+    def required_id(self, name: str) -> str:
+        """Return a field that must be an id; it stands in messages, so it has to be a short printable text."""
+        value = self.text(name)
+        is_id = value is not None and value.isprintable() and 0 < len(value) <= _ID_LENGTH
+        return str(value) if is_id else self._raise_wrong(name, "an id")
 
     def text(self, name: str) -> str | None:
         """Return a field that is text or null, bounded."""

@@ -51,7 +51,7 @@ def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> Workflow
         raise not_found(response, workflow_run_id)
     fields = Fields(response, subject, data)
     return WorkflowRun(
-        id=fields.required_text("id"),
+        id=fields.required_id("id"),
         workflow_id=fields.text("workflow_id"),
         status=fields.status(),
         inputs=fields.json_object("inputs"),
@@ -109,7 +109,7 @@ def _parse_logged_workflow_run(response: HttpResponse, row: Any) -> LoggedWorkfl
     fields = Fields(response, LOG_SUBJECT, row["workflow_run"])
     end_user = row.get("created_by_end_user")
     return LoggedWorkflowRun(
-        workflow_run_id=fields.required_text("id"),
+        workflow_run_id=fields.required_id("id"),
         status=fields.status(),
         user=Fields(response, LOG_SUBJECT, end_user).text("session_id") if isinstance(end_user, dict) else None,
         error=fields.text("error"),
@@ -132,7 +132,7 @@ def parse_uploaded_file_id(response: HttpResponse) -> str:
     :raises DifyError: as :func:`parse_workflow_run` does.
     """
     subject = "the uploaded file"
-    return Fields(response, subject, _parse_object(response, subject)).required_text("id")
+    return Fields(response, subject, _parse_object(response, subject)).required_id("id")
 
 
 def parse_stop(response: HttpResponse) -> None:

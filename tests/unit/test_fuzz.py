@@ -171,6 +171,7 @@ def test_every_response_is_a_value_or_an_error_of_ours(status: int, head: dict[s
 
 
 @given(runs)
+@example({"id": "\x1f", "status": "succeeded", "outputs": {}})
 def test_every_run_has_a_verdict_and_xcoms_or_an_error_that_names_the_output(fields: dict[str, Any]) -> None:
     body = json.dumps(fields).encode()
     response = HttpResponse(200, {}, body, "https://dify.example/v1", "my_dify", (API_KEY,))
