@@ -24,7 +24,7 @@ from airflow_provider_dify.starting import StartMemory, StartSettings, TaskStart
 from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport, stop_run
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
-from airflow_provider_dify.verdict import judge
+from airflow_provider_dify.verdict import Outcome, judge
 from airflow_provider_dify.waiting import delay_after
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class RunningTask:
     :param clock: the try's deadline.
     :param log: the task's log.
     :param xcoms: the task's XComs.
-    :ivar run_is_over: whether the run was seen to be over, so that there is nothing to stop.
+    :ivar run_is_over: whether the run was seen to be over, so that there is nothing to stop or to wait for.
     """
 
     def __init__(
@@ -197,8 +197,9 @@ class RunningTask:
         return self._continue(start, run) if run is not None else self._continue_unnamed(start)
 
     def _continue(self, start: TaskStart, run: WorkflowRun) -> TaskStart:
-        reason = judge(run, now=datetime.now(timezone.utc)).reason
-        self._log.info("Continuing the run that an earlier try started. %s", reason)
+        verdict = judge(run, now=datetime.now(timezone.utc))
+        self.run_is_over = verdict.outcome is Outcome.DONE
+        self._log.info("Continuing the run that an earlier try started. %s", verdict.reason)
         self._remember(replace(start, try_number=self.context["ti"].try_number))
         self.xcoms.push_link(run.app_id)
         return start

@@ -209,7 +209,8 @@ class DifyRunWorkflowOperator(BaseOperator):
     def _go_on(self, task: RunningTask) -> Any:
         if not self.wait_for_completion:
             return task.named_run_id
-        if self.deferrable:
+        # Without need a deferral costs a worker's start, and Airflow takes a task that resumes at once for dead.
+        if self.deferrable and not task.run_is_over:
             self._defer(task)
         return self._wait(task)
 

@@ -375,6 +375,27 @@ def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn,
     assert result.received["outputs"] == OUTPUTS
 
 
+@pytest.mark.skipif(AIRFLOW_3_0, reason="its dag.test() takes the retry of a deferred task for its resumption")
+def test_a_retry_whose_run_is_over_does_not_defer_again(dify: DifyStandIn) -> None:
+    dify.starts.append(start("succeeded", cut=700))
+    polls = []
+
+    async def lose_sight(request: Any) -> Any:
+        if request.method == "GET" and "/workflows/run/" in request.path:
+            polls.append(request.path)
+            if len(polls) <= 4:
+                return await respond(503)(request)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(lose_sight)
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=3, deferrable=True)
+    assert result.tries["run"] == 2
+    assert result.state == "success"
+    assert len(dify.started) == 1
+    # The retry's look for its run, and the worker's own: no trigger polled.
+    assert len(polls) == 4 + 2
+
+
 def test_a_retry_survives_an_outage_that_is_longer_than_the_first_try(dify: DifyStandIn) -> None:
     dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
     polls = iter(range(100))

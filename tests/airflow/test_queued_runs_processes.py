@@ -21,8 +21,8 @@ pytestmark = [
 
 STARTS = 12
 SLOTS = 4
-# For so long all of Dify's workers are busy.
-BUSY = 20.0
+# For so long all of Dify's workers are busy, and a task that waits on a worker is.
+BUSY = 40.0
 
 DAG = """
 import pendulum
@@ -79,7 +79,8 @@ def test_a_queued_run_holds_no_worker_if_the_task_is_deferrable(queued: tuple[Di
     seconds = [worker_seconds(path) for path in log_files(airflow, "deferrable")]
     assert len(seconds) == STARTS
     print(f"seconds of a worker for each of {STARTS} deferrable starts: {sorted(round(each, 1) for each in seconds)}")
-    assert max(seconds) < 15
+    # On an idle machine 12 at most; a loaded one starts Python slowly, and runs some tries twice.
+    assert max(seconds) < 0.75 * BUSY
 
 
 def log_files(airflow: AirflowProcesses, task_id: str) -> list[Path]:
