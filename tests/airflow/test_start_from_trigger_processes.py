@@ -111,6 +111,12 @@ templates.unknown_piece = checked
 """
 
 
+LINKS_OF_WAITING_TASKS = """
+SELECT value FROM xcom JOIN task_instance USING (dag_id, task_id, run_id)
+WHERE task_id = 'running' AND key = 'dify-run-log' AND state = 'deferred'
+"""
+
+
 def numbered(prefix: str, rows: Any) -> dict[str, str]:
     return {f"{prefix}_{number:03}": template for number, template in enumerate(rows)}
 
@@ -123,7 +129,7 @@ EMPTY = numbered("empty", known.EMPTY)
 
 @pytest.fixture(scope="module")
 def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AirflowProcesses]:
-    """An Airflow in which every task has ended."""
+    """An Airflow in which every task has ended, and had its link while it waited."""
     modules = tmp_path_factory.mktemp("modules")
     (modules / "recording.py").write_text(RECORDING)
     with DifyStandIn() as dify:
@@ -141,12 +147,13 @@ def airflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AirflowProcess
                 known=known,
                 works=json.dumps(WORKS),
                 refused=json.dumps(HANGS | FAILS | EMPTY),
-                run=dify.add_run("running", "running", "running", "succeeded"),
+                run=dify.add_run(*["running"] * 8, "succeeded"),
             )
             (airflow.dags / "dags.py").write_text(dags)
             airflow.wait_for(lambda: len(airflow.query("SELECT 1 FROM serialized_dag")) == 2, seconds=120)
             run = {"dag_run_id": known.RUN_ID, "logical_date": known.LOGICAL_DATE, "conf": known.CONF}
             airflow.ask_api("POST", f"/dags/{known.DAG_ID}/dagRuns", run)
+            airflow.wait_for(lambda: bool(airflow.query(LINKS_OF_WAITING_TASKS)), seconds=120)
             airflow.wait_for(
                 lambda: len(airflow.query("SELECT 1 FROM dag_run WHERE state IN ('success', 'failed')")) == 2,
                 seconds=300,
@@ -206,3 +213,11 @@ def test_no_task_waits_for_a_template_longer_than_its_timeout(
 
 def test_an_execution_timeout_takes_nothing_away_from_the_sensors_timeout(airflow: AirflowProcesses) -> None:
     assert airflow.query("SELECT state FROM task_instance WHERE task_id = 'running'") == [("success",)]
+
+
+def test_a_task_has_its_link_while_it_waits_and_airflow_logs_no_error_about_it(airflow: AirflowProcesses) -> None:
+    # The fixture has waited for it.
+    (link,) = airflow.query("SELECT value FROM xcom WHERE task_id = 'running' AND key = 'dify-run-log'")
+    assert re.fullmatch(r'"http://127\.0\.0\.1:\d+/app/[0-9a-f-]{36}/logs"', link[0])
+    for path in (airflow.home / "logs").rglob("*.log"):
+        assert "XCom not found" not in path.read_text(errors="replace"), path
