@@ -55,6 +55,26 @@ def is_deferral_timeout(next_kwargs: dict[str, Any] | None) -> bool:
     return (next_kwargs or {}).get("error") in ("Trigger timeout", "Trigger/execution timeout")
 
 
+def context_of_ended_deferral() -> Context | None:
+    """
+    Return the context of a deferred task whose ``execution_timeout`` is over, for its ``on_kill``.
+
+    Airflow 2 calls that before anything of the resumed task has run. Goes with Airflow 2.11.
+
+    :return: the context; ``None`` for any other task.
+    """
+    from airflow.providers.common.compat.sdk import get_current_context
+
+    if _AIRFLOW >= (3, 0):
+        return None
+    try:
+        context: Context = get_current_context()
+    except Exception:
+        # Airflow's way to say that there is none.
+        return None
+    return context if getattr(context["ti"], "next_method", None) else None
+
+
 def first_reschedule_date(context: Context) -> datetime | None:
     """
     Return when a rescheduled sensor first polled, as its ``timeout`` counts it.

@@ -20,8 +20,16 @@ from airflow_provider_dify.following import RETRY_DELAY, Follower
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.models import WorkflowRun, is_server_from
 from airflow_provider_dify.run_search import known_runs
-from airflow_provider_dify.starting import StartMemory, StartSettings, TaskStart, find_earlier_start, new_start
-from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport, stop_run
+from airflow_provider_dify.starting import (
+    StartMemory,
+    StartSettings,
+    TaskStart,
+    earliest_start,
+    find_earlier_start,
+    new_start,
+    stop_start,
+)
+from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome, judge
@@ -117,7 +125,7 @@ class RunningTask:
         ti: Any = self.context["ti"]
         start = TaskStart.deserialize(data) if data else self._memory.load()
         if start is None or start.try_number != ti.try_number:
-            self._start = new_start(ti, self._settings.user, self._settings.inputs, (), time.time())
+            self._start = new_start(ti, self._settings.user, self._settings.inputs, (), earliest_start(self.context))
             # The event names the run, but not the task id that a stop takes.
             self._take_ids_from_xcoms(ti)
             start = self.task_start
@@ -132,19 +140,10 @@ class RunningTask:
         start = self._start
         if not self._settings.stop_on_failure or self._stop_was_asked or start is None:
             return
-        if start.workflow_run_id is None:
-            self._log.warning(
-                "The workflow run of user %r is queued, and Dify stops no queued run: it runs later. Look for the "
-                "user in "
-                "the app's log in Dify's console.",
-                start.user,
-            )
-            return
         # A session and limits of its own: this may be a signal's handler, in the middle of another request.
         with DifyHook(self._hook.dify_conn_id, timeout=STOP_TIMEOUT, retry_limit=0) as hook:
             hook._connection = replace(self._hook.connection, timeout=STOP_TIMEOUT)
-            version = self._hook.server_version
-            report: StopReport = hook.run_steps(stop_run(start.workflow_run_id, start.task_id, start.user, version))
+            report: StopReport = hook.run_steps(stop_start(start, self._hook.server_version))
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._stop_was_asked = True

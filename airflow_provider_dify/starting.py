@@ -14,10 +14,11 @@ from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
 from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
+from airflow_provider_dify.stopping import StopReport, stop_run
 from airflow_provider_dify.verdict import judge
 
 STATE_KEY = "dify_workflow_run"
@@ -193,9 +194,7 @@ def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettin
     if first_try > ti.try_number:
         # Impossible, unless `retries` was lowered since: then nothing tells which try was the first.
         first_try = 1
-    began = getattr(context.get("dag_run"), "start_date", None)
-    # A run from before the Dag run is an older one's, or another Airflow's.
-    not_before = began.timestamp() if isinstance(began, datetime) else (_now() - timedelta(days=7)).timestamp()
+    not_before = earliest_start(context)
     prints = fingerprint(settings.inputs)
     if settings.user is not None and ti.try_number > first_try:
         # It names no try, so the inputs have to tell the runs apart.
@@ -209,8 +208,43 @@ def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettin
         yield RunSearch(default_user(ti, number), not_before, True, prints, skips_failed=True), number
 
 
-def _now() -> datetime:
-    return datetime.now(timezone.utc)
+def earliest_start(context: Mapping[str, Any]) -> float:
+    """
+    Return when a run of this task can have been started at the earliest.
+
+    A run from before the Dag run is an older one's, or another Airflow's.
+
+    :param context: the running task's context.
+    :return: epoch seconds.
+    """
+    began = getattr(context.get("dag_run"), "start_date", None)
+    if isinstance(began, datetime):
+        return began.timestamp()
+    return (datetime.now(timezone.utc) - timedelta(days=7)).timestamp()
+
+
+def stop_start(start: TaskStart, server_version: str | None) -> Steps[StopReport]:
+    """
+    Stop the run of a start; one that Dify has not named yet is looked for in its log first.
+
+    :param start: the start.
+    :param server_version: Dify's version; ``None`` where it isn't known.
+    :return: what became of it. Never raises a :class:`DifyError`.
+    """
+    run_id = start.workflow_run_id
+    if run_id is None and start.search.user_is_unique:
+        try:
+            run_id = yield from find_run(start.search)
+        except DifyError:
+            run_id = None
+    if run_id is None:
+        return StopReport(
+            False,
+            f"The workflow run of user {start.user!r} is queued, and Dify stops no queued run: it runs later. Look for "
+            "the user in the app's log in Dify's console.",
+            is_warning=True,
+        )
+    return (yield from stop_run(run_id, start.task_id, start.user, server_version))
 
 
 def installation_id() -> str:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator, conf
 
-from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN, is_deferral_timeout
+from airflow_provider_dify.airflow_versions import (
+    TRIGGER_TIMEOUT_MARGIN,
+    context_of_ended_deferral,
+    is_deferral_timeout,
+)
 from airflow_provider_dify.arguments import parse_count, parse_end_from_trigger, parse_seconds
 from airflow_provider_dify.exceptions import (
     DifyError,
@@ -180,6 +185,9 @@ class DifyRunWorkflowOperator(BaseOperator):
 
         Airflow 3 lets the task go on after this, and kills its process some seconds later.
         """
+        if self._task is None and (context := context_of_ended_deferral()) is not None:
+            with suppress(DifyError):
+                self._begin(context, time.time()).resume(None, None)
         if self._task is not None:
             self._task.clock.was_killed = True
             self._task.stop_after_kill()

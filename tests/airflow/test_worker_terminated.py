@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -88,3 +90,24 @@ def test_a_task_that_is_terminated_while_its_run_is_queued_finds_it_again(
     airflow.wait_for(lambda: airflow.query(ENDED) == [(1,)], seconds=120)
     assert airflow.query("SELECT state, try_number FROM task_instance") == [("success", 2)]
     assert len(dify.started) == 1
+
+
+def test_a_task_that_is_terminated_while_its_start_is_under_way_stops_the_run(
+    dify: DifyStandIn, airflow: AirflowProcesses
+) -> None:
+    dify.starts.extend([Start(duration=300), Start(duration=1)])
+
+    async def start_and_respond_late(request: Any) -> Any:
+        # Dify is slow to begin its response; the run goes on from here, whatever becomes of its client.
+        await asyncio.sleep(1.5)
+        return await dify.respond_to(request)
+
+    dify.misbehave(start_and_respond_late, only="POST .*/run")
+    (airflow.dags / "terminated.py").write_text(DAG)
+    airflow.wait_for(lambda: any(request.method == "POST" for request in dify.requests), seconds=120)
+    terminate(airflow)
+    airflow.wait_for(lambda: bool(dify.stopped), seconds=15)
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+    airflow.wait_for(lambda: airflow.query(ENDED) == [(1,)], seconds=120)
+    assert airflow.query("SELECT state, try_number FROM task_instance") == [("success", 2)]
+    assert len(dify.started) == 2

@@ -22,6 +22,7 @@ from airflow_provider_dify.starting import (
     default_user,
     find_earlier_start,
     new_start,
+    stop_start,
 )
 from tests.unit.test_workflow_run import RUN_ID, make_run
 
@@ -220,3 +221,22 @@ def test_a_failed_run_of_a_shared_user_is_no_reason_to_doubt() -> None:
     context = context_of(2, 2)
     row = replace(row_of(context, 1), user="us", status="failed")
     assert play(context, settings_of(user="us", inputs={}), [row])[0] is None
+
+
+@pytest.mark.parametrize(("user", "is_found"), [(None, True), ("data-team", False)])
+def test_a_start_whose_run_was_never_named_is_looked_for_before_it_is_stopped(user: str | None, is_found: bool) -> None:
+    context = context_of(1, 0)
+    # With a user of one's own the run in the log may be somebody else's, who goes on with it.
+    steps = stop_start(new_start(context["ti"], user, {}, (), time.time() - 300), "1.16.1")
+    asked: list[str] = []
+    try:
+        step = next(steps)
+        while True:
+            asked.append(step.path if isinstance(step, Call) else type(step).__name__)
+            # The run's task id is not known either.
+            step = steps.send([row_of(context, 1)] if asked[-1] == "/workflows/logs" else None)
+    except StopIteration as done:
+        report = done.value
+    assert ("/workflows/logs" in asked) is is_found
+    assert (RUN_ID in report.message) is is_found
+    assert report.is_warning
