@@ -92,6 +92,7 @@ def test_a_task_that_is_terminated_while_its_run_is_queued_finds_it_again(
     assert len(dify.started) == 1
 
 
+@pytest.mark.parametrize("dify", ["1.16.1"], indirect=True)
 def test_a_task_that_is_terminated_while_its_start_is_under_way_stops_the_run(
     dify: DifyStandIn, airflow: AirflowProcesses
 ) -> None:
