@@ -3,3 +3,6 @@
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+# Where the pages of docs/ are published; `pyproject.toml` names the same place.
+DOCUMENTATION = "https://github.com/airflow-provider-dify/airflow-provider-dify/blob/main/docs"

@@ -23,11 +23,15 @@ the same response. Every exception pickles with its attributes.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
+from airflow_provider_dify import DOCUMENTATION
 from airflow_provider_dify.models import WorkflowRun
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _types: dict[str, type[DifyError]] = {}
 
@@ -37,6 +41,8 @@ class DifyError(AirflowException):
 
     # What a trigger's event carries beside the message; each is None where it isn't known.
     attributes: ClassVar[tuple[str, ...]] = ()
+    # The section of the page Failures that explains it.
+    section: ClassVar[str] = "the-exceptions"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -50,6 +56,17 @@ class DifyError(AirflowException):
         """
         attributes = {name: getattr(self, name, None) for name in self.attributes}
         return {"type": type(self).__name__, "text": str(self), "attributes": attributes}
+
+    def with_address(self) -> Self:
+        """
+        Return the error as a task ends with it: its message ends with the address where it is explained.
+
+        :return: the same error.
+        """
+        address = f"{DOCUMENTATION}/failures.md#{self.section}"
+        if not str(self).endswith(address):
+            self.args = (f"{self} See {address}", *self.args[1:])
+        return self
 
     @staticmethod
     def from_event(data: object) -> DifyError:
@@ -70,6 +87,8 @@ class DifyError(AirflowException):
 
 class DifyConfigurationError(DifyError, AirflowFailException, ValueError):
     """A connection or an argument that can't work, whatever Dify returns. Fails without retry."""
+
+    section = "the-connection-cant-be-used"
 
 
 class _ResponseError(DifyError):
@@ -111,6 +130,8 @@ class DifyConnectionError(_ResponseError):
     :ivar is_overloaded: whether the server turned the request away because it has too many.
     """
 
+    section = "dify-cant-be-reached-or-cant-answer"
+
     attributes = (*_ResponseError.attributes, "retry_after", "is_overloaded")
 
     def __init__(
@@ -128,9 +149,13 @@ class DifyTaskKilled(DifyError):
     Retried. The run was stopped, or the next try looks for it.
     """
 
+    section = "the-run-ended-without-success"
+
 
 class DifyRequestError(_ResponseError, AirflowFailException):
     """Dify understood the request and rejected it. Fails without retry."""
+
+    section = "dify-rejects-the-request"
 
 
 class DifyAuthenticationError(DifyRequestError):
@@ -139,6 +164,8 @@ class DifyAuthenticationError(DifyRequestError):
 
 class DifyInputsRejected(DifyRequestError):
     """The app doesn't take these inputs, as its form or Dify itself says. No run was started. Fails without retry."""
+
+    section = "the-start-of-a-run"
 
 
 class DifyWorkflowRunUncertain(DifyError, AirflowFailException):
@@ -150,6 +177,8 @@ class DifyWorkflowRunUncertain(DifyError, AirflowFailException):
     :param message: what happened, for the reader.
     :param user: the ``user`` that the run was to be started as, by which Dify's log shows it.
     """
+
+    section = "the-start-of-a-run"
 
     attributes = ("user",)
 
@@ -167,6 +196,8 @@ class DifyWorkflowRunNotFound(DifyError, AirflowFailException):
     :param is_sure: whether the server said so; Dify 1.13.0 returns the same for other faults.
     """
 
+    section = "the-run-is-not-known"
+
     attributes = ("workflow_run_id", "is_sure")
 
     def __init__(self, message: str = "", *, workflow_run_id: str | None = None, is_sure: bool = True) -> None:
@@ -178,6 +209,8 @@ class DifyWorkflowRunNotFound(DifyError, AirflowFailException):
 class DifyOutputsError(DifyError, AirflowFailException):
     """The workflow run succeeded, but an output can't be an XCom. Fails without retry."""
 
+    section = "the-run-ended-without-success"
+
 
 class DifyWorkflowRunFailed(DifyError):
     """
@@ -188,6 +221,8 @@ class DifyWorkflowRunFailed(DifyError):
     :param message: what happened, for the reader.
     :param run: the workflow run as Dify last described it, outputs included.
     """
+
+    section = "the-run-ended-without-success"
 
     def __init__(self, message: str = "", *, run: WorkflowRun | None = None) -> None:
         super().__init__(message)

@@ -286,4 +286,4 @@ class DifyRunWorkflowOperator(BaseOperator):
         is_final = isinstance(error, AirflowFailException) or ti.try_number > (ti.max_tries or 0)
         if is_final and not is_over:
             task.stop()
-        raise error
+        raise error.with_address()

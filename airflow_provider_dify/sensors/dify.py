@@ -26,7 +26,12 @@ from airflow_provider_dify.airflow_versions import (
     is_deferral_timeout,
 )
 from airflow_provider_dify.arguments import parse_count, parse_end_from_trigger, parse_seconds
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError, DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import (
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunNotFound,
+)
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome
@@ -221,6 +226,9 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         try:
             outputs: dict[str, Any] | None = execute_as_sensor(self, context)
             return outputs
+        except DifyError as error:
+            error.with_address()
+            raise
         except (AirflowSensorTimeout, AirflowSkipException) as error:
             # Without a cause it is Airflow's own word on the sensor's timeout, which doesn't know of the run.
             if self._wait is None or error is self._ended_with or error.__cause__ is not None:

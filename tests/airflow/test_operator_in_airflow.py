@@ -223,6 +223,7 @@ def test_a_rejected_start_fails_without_retry_and_says_what_dify_said(
     assert isinstance(error, DifyRequestError)
     assert isinstance(error, DifyInputsRejected) == (recording == "run_streaming_missing_input")
     assert re.search("query is required in input form|Workflow not published", str(error))
+    assert re.search(r"\S See https://\S+/docs/failures\.md#[a-z-]+$", str(error))
     assert sum(request.method == "POST" for request in dify.requests) == 1
 
 

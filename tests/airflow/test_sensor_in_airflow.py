@@ -226,6 +226,7 @@ def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
     assert type(error) is exception
     assert re.search(message, str(error))
     assert run_id in str(error)
+    assert re.search(r"\S See https://\S+/docs/failures\.md#[a-z-]+$", str(error))
     if isinstance(error, DifyWorkflowRunCannotSucceed):
         assert error.run is not None
         assert error.run.id == run_id

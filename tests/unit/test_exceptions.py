@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import re
+from importlib.metadata import metadata
+from pathlib import Path
 
 import pytest
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
-from airflow_provider_dify import exceptions
+import airflow_provider_dify
+from airflow_provider_dify import DOCUMENTATION, exceptions
 from airflow_provider_dify.models import WorkflowRun
 from tests.unit.test_workflow_run import read, recorded
 
@@ -53,3 +57,26 @@ def test_errors_pickle_with_all_that_they_hold(error: exceptions.DifyError) -> N
     assert vars(copy) == vars(error)
     if "run" in vars(error):
         assert isinstance(copy.run, WorkflowRun)
+
+
+def headings(page: str) -> set[str]:
+    """Return the addresses of a page's headings, as GitHub makes them."""
+    lines = (Path(airflow_provider_dify.__file__).parents[1] / "docs" / page).read_text(encoding="utf-8").splitlines()
+    titles = [line.lstrip("# ") for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", sorted(exceptions._types))
+def test_a_failure_ends_with_the_address_of_the_section_that_explains_it(name: str) -> None:
+    error = exceptions._types[name]("Connection refused.").with_address()
+    page, _, section = str(error).removeprefix(f"Connection refused. See {DOCUMENTATION}/").partition("#")
+    assert page == "failures.md"
+    assert section in headings(page)
+    # A task may end with an error that another process has ended with.
+    assert str(error.with_address()).count("https://") == 1
+
+
+def test_the_documentation_is_where_the_package_says() -> None:
+    urls = metadata("airflow-provider-dify").get_all("Project-URL") or []
+    (url,) = [url for url in urls if url.startswith("Documentation")]
+    assert url == f"Documentation, {DOCUMENTATION}/index.md"
