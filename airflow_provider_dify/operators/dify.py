@@ -83,6 +83,8 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     template_fields: Sequence[str] = ("inputs", "user", "workflow_id", "dify_conn_id")
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
+    # So that Rendered Templates shows the default user, too (Airflow 3.1 and later).
+    overwrite_rtif_after_execution = True
     ui_color = "#d5e0ff"
     operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
 
@@ -122,6 +124,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.end_from_trigger = parse_end_from_trigger(end_from_trigger)
         self.deferrable = deferrable or end_from_trigger
         self.stop_on_failure = stop_on_failure
+        self._default_user: str | None = None
         # What on_kill, which has no arguments, has to look at.
         self._task: RunningTask | None = None
 
@@ -142,6 +145,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             task = self._begin(context, time.time() + self.timeout)
             try:
                 task.start()
+                self._show_user(task.task_start.user)
                 return self._go_on(task)
             except DifyError as error:
                 self._fail(error, task)
@@ -162,6 +166,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         with self.hook:
             task = self._begin(context, deadline or time.time() + self.timeout)
             task.resume(start, event)
+            self._show_user(task.task_start.user)
             error = error_from_event(event, self._timed_out)
             try:
                 if error is not None:
@@ -199,7 +204,7 @@ class DifyRunWorkflowOperator(BaseOperator):
 
         settings = StartSettings(
             inputs=self.inputs,
-            user=self.user,
+            user=None if self.user == self._default_user else self.user,
             workflow_id=self.workflow_id,
             retries=self.retries or 0,
             deferrable=self.deferrable and self.wait_for_completion,
@@ -213,6 +218,10 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.hook.deadline = deadline
         self._task = RunningTask(settings, context, self.hook, TaskClock(deadline), self.log, TaskXComs(self, context))
         return self._task
+
+    def _show_user(self, user: str) -> None:
+        if self.user == self._default_user:
+            self.user = self._default_user = user
 
     def _go_on(self, task: RunningTask) -> Any:
         if self.deferrable or not self.wait_for_completion:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyInputsRejected,
@@ -398,6 +399,20 @@ def test_a_task_that_is_killed_before_it_leaves_the_wait_to_others_is_retried(
     assert result.states["run"] == "success"
     # The retry starts a new run if the first one was stopped, and continues it if nothing would remember the stop.
     assert len(dify.started) == 1 + len(dify.stopped)
+
+
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow stores rendered fields before a task runs only")
+def test_rendered_templates_show_the_default_user(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    from airflow.models.renderedtifields import RenderedTaskInstanceFields
+    from airflow.utils.session import create_session
+
+    dify.starts.extend([start("failed"), start("succeeded")])
+    assert run_operator(retries=1, retry_delay=0, **way).tries["run"] == 2
+    with create_session() as session:
+        rows = session.query(RenderedTaskInstanceFields).filter(RenderedTaskInstanceFields.task_id == "run").all()
+        shown = [row.rendered_fields["user"] for row in rows]
+    assert dify.started[1].user.endswith("/2")
+    assert dify.started[1].user in shown
 
 
 # --- retries
