@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
-from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyInputsRejected,
