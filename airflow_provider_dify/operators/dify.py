@@ -207,6 +207,10 @@ class DifyRunWorkflowOperator(BaseOperator):
         return self._task
 
     def _go_on(self, task: RunningTask) -> Any:
+        if self.deferrable or not self.wait_for_completion:
+            # From here on another process waits for the run: a signal to this one must not stop it any more.
+            self._task = None
+            task.clock.check()
         if not self.wait_for_completion:
             return task.named_run_id
         if self.deferrable:

@@ -14,12 +14,14 @@ from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyInputsRejected,
     DifyRequestError,
+    DifyTaskKilled,
     DifyWorkflowRunCannotSucceed,
     DifyWorkflowRunFailed,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
+from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.starting import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_operator
@@ -348,6 +350,53 @@ def test_a_task_that_is_killed_stops_its_run(dify: DifyStandIn) -> None:
         # Airflow 2 lets it out of dag.test().
         assert type(error).__name__ == "AirflowTaskTimeout"  # noqa: PT017
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+# The ways in which another process waits for the run once the task's own has done its part.
+HANDED_OVER: dict[str, dict[str, Any]] = {"deferrable": {"deferrable": True}, "no wait": {"wait_for_completion": False}}
+
+
+@pytest.mark.parametrize("way", HANDED_OVER.values(), ids=HANDED_OVER)
+def test_a_task_that_is_killed_after_it_left_the_wait_to_others_does_not_stop_its_run(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    dify.starts.append(start("running", "succeeded", cut=2000))
+    go_on = DifyRunWorkflowOperator._go_on
+
+    def go_on_and_be_killed(self: DifyRunWorkflowOperator, task: Any) -> Any:
+        # The process is still there for a moment: it tells Airflow what it returned or deferred to.
+        try:
+            return go_on(self, task)
+        finally:
+            self.on_kill()
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "_go_on", go_on_and_be_killed)
+    result = run_operator(**way)
+    assert result.states["run"] == "success"
+    assert dify.stopped == []
+
+
+@pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0's dag.test() takes the retry of a deferred task for a resumption")
+@pytest.mark.parametrize("way", HANDED_OVER.values(), ids=HANDED_OVER)
+def test_a_task_that_is_killed_before_it_leaves_the_wait_to_others_is_retried(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    dify.starts.extend([start("running", "succeeded", cut=2000)] * 2)
+    go_on = DifyRunWorkflowOperator._go_on
+    kills = iter(range(1))
+
+    def be_killed_and_go_on(self: DifyRunWorkflowOperator, task: Any) -> Any:
+        # As on Airflow 3, which lets the task go on after its signal.
+        for _ in kills:
+            self.on_kill()
+        return go_on(self, task)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "_go_on", be_killed_and_go_on)
+    result = run_operator(retries=1, retry_delay=0, **way)
+    assert [type(error) for error in result.raised["run"]] == [DifyTaskKilled]
+    assert result.states["run"] == "success"
+    # The retry starts a new run if the first one was stopped, and continues it if nothing would remember the stop.
+    assert len(dify.started) == 1 + len(dify.stopped)
 
 
 # --- retries
