@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -397,6 +398,22 @@ def test_a_task_that_is_killed_before_it_leaves_the_wait_to_others_is_retried(
     assert result.states["run"] == "success"
     # The retry starts a new run if the first one was stopped, and continues it if nothing would remember the stop.
     assert len(dify.started) == 1 + len(dify.stopped)
+
+
+def test_a_worker_that_comes_after_the_timeout_still_reads_a_run_that_the_triggerer_saw_end(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dify.starts.append(start("running", "succeeded", cut=2000))
+    execute_complete = DifyRunWorkflowOperator.execute_complete
+
+    def come_late(self: DifyRunWorkflowOperator, context: Any, event: Any = None, **_: Any) -> Any:
+        dify.misbehave(respond(503), only="GET .*/workflows/run/")
+        return execute_complete(self, context, event, deadline=time.time() - 1)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "execute_complete", come_late)
+    result = run_operator(deferrable=True)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
 
 
 # --- retries
