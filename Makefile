@@ -106,10 +106,11 @@ bench: .venv/bench/installed
 	touch $@
 
 # Waits on a cluster (PostgreSQL, Celery on Redis, two workers, two triggerers) while its processes are killed, and counts
-# what a wait costs. Needs Linux and a quarter of an hour; as root on Debian it installs PostgreSQL and Redis if need be.
+# what a wait costs. Needs Linux and half an hour; as root on Debian it installs PostgreSQL and Redis if need be.
+# PYTEST_ARGS="-k soak" chooses tests, SOAK_SEED=1 the soak's random numbers.
 test-cluster: .venv/cluster/installed
 	tests/cluster/install_servers.sh
-	.venv/cluster/bin/python -m pytest --capture=no tests/cluster
+	.venv/cluster/bin/python -m pytest --capture=no tests/cluster $(PYTEST_ARGS)
 
 .venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt tests/cluster/requirements.txt
 	$(PYTHON) -m venv --clear .venv/cluster
