@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import time
@@ -351,6 +352,73 @@ def test_a_task_that_is_killed_stops_its_run(dify: DifyStandIn) -> None:
         # Airflow 2 lets it out of dag.test().
         assert type(error).__name__ == "AirflowTaskTimeout"  # noqa: PT017
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+def test_a_last_try_that_loses_sight_of_its_run_stops_it(dify: DifyStandIn) -> None:
+    dify.starts.append(start("running", cut=2000))
+    dify.misbehave_always(respond(503), only="GET .*/workflows/run/")
+    result = run_operator(max_consecutive_failures=1, retries=0)
+    assert result.states["run"] == "failed"
+    assert [type(error) for error in result.raised["run"]] == [DifyConnectionError]
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "exception", "message"),
+    [
+        ("Trigger timeout", {}, DifyWorkflowRunTimeout, "timeout of 604800 seconds is over. No triggerer reported"),
+        ("Trigger timeout", {"execution_timeout": timedelta(hours=1)}, DifyTaskKilled, "execution_timeout of 1:00:00"),
+        ("Trigger timeout", {"execution_timeout": timedelta(days=8)}, DifyWorkflowRunTimeout, "of 604800 seconds"),
+    ],
+)
+def test_a_deferral_whose_time_is_over_says_whose_and_stops_the_run(
+    dify: DifyStandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    error: str,
+    arguments: dict[str, Any],
+    exception: type[Exception],
+    message: str,
+) -> None:
+    dify.starts.append(start("running", "succeeded", cut=2000))
+    resume_execution = DifyRunWorkflowOperator.resume_execution
+
+    def fail(self: Any, next_method: str, next_kwargs: Any, context: Any) -> Any:
+        # What Airflow's scheduler resumes a task with that no triggerer brought to its end.
+        return resume_execution(self, "__fail__", {"error": error}, context)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "resume_execution", fail)
+    result = run_operator(deferrable=True, **arguments)
+    assert result.states["run"] == "failed"
+    (raised,) = result.raised["run"]
+    assert type(raised) is exception
+    assert message in str(raised)
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_what_a_deferred_task_leaves_to_the_triggerer(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    dify.starts.append(start("running", "succeeded", cut=2000))
+    left: dict[str, Any] = {}
+    defer = DifyRunWorkflowOperator.defer
+
+    def defer_and_keep(self: Any, **arguments: Any) -> Any:
+        left.update(arguments)
+        return defer(self, **arguments)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "defer", defer_and_keep)
+    began = time.time()
+    assert run_operator(deferrable=True, timeout=300, stop_on_failure=stops).state == "success"
+    wait = left["trigger"].wait
+    assert wait.deadline == pytest.approx(began + 300, abs=60)
+    # Airflow's own limit comes later: it would say less of what happened.
+    assert left["timeout"].total_seconds() == pytest.approx(wait.deadline - time.time() + 120, abs=60)
+    assert left["timeout"].total_seconds() > wait.deadline - began + 60
+    # What a user who ends the task gets.
+    asyncio.run(left["trigger"].on_kill())
+    started = dify.started[0]
+    assert dify.stopped == ([(started.task_id, started.user)] if stops else [])
 
 
 # The ways in which another process waits for the run once the task's own has done its part.

@@ -77,6 +77,7 @@ class ServerRun:
     :param number: of the task whose inputs it has.
     :param status: its last one.
     :param started_at: epoch seconds of the start.
+    :param began_at: epoch seconds at which it had a slot, in whole seconds.
     :param ended_at: epoch seconds of its end, or of the first request to stop it.
     """
 
@@ -84,6 +85,7 @@ class ServerRun:
     number: int
     status: str
     started_at: float
+    began_at: float
     ended_at: float
     was_asked_to_stop: bool
 
@@ -140,6 +142,7 @@ class Ledger:
             int(started.inputs["number"]),
             str(detail["status"]),
             started.at,
+            float(detail["created_at"]),
             float(detail["finished_at"]) if stop is None else stop,
             stop is not None,
         )
@@ -180,13 +183,14 @@ class Ledger:
         """Print all sums."""
         runs, tasks = list(self.runs.values()), list(self.tasks.values())
         stops = [request for request in self.dify.requests if STOP_ROUTE.search(request.path)]
-        count = {
+        count: dict[str, object] = {
             "tasks": len(tasks),
             **_indented(f"succeeded, tries: {task.tries}" for task in tasks if task.state == "success"),
             **_indented(f"failed, tries: {task.tries}, {task.reason}" for task in tasks if task.state != "success"),
             "tries": sum(task.tries for task in tasks),
             "runs at the server": len(runs),
             **_indented(self.what_became_of(run) for run in runs),
+            "seconds that a run was queued, at most": f"{max(run.began_at - run.started_at for run in runs):.0f}",
             "runs that were asked to stop": sum(run.was_asked_to_stop for run in runs),
             "requests to stop": len(stops),
             "runs started while another of the task could be used": len(self.started_while_another_could_be_used()),

@@ -28,6 +28,12 @@ PATIENCE = 1500
 SHARE_OF_FAULTS = 0.05
 SIGNALS = 80
 SLOTS = 6
+# The processes of running tasks, and whether their run is named.
+RUNNING = """
+    SELECT pid, EXISTS (SELECT 1 FROM xcom WHERE xcom.task_id = ti.task_id AND xcom.dag_id = ti.dag_id
+        AND xcom.run_id = ti.run_id AND key = 'workflow_run_id')
+    FROM task_instance ti WHERE dag_id = %s AND state = 'running' AND pid IS NOT NULL ORDER BY task_id
+"""
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +95,13 @@ def _send_signals(say: Say, cluster: AirflowCluster, chance: random.Random) -> C
     while not cluster.is_over(DAG_ID):
         assert time.monotonic() < until, _not_over(cluster)
         time.sleep(chance.uniform(1.0, 4.0))
-        running = cluster.query(
-            "SELECT pid FROM task_instance WHERE dag_id = %s AND state = 'running' AND pid IS NOT NULL"
-            " ORDER BY task_id",
-            DAG_ID,
-        )
-        if not running or sent.total() >= SIGNALS:
+        running = cluster.query(RUNNING, DAG_ID)
+        # Most of a task's life is its start and its end: half of the signals are for those that wait for their run.
+        waiting = [pid for pid, is_waiting in running if is_waiting]
+        chosen = waiting if waiting and chance.random() < 0.5 else [pid for pid, _ in running]
+        if not chosen or sent.total() >= SIGNALS:
             continue
-        (pid,) = chance.choice(running)
+        pid = chance.choice(chosen)
         which = chance.choice((signal.SIGTERM, signal.SIGKILL))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, which)

@@ -199,6 +199,27 @@ def test_recorded_errors_keep_what_dify_said(
     assert RUN_ID in str(error)
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "exception"),
+    [
+        (400, {"message": "Too many requests. Please try again later."}, DifyConnectionError),
+        (401, {"message": "Too many requests. Please try again later."}, DifyAuthenticationError),
+        (405, {"message": "Too many requests. Please try again later."}, DifyRequestError),
+        (400, {"message": "too few"}, DifyRequestError),
+        (400, {"code": "invalid_param"}, DifyRequestError),
+        (400, {"code": None, "message": None}, DifyConnectionError),
+        (400, {"status": 400}, DifyConnectionError),
+    ],
+)
+def test_an_error_is_told_by_its_status_and_by_what_there_is_of_code_and_message(
+    status: int, body: dict[str, Any], exception: type[DifyError]
+) -> None:
+    error = refused(http_answer(status, body), exception)
+    assert (error.code, error.message) == (body.get("code"), body.get("message"))
+    assert str(error).startswith(f"{body.get('message') or body.get('code') or 'The response'} ")
+    assert getattr(error, "is_overloaded", False) == (status == 400 and "Too many" in (body.get("message") or ""))
+
+
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 524])
 @pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b'{"message": "busy", "code": "x"}', b"[1]"])
 def test_temporary_failures_are_recognized_with_any_body(status: int, body: bytes) -> None:
@@ -273,6 +294,22 @@ def test_a_server_that_echoes_the_api_key_gets_it_into_no_message(status: int, p
     assert KEY[:-1] not in str(caught.value)
 
 
+@pytest.mark.parametrize("location", [f"https://elsewhere.example.com/{KEY}", f"https://x:{KEY}@example.com/"])
+def test_a_redirect_that_echoes_the_api_key_is_shown_without_it(location: str) -> None:
+    error = refused(http_answer(302, b"", headers={"Location": location}), DifyConnectionError)
+    assert "a redirect to https://" in str(error)
+    assert "***" in str(error)
+    assert KEY not in str(error)
+
+
+@pytest.mark.parametrize("value", [{KEY: 1}, [KEY], {"a": f"Bearer {KEY}"}])
+def test_a_field_of_a_wrong_type_that_echoes_the_api_key_is_shown_without_it(value: object) -> None:
+    error = refused(http_answer(body=run_fields(error=value)), DifyConnectionError)
+    assert "'error'" in str(error)
+    assert "***" in str(error)
+    assert KEY not in str(error)
+
+
 @pytest.mark.parametrize(
     "spelling", [RUN_ID, RUN_ID.upper(), RUN_ID.replace("-", ""), f"{{{RUN_ID}}}", f"urn:uuid:{RUN_ID}"]
 )
@@ -311,6 +348,9 @@ def make_run(status: str, **fields: Any) -> WorkflowRun:
         (make_run("paused", finished_at=None), {}, Outcome.WAIT, "is paused"),
         (make_run("scheduled", finished_at=None), {}, Outcome.WAIT, "is scheduled"),
         (make_run("resuming", finished_at=None), {}, Outcome.WAIT, "is resuming"),
+        # Dify may write the end of a paused run and let it continue all the same.
+        (make_run("paused"), {}, Outcome.WAIT, "is paused and waits for a person"),
+        (make_run("running"), {}, Outcome.WAIT, "is running"),
         (make_run("succeeded"), {}, Outcome.DONE, "succeeded after 0.1 seconds and 2 steps"),
         (make_run("partial-succeeded"), {}, Outcome.DONE, "error handling"),
         (
