@@ -3,6 +3,7 @@
 PYTHON ?= python3
 # The Airflow to use: a file in constraints/ pins it and all that comes with it.
 AIRFLOW ?= 3.3
+MUTANTS ?= airflow_provider_dify*
 
 # Where pyenv keeps the Pythons, let it find each by its name.
 ifneq ($(shell command -v pyenv),)
@@ -26,7 +27,7 @@ endif
 endif
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-matrix test-cluster test-ui lint docs package smoke check-release try-release bench constraints clean
+.PHONY: demo test test-matrix test-cluster test-ui mutants lint docs package smoke check-release try-release bench constraints clean
 
 # DIFY=1.13.0 chooses the version that the stand-in for Dify speaks like.
 demo: $(VENV)/installed
@@ -52,6 +53,13 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(if $(wildcard .github),$(VENV)/bin/zizmor --offline --quiet .github)
+
+# Changes the package a little in some thousand ways, one at a time, and lists the changes that no unit test notices.
+# Takes an hour or two; goes on where it was stopped. MUTANTS="airflow_provider_dify.verdict*" chooses modules.
+mutants: $(VENV)/installed
+	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group mutants
+	$(VENV)/bin/mutmut run "$(MUTANTS)"
+	$(VENV)/bin/mutmut results
 
 # Builds build/docs/index.html from docs/ and the docstrings, and follows the links between its pages. A warning is an
 # error. REPOSITORY_URL=https://... adds edit links.
@@ -106,10 +114,11 @@ bench: .venv/bench/installed
 	touch $@
 
 # Waits on a cluster (PostgreSQL, Celery on Redis, two workers, two triggerers) while its processes are killed, and counts
-# what a wait costs. Needs Linux and a quarter of an hour; as root on Debian it installs PostgreSQL and Redis if need be.
+# what a wait costs. Needs Linux and half an hour; as root on Debian it installs PostgreSQL and Redis if need be.
+# PYTEST_ARGS="-k soak" chooses tests, SOAK_SEED=1 the soak's random numbers.
 test-cluster: .venv/cluster/installed
 	tests/cluster/install_servers.sh
-	.venv/cluster/bin/python -m pytest --capture=no tests/cluster
+	.venv/cluster/bin/python -m pytest --capture=no tests/cluster $(PYTEST_ARGS)
 
 .venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt tests/cluster/requirements.txt
 	$(PYTHON) -m venv --clear .venv/cluster
@@ -137,4 +146,4 @@ constraints:
 	scripts/pin.sh
 
 clean:
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist mutants .pytest_cache .mypy_cache .ruff_cache

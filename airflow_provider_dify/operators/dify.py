@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from airflow_provider_dify.hooks.dify import DifyHook
     from airflow_provider_dify.running_task import RunningTask
 
+# How long a worker has at least to read a run that the triggerer saw end.
+SECONDS_TO_READ = 60.0
+
 
 class DifyRunWorkflowOperator(BaseOperator):
     """
@@ -164,10 +167,14 @@ class DifyRunWorkflowOperator(BaseOperator):
         :return: the run's outputs.
         """
         with self.hook:
-            task = self._begin(context, deadline or time.time() + self.timeout)
+            error = error_from_event(event, self._timed_out)
+            deadline = deadline or time.time() + self.timeout
+            if error is None:
+                # The run is over. A worker that comes late reads it all the same, and a failed poll does not end that.
+                deadline = max(deadline, time.time() + SECONDS_TO_READ)
+            task = self._begin(context, deadline)
             task.resume(start, event)
             self._show_user(task.task_start.user)
-            error = error_from_event(event, self._timed_out)
             try:
                 if error is not None:
                     raise error

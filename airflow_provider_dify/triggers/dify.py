@@ -100,7 +100,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """Stop the run, when a user ends the waiting task (Airflow 3.3 and later)."""
-        if self.wait.stop_user is None or self.workflow_run_id is None:
+        if self.wait.stop_user is None or self.workflow_run_id is None or await self._is_taken_over():
             return
         hook_type = (await asyncio.to_thread(_load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
@@ -108,6 +108,27 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 stop_run(self.workflow_run_id, self.wait.stop_task_id, self.wait.stop_user, hook.server_version)
             )
         (self.log.warning if report.is_warning else self.log.info)("%s", report.message)
+
+    async def _is_taken_over(self) -> bool:
+        """
+        Return whether the task still waits, on another triggerer.
+
+        Airflow 3.3 calls :meth:`on_kill` also on a triggerer that was silent for so long (a minute under load, say) that
+        another one has taken its triggers over.
+        """
+        ti: Any = getattr(self, "task_instance", None)
+        if ti is None:
+            return False
+        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+        from asgiref.sync import sync_to_async
+
+        task = {"dag_id": ti.dag_id, "task_ids": [ti.task_id], "run_ids": [ti.run_id], "map_index": ti.map_index}
+        try:
+            states = await sync_to_async(RuntimeTaskInstance.get_task_states)(**task)
+        except Exception:
+            self.log.warning("Airflow did not say whether the task still waits; its run is stopped.", exc_info=True)
+            return False
+        return "deferred" in states.get(ti.run_id, {}).values()
 
     def _render_templates(self, context: Context) -> None:
         import anyio  # Airflow's triggerer uses it, too, wherever it renders.

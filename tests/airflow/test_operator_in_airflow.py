@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -353,6 +355,73 @@ def test_a_task_that_is_killed_stops_its_run(dify: DifyStandIn) -> None:
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
 
 
+def test_a_last_try_that_loses_sight_of_its_run_stops_it(dify: DifyStandIn) -> None:
+    dify.starts.append(start("running", cut=2000))
+    dify.misbehave_always(respond(503), only="GET .*/workflows/run/")
+    result = run_operator(max_consecutive_failures=1, retries=0)
+    assert result.states["run"] == "failed"
+    assert [type(error) for error in result.raised["run"]] == [DifyConnectionError]
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "exception", "message"),
+    [
+        ("Trigger timeout", {}, DifyWorkflowRunTimeout, "timeout of 604800 seconds is over. No triggerer reported"),
+        ("Trigger timeout", {"execution_timeout": timedelta(hours=1)}, DifyTaskKilled, "execution_timeout of 1:00:00"),
+        ("Trigger timeout", {"execution_timeout": timedelta(days=8)}, DifyWorkflowRunTimeout, "of 604800 seconds"),
+    ],
+)
+def test_a_deferral_whose_time_is_over_says_whose_and_stops_the_run(
+    dify: DifyStandIn,
+    monkeypatch: pytest.MonkeyPatch,
+    error: str,
+    arguments: dict[str, Any],
+    exception: type[Exception],
+    message: str,
+) -> None:
+    dify.starts.append(start("running", "succeeded", cut=2000))
+    resume_execution = DifyRunWorkflowOperator.resume_execution
+
+    def fail(self: Any, next_method: str, next_kwargs: Any, context: Any) -> Any:
+        # What Airflow's scheduler resumes a task with that no triggerer brought to its end.
+        return resume_execution(self, "__fail__", {"error": error}, context)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "resume_execution", fail)
+    result = run_operator(deferrable=True, **arguments)
+    assert result.states["run"] == "failed"
+    (raised,) = result.raised["run"]
+    assert type(raised) is exception
+    assert message in str(raised)
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_what_a_deferred_task_leaves_to_the_triggerer(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    dify.starts.append(start("running", "succeeded", cut=2000))
+    left: dict[str, Any] = {}
+    defer = DifyRunWorkflowOperator.defer
+
+    def defer_and_keep(self: Any, **arguments: Any) -> Any:
+        left.update(arguments)
+        return defer(self, **arguments)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "defer", defer_and_keep)
+    began = time.time()
+    assert run_operator(deferrable=True, timeout=300, stop_on_failure=stops).state == "success"
+    wait = left["trigger"].wait
+    assert wait.deadline == pytest.approx(began + 300, abs=60)
+    # Airflow's own limit comes later: it would say less of what happened.
+    assert left["timeout"].total_seconds() == pytest.approx(wait.deadline - time.time() + 120, abs=60)
+    assert left["timeout"].total_seconds() > wait.deadline - began + 60
+    # What a user who ends the task gets.
+    asyncio.run(left["trigger"].on_kill())
+    started = dify.started[0]
+    assert dify.stopped == ([(started.task_id, started.user)] if stops else [])
+
+
 # The ways in which another process waits for the run once the task's own has done its part.
 HANDED_OVER: dict[str, dict[str, Any]] = {"deferrable": {"deferrable": True}, "no wait": {"wait_for_completion": False}}
 
@@ -412,6 +481,22 @@ def test_rendered_templates_show_the_default_user(dify: DifyStandIn, way: dict[s
         shown = [row.rendered_fields["user"] for row in rows]
     assert dify.started[1].user.endswith("/2")
     assert dify.started[1].user in shown
+
+
+def test_a_worker_that_comes_after_the_timeout_still_reads_a_run_that_the_triggerer_saw_end(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dify.starts.append(start("running", "succeeded", cut=2000))
+    execute_complete = DifyRunWorkflowOperator.execute_complete
+
+    def come_late(self: DifyRunWorkflowOperator, context: Any, event: Any = None, **_: Any) -> Any:
+        dify.misbehave(respond(503), only="GET .*/workflows/run/")
+        return execute_complete(self, context, event, deadline=time.time() - 1)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "execute_complete", come_late)
+    result = run_operator(deferrable=True)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
 
 
 # --- retries

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -117,3 +118,44 @@ def test_a_deferred_task_that_a_user_ends_stops_its_run() -> None:
             airflow.mark_failed("ended", "ended")
             airflow.wait_for(lambda: bool(dify.stopped), seconds=60)
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger is not told that it is cancelled")
+def test_a_run_is_not_stopped_when_another_triggerer_takes_its_wait_over() -> None:
+    with DifyStandIn() as dify:
+        dify.starts.append(Start(statuses=("running",)))
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
+        environment = {
+            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection),
+            "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
+            "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "4",
+        }
+        with airflow_processes(environment) as airflow:
+            (airflow.dags / "moved.py").write_text(
+                DAG.format(users={"moved": None}).replace("def killed", "def moved").replace("killed()", "moved()")
+                .replace("poll_interval=1", "poll_interval=1, deferrable=True")
+            )  # fmt: skip
+            owner = "SELECT triggerer_id FROM trigger WHERE triggerer_id IS NOT NULL"
+            airflow.wait_for(lambda: bool(airflow.query(owner)) and len(dify.requests) > 2, seconds=120)
+            first = airflow.query(owner)
+            # It is frozen for a while, as on a machine under load; a second one takes over meanwhile.
+            frozen = airflow.processes["triggerer frozen"] = airflow.processes.pop("triggerer")
+            os.kill(frozen.pid, signal.SIGSTOP)
+            try:
+                airflow.start("triggerer")
+                airflow.wait_for(lambda: airflow.query(owner) not in ([], first), seconds=120)
+            finally:
+                os.kill(frozen.pid, signal.SIGCONT)
+            logs = airflow.home / "logs"
+            airflow.wait_for(
+                lambda: any("invoking on_kill" in path.read_text() for path in logs.rglob("attempt*")), seconds=60
+            )
+            # It asks within two seconds, if it asks.
+            time.sleep(5)
+            assert dify.stopped == []
+            dify.add_run("succeeded", run_id=dify.started[0].workflow_run_id, outputs=OUTPUTS)
+            airflow.wait_for(
+                lambda: airflow.query("SELECT state FROM dag_run") in ([("success",)], [("failed",)]), seconds=120
+            )
+            assert airflow.query("SELECT state, try_number FROM task_instance") == [("success", 1)]
+    assert len(dify.started) == 1

@@ -112,6 +112,9 @@ class Execution:
         times: dict[str, Any] = {"created_at": run.created_at}
         if not status.startswith("detail_"):
             times["finished_at"] = int(time.time()) if status in FINISHED else None
+        if self.stand_in.echoes_inputs:
+            times["inputs"] = run.inputs
+            times["outputs"] = run.inputs if status == "succeeded" else {}
         return self.dialect.run_detail(status, run.id, {**times, **fields})
 
     # --- stops

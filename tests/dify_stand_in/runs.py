@@ -40,6 +40,7 @@ class Run:
     # What a started run has, too.
     task_id: str = ""
     user: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
     start: Start | None = None
     created_at: int = 0
     exceptions_count: int = 0
@@ -104,13 +105,14 @@ class Start:
 
 @dataclass(frozen=True)
 class Started:
-    """A run that the stand-in was asked to start."""
+    """A run that the stand-in was asked to start, and when (epoch seconds)."""
 
     workflow_run_id: str
     task_id: str
     user: str
     inputs: dict[str, Any]
     workflow_id: str | None
+    at: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,11 @@ class DifyStandIn:
         self.log_row_at_end = False
         #: Whether the log ignores the parameter with the user, as a server that doesn't know it would.
         self.logs_ignore_user = False
+        #: Whether the detail of a started run has the inputs of its start, and returns them as its outputs.
+        self.echoes_inputs = False
 
+        #: What makes epoch seconds of a request's time.
+        self.epoch = time.time() - time.monotonic()
         self.fault_count = 0
         self._faults: list[tuple[Fault, str]] = []
         self._always: tuple[Fault, str] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from tests.dify_stand_in import (
 )
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
+
+STARTED = f'data: {{"event": "workflow_started", "task_id": "{UUID}", "workflow_run_id": "{UUID}", "data": {{}}}}\n\n'
 
 
 @pytest.fixture
@@ -110,6 +113,8 @@ def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn, ho
         lambda: respond(200, "", content_type="text/event-stream"),
         lambda: respond(200, 'data: {"event": "error", "message": "boom"}\n\n', content_type="text/event-stream"),
         lambda: respond(200, "data: {broken\n\n", content_type="text/event-stream"),
+        lambda: respond(200, STARTED.replace(f'"task_id": "{UUID}", ', ""), content_type="text/event-stream"),
+        lambda: respond(200, STARTED.replace(f'"workflow_run_id": "{UUID}", ', ""), content_type="text/event-stream"),
     ],
 )
 def test_a_start_that_may_have_started_a_run_is_not_sent_again(
@@ -150,6 +155,30 @@ def test_a_start_follows_no_redirect(dify: DifyStandIn, hook: DifyHook) -> None:
     assert dify.started == []
 
 
+def test_a_user_may_have_255_characters(dify: DifyStandIn, hook: DifyHook) -> None:
+    hook.start_workflow_run({}, "x" * 255).close()
+    assert dify.started[0].user == "x" * 255
+
+
+def test_a_start_asks_for_a_stream_that_no_proxy_has_to_compress(dify: DifyStandIn, hook: DifyHook) -> None:
+    hook.start_workflow_run({}, "airflow").close()
+    headers = dify.requests[0].headers
+    assert headers["Accept-Encoding"] == "identity"
+    assert headers["Accept"] == "text/event-stream"
+
+
+def test_a_start_over_a_connection_that_the_server_has_closed_meanwhile_starts_one_run(
+    dify: DifyStandIn, hook: DifyHook
+) -> None:
+    hook.get_parameters()
+    with dify.refusing_connections():
+        # It drops the connection that was kept alive.
+        pass
+    hook.start_workflow_run({}, "airflow").close()
+    assert len(dify.started) == 1
+    assert dify.connections_opened == 2
+
+
 @pytest.mark.parametrize("user", ["", None, "x" * 256, 5])
 def test_an_invalid_user_fails_before_any_request(dify: DifyStandIn, hook: DifyHook, user: Any) -> None:
     with pytest.raises(DifyConfigurationError, match="user must be text"):
@@ -187,6 +216,14 @@ def test_runs_are_listed_by_their_user(dify: DifyStandIn, hook: DifyHook) -> Non
     assert hook.list_workflow_runs(status="failed") == []
     with pytest.raises(DifyRequestError, match="less than or equal to 100"):
         hook.list_workflow_runs(limit=500)
+
+
+def test_runs_are_listed_by_when_they_were_created(dify: DifyStandIn, hook: DifyHook) -> None:
+    # The log has whole seconds.
+    now = datetime.now(timezone.utc).replace(microsecond=0)
+    ids = dify.add_logged_runs(10, ending=now.timestamp())
+    listed = hook.list_workflow_runs(created_after=now - timedelta(seconds=3.5))
+    assert [run.workflow_run_id for run in listed] == ids[:-5:-1]
 
 
 def test_the_recorded_log_is_read(dify: DifyStandIn, hook: DifyHook) -> None:

@@ -12,7 +12,7 @@ import pendulum
 import pytest
 
 from airflow_provider_dify.api.calls import Call
-from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunNotFound
 from airflow_provider_dify.models import LoggedWorkflowRun
 from airflow_provider_dify.starting import (
     STATE_KEY,
@@ -77,6 +77,8 @@ def play(
                 assert step.params is not None
                 asked.append(step.params["created_by_end_user_session_id"])
                 step = steps.send([row for row in log if row.user == asked[-1]])
+            elif isinstance(run, Exception):
+                step = steps.throw(run)
             else:
                 step = steps.send(run)
     except StopIteration as done:
@@ -108,6 +110,26 @@ def test_a_remembered_run_that_cannot_succeed_is_not(status: str) -> None:
     store = Store()
     remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
     assert play(context_of(2, 2, store), settings_of(), [], make_run(status))[0] is None
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_run_that_is_overdue_is_not_continued(has_memory: bool) -> None:
+    store = Store() if has_memory else None
+    if store is not None:
+        remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
+    context = context_of(2, 2, store)
+    old = make_run("running", finished_at=None, created_at=int(time.time()) - 100)
+    assert play(context, settings_of(run_timeout=99.0), [row_of(context, 1)], old)[0] is None
+    assert play(context, settings_of(run_timeout=300.0), [row_of(context, 1)], old)[0] is not None
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_run_that_has_vanished_is_not_continued(has_memory: bool) -> None:
+    store = Store() if has_memory else None
+    if store is not None:
+        remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
+    context = context_of(2, 2, store)
+    assert play(context, settings_of(), [row_of(context, 1)], DifyWorkflowRunNotFound("gone"))[0] is None
 
 
 def test_a_partial_success_that_counts_as_failure_is_not_continued() -> None:
@@ -166,6 +188,16 @@ def test_a_cleared_task_starts_anew() -> None:
     # Cleared after its first try: Airflow adds the tries that it had.
     context = context_of(2, 3, store)
     assert play(context, settings_of(), [row_of(context, 1)])[0] is None
+
+
+@pytest.mark.parametrize(("try_number", "earlier"), [(2, []), (3, [2]), (4, [3, 2])])
+def test_without_a_memory_a_cleared_task_looks_for_the_tries_since_then_only(
+    try_number: int, earlier: list[int]
+) -> None:
+    # Two retries, cleared after its first try: the tries 2, 3 and 4 are one task.
+    context = context_of(try_number, 3)
+    _, asked = play(context, settings_of(retries=2), [])
+    assert asked == [default_user(context["ti"], number) for number in (try_number, *earlier)]
 
 
 def test_without_a_memory_the_log_is_asked_for_the_users_of_earlier_tries_the_last_first() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import itertools
 import json
 import logging
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -22,8 +25,10 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.api import async_session
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
+from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.waiting import delay_after, next_interval
 from tests.dify_stand_in import (
@@ -74,7 +79,7 @@ def payload_of(trigger: DifyWorkflowRunTrigger) -> dict[str, Any]:
     return event.payload
 
 
-def trigger_of(run_id: str, **arguments: Any) -> DifyWorkflowRunTrigger:
+def trigger_of(run_id: str | None, **arguments: Any) -> DifyWorkflowRunTrigger:
     trigger = DifyWorkflowRunTrigger(run_id, **{"poll_interval": 0.05, **arguments})
     # The triggerer's own logger goes past pytest on Airflow 3.
     trigger._log = logging.getLogger("wait")
@@ -333,6 +338,90 @@ def test_one_failed_poll_too_many_ends_the_wait_with_the_reason(dify: DifyStandI
     assert type(error) is DifyConnectionError
     assert (error.status_code, error.code, error.message) == (503, "unavailable", "busy")
     assert "busy" in payload["message"]
+
+
+def every_second(fault: Any, dify: DifyStandIn) -> Any:
+    numbers = itertools.count()
+
+    async def sometimes(request: Any) -> Any:
+        return await (dify.respond_to if next(numbers) % 2 else fault)(request)
+
+    return sometimes
+
+
+def test_failed_polls_that_do_not_follow_each_other_never_add_up(dify: DifyStandIn) -> None:
+    dify.misbehave_always(every_second(respond(503), dify))
+    run_id = dify.add_run(*["running"] * 4, "succeeded")
+    assert payload_of(trigger_of(run_id, max_consecutive_failures=1))["status"] == "succeeded"
+    assert len(dify.requests) == 10
+
+
+def test_failed_looks_for_a_queued_run_that_do_not_follow_each_other_never_add_up(dify: DifyStandIn) -> None:
+    dify.misbehave_always(every_second(respond(503), dify), only="/workflows/logs")
+    search = RunSearch("us", time.time(), True)
+
+    async def work() -> list[Any]:
+        trigger = trigger_of(None, search=search.serialize(), max_consecutive_failures=1)
+        wait = asyncio.create_task(events_of(trigger))
+        while len(dify.requests) < 6:
+            await asyncio.sleep(0.05)
+        dify.add_run("running", "succeeded", user="us")
+        return await wait
+
+    (event,) = run(work())
+    assert event.payload["status"] == "succeeded"
+
+
+def test_one_failed_look_for_a_queued_run_too_many_ends_the_wait_as_uncertain(dify: DifyStandIn) -> None:
+    dify.misbehave_always(respond(503), only="/workflows/logs")
+    search = RunSearch("us", time.time(), True).serialize()
+    payload = payload_of(trigger_of(None, search=search, max_consecutive_failures=2))
+    assert len(dify.requests) == 3
+    error = DifyError.from_event(payload["error"])
+    assert type(error) is DifyWorkflowRunUncertain
+    assert error.user == "us"
+
+
+def test_a_server_that_takes_no_connection_is_given_up_before_the_timeout_of_a_response(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.connection.MAX_CONNECT_TIMEOUT", 0.3)
+    with contextlib.ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        # Nobody accepts, so the queue stays full: what connects now gets no answer.
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        host = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+        connection = {"conn_type": "dify", "host": host, "password": API_KEY, "extra": {"timeout": 30}}
+        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+        began = time.monotonic()
+        payload = payload_of(trigger_of(str(uuid.uuid4()), max_consecutive_failures=0))
+        assert payload["error"]["type"] == "DifyConnectionError"
+        assert 0.3 <= time.monotonic() - began < 10
+
+
+def test_a_wait_that_is_cancelled_while_it_closes_the_session_leaves_no_socket_open(dify: DifyStandIn) -> None:
+    class SlowToClose:
+        closed = asyncio.Event()
+
+        async def close(self) -> None:
+            await asyncio.sleep(0.05)
+            self.closed.set()
+
+    async def work() -> None:
+        connection = DifyConnection("dify_default", dify.base_url, API_KEY)
+        shared = async_session.SharedSession.join(connection)
+        shared.client = client = SlowToClose()  # type: ignore[assignment]
+        leaving = asyncio.create_task(shared.leave())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        await asyncio.wait_for(client.closed.wait(), 5)
+
+    run(work())
 
 
 def test_a_refused_connection_is_retried(dify: DifyStandIn) -> None:

@@ -19,6 +19,7 @@ from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
     DifyRequestError,
+    DifyWorkflowRunCannotSucceed,
     DifyWorkflowRunFailed,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
@@ -199,6 +200,27 @@ def test_recorded_errors_keep_what_dify_said(
     assert RUN_ID in str(error)
 
 
+@pytest.mark.parametrize(
+    ("status", "body", "exception"),
+    [
+        (400, {"message": "Too many requests. Please try again later."}, DifyConnectionError),
+        (401, {"message": "Too many requests. Please try again later."}, DifyAuthenticationError),
+        (405, {"message": "Too many requests. Please try again later."}, DifyRequestError),
+        (400, {"message": "too few"}, DifyRequestError),
+        (400, {"code": "invalid_param"}, DifyRequestError),
+        (400, {"code": None, "message": None}, DifyConnectionError),
+        (400, {"status": 400}, DifyConnectionError),
+    ],
+)
+def test_an_error_is_told_by_its_status_and_by_what_there_is_of_code_and_message(
+    status: int, body: dict[str, Any], exception: type[DifyError]
+) -> None:
+    error = refused(http_answer(status, body), exception)
+    assert (error.code, error.message) == (body.get("code"), body.get("message"))
+    assert str(error).startswith(f"{body.get('message') or body.get('code') or 'The response'} ")
+    assert getattr(error, "is_overloaded", False) == (status == 400 and "Too many" in (body.get("message") or ""))
+
+
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 524])
 @pytest.mark.parametrize("body", [b"", b"<html>busy</html>", b'{"message": "busy", "code": "x"}', b"[1]"])
 def test_temporary_failures_are_recognized_with_any_body(status: int, body: bytes) -> None:
@@ -273,6 +295,22 @@ def test_a_server_that_echoes_the_api_key_gets_it_into_no_message(status: int, p
     assert KEY[:-1] not in str(caught.value)
 
 
+@pytest.mark.parametrize("location", [f"https://elsewhere.example.com/{KEY}", f"https://x:{KEY}@example.com/"])
+def test_a_redirect_that_echoes_the_api_key_is_shown_without_it(location: str) -> None:
+    error = refused(http_answer(302, b"", headers={"Location": location}), DifyConnectionError)
+    assert "a redirect to https://" in str(error)
+    assert "***" in str(error)
+    assert KEY not in str(error)
+
+
+@pytest.mark.parametrize("value", [{KEY: 1}, [KEY], {"a": f"Bearer {KEY}"}])
+def test_a_field_of_a_wrong_type_that_echoes_the_api_key_is_shown_without_it(value: object) -> None:
+    error = refused(http_answer(body=run_fields(error=value)), DifyConnectionError)
+    assert "'error'" in str(error)
+    assert "***" in str(error)
+    assert KEY not in str(error)
+
+
 @pytest.mark.parametrize(
     "spelling", [RUN_ID, RUN_ID.upper(), RUN_ID.replace("-", ""), f"{{{RUN_ID}}}", f"urn:uuid:{RUN_ID}"]
 )
@@ -311,6 +349,9 @@ def make_run(status: str, **fields: Any) -> WorkflowRun:
         (make_run("paused", finished_at=None), {}, Outcome.WAIT, "is paused"),
         (make_run("scheduled", finished_at=None), {}, Outcome.WAIT, "is scheduled"),
         (make_run("resuming", finished_at=None), {}, Outcome.WAIT, "is resuming"),
+        # Dify may write the end of a paused run and let it continue all the same.
+        (make_run("paused"), {}, Outcome.WAIT, "is paused and waits for a person"),
+        (make_run("running"), {}, Outcome.WAIT, "is running"),
         (make_run("succeeded"), {}, Outcome.DONE, "succeeded after 0.1 seconds and 2 steps"),
         (make_run("partial-succeeded"), {}, Outcome.DONE, "error handling"),
         (
@@ -357,6 +398,88 @@ def test_what_a_run_means_for_a_task(
         with pytest.raises(DifyWorkflowRunFailed) as caught:
             verdict.raise_if_failed(run)
         assert caught.value.run is run
+        assert str(caught.value) == verdict.reason
         assert isinstance(caught.value, DifyWorkflowRunTimeout) == (outcome is Outcome.TIMED_OUT)
     else:
         verdict.raise_if_failed(run)
+
+
+@pytest.mark.parametrize(
+    ("run", "can_be_repeated"),
+    [
+        (make_run("failed", error="out of tokens"), True),
+        (make_run("stopped", error="Stopped by user."), False),
+        (make_run("stopped", error="Aborted: the worker is shutting down"), True),
+        (make_run("partial-succeeded"), True),
+        (make_run("cancelled"), True),
+    ],
+)
+def test_only_a_task_that_starts_again_is_retried_and_only_where_that_may_help(
+    run: WorkflowRun, can_be_repeated: bool
+) -> None:
+    verdict = judge(run, now=NOW, fail_on_partial_success=True)
+    assert (verdict.is_failure, verdict.can_be_repeated) == (True, can_be_repeated)
+    for starts_again in (True, False):
+        with pytest.raises(DifyWorkflowRunFailed) as caught:
+            verdict.raise_if_failed(run, starts_again=starts_again)
+        is_retried = type(caught.value) is DifyWorkflowRunFailed
+        assert is_retried == (starts_again and can_be_repeated)
+        assert is_retried or type(caught.value) is DifyWorkflowRunCannotSucceed
+
+
+def test_a_run_that_1_16_1_ends_after_a_form_may_have_its_outputs() -> None:
+    error = "Aborted: Client response stream closed before app execution completed"
+    advice = "Its outputs may be complete: see the exception's run"
+    assert advice in judge(make_run("stopped", error=error), now=NOW).reason
+    assert judge(make_run("stopped", error="Stopped."), now=NOW).reason.endswith("2 steps.")
+
+
+@pytest.mark.parametrize("end", ["!", "?", "…", "."])
+def test_an_error_that_is_a_sentence_gets_no_second_full_stop(end: str) -> None:
+    assert judge(make_run("failed", error=f"broken{end}"), now=NOW).reason.startswith(f"broken{end} Dify workflow run")
+
+
+@pytest.mark.parametrize(
+    ("fields", "facts"),
+    [
+        ({"elapsed_time": None, "total_steps": None}, "failed."),
+        ({"elapsed_time": 1.26, "total_steps": None}, "failed after 1.3 seconds."),
+        ({"elapsed_time": None, "total_steps": 2}, "failed 2 steps."),
+        ({"elapsed_time": 1.0, "total_steps": 1}, "failed after 1.0 seconds and 1 step."),
+    ],
+)
+def test_a_reason_has_the_facts_that_there_are(fields: dict[str, Any], facts: str) -> None:
+    reason = judge(make_run("failed", error="e", **fields), now=NOW).reason
+    assert reason == f"e. Dify workflow run {RUN_ID} {facts}"
+
+
+@pytest.mark.parametrize(
+    ("status", "node", "reason"),
+    [
+        ("failed", None, "no such model. Dify"),
+        ("failed", "Node 'Ask' (llm) failed: no such model.", "Node 'Ask' (llm) failed: no such model. Dify"),
+        (
+            "failed",
+            "Node 'Ask' (llm) failed: out of tokens.",
+            "Node 'Ask' (llm) failed: out of tokens. no such model. Dify",
+        ),
+        ("failed", "Node 'Ask' (llm) failed: ", "Node 'Ask' (llm) failed:  no such model. Dify"),
+        ("failed", "Node 'Ask' (llm)", "Node 'Ask' (llm) no such model. Dify"),
+        ("succeeded", "Node 'Ask' (llm) failed: no such model.", "Dify workflow run"),
+        ("running", "Node 'Ask' (llm) failed: no such model.", "Dify workflow run"),
+    ],
+)
+def test_a_failure_names_its_node_and_says_the_nodes_error_once(status: str, node: str | None, reason: str) -> None:
+    verdict = judge(make_run(status, error="no such model"), now=NOW)
+    named = verdict.because_of(node)
+    assert named.reason.startswith(reason)
+    assert (named.outcome, named.can_be_repeated) == (verdict.outcome, verdict.can_be_repeated)
+
+
+def test_a_run_is_overdue_only_after_its_time() -> None:
+    run = make_run("running", finished_at=None)
+    assert run.created_at is not None
+    for age, outcome in ((99, Outcome.WAIT), (100, Outcome.WAIT), (101, Outcome.TIMED_OUT)):
+        verdict = judge(run, now=run.created_at + timedelta(seconds=age), run_timeout=100)
+        assert verdict.outcome is outcome
+        assert verdict.can_be_repeated is False
