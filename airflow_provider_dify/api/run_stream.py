@@ -12,25 +12,18 @@ import requests
 from urllib3.exceptions import NewConnectionError
 
 from airflow_provider_dify.api.events import STARTED, EventStreamReader, WorkflowEvent
-from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
-from airflow_provider_dify.api.responses import error_from_start
+from airflow_provider_dify.api.http_response import HttpResponse, without_key
 from airflow_provider_dify.api.session import DifySession
+from airflow_provider_dify.api.started_run import StartedRun
 from airflow_provider_dify.closing import Closing
 from airflow_provider_dify.connection import DifyConnection
-from airflow_provider_dify.exceptions import (
-    DifyConnectionError,
-    DifyError,
-    DifyWorkflowRunUncertain,
-)
-from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.exceptions import DifyError
 
 if TYPE_CHECKING:
     from requests.models import Response
 
-_SUBJECT = "the start of a workflow run"
 
-
-class WorkflowRunStream(Closing):
+class WorkflowRunStream(StartedRun, Closing):
     """
     A start that was sent, the run once Dify names it, and the run's events.
 
@@ -42,32 +35,16 @@ class WorkflowRunStream(Closing):
     :param url: where to send the start.
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
-    :ivar workflow_run_id: the run's UUID; empty until Dify names it.
-    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
-    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
-    :ivar server_version: Dify's version; ``None`` until it responds.
     """
 
     def __init__(self, connection: DifyConnection, session: DifySession, url: str, body: bytes, user: str) -> None:
-        self._connection = connection
+        super().__init__(connection, url, user)
         self._session = session
-        self._url = url
-        self._user = user
-        self.workflow_run_id = ""
-        self.task_id = ""
-        self.app_id: str | None = None
-        self.server_version: str | None = None
         self._response: Response | None = None
         # A response or its events in turn, then why there are no more.
         self._items: SimpleQueue[HttpResponse | WorkflowEvent | Exception | None] = SimpleQueue()
-        self._accepted = False
         self._end: Exception | None = None
         threading.Thread(target=self._read, args=(body,), name="dify-start", daemon=True).start()
-
-    @property
-    def is_named(self) -> bool:
-        """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
-        return bool(self.workflow_run_id)
 
     def wait_until_accepted(self, seconds: float) -> bool:
         """
@@ -98,17 +75,11 @@ class WorkflowRunStream(Closing):
         item = self._next_item(seconds)
         if not isinstance(item, WorkflowEvent):
             return None
-        if item.name == STARTED and not self.is_named:
-            if not item.workflow_run_id or not item.task_id:
-                self.close()
-                raise self._uncertain("the event workflow_started names no run")
-            self.workflow_run_id = item.workflow_run_id
-            self.task_id = item.task_id
-            self.app_id = item.app_id
-        elif item.is_ending and not self.is_named:
+        try:
+            return self._note(item)
+        except DifyError:
             self.close()
-            raise self._uncertain(f"the stream begins with the event {item.name!r}: {one_line(item.data, 300)}")
-        return item
+            raise
 
     def wait_until_named(self, seconds: float) -> WorkflowEvent | None:
         """
@@ -138,11 +109,7 @@ class WorkflowRunStream(Closing):
         """
         try:
             if self.wait_until_named(seconds) is None:
-                raise DifyWorkflowRunUncertain(
-                    f"Dify did not name the run of user {self._user!r} within {seconds:g} seconds: it is queued, and "
-                    "may run later. Look for the user in the app's log in Dify's console.",
-                    user=self._user,
-                )
+                raise self._unnamed(seconds)
         except BaseException:
             self.close()
             raise
@@ -183,7 +150,7 @@ class WorkflowRunStream(Closing):
                 return item
             self._end = item
         self.close()
-        raise self._error(self._end)
+        raise self._error(self._end, may_have_been_sent=self._may_have_been_sent(self._end))
 
     def _read(self, body: bytes) -> None:
         """Send the start and read what comes back, in a thread of its own."""
@@ -215,13 +182,6 @@ class WorkflowRunStream(Closing):
                 self._items.put(event)
         raise EOFError("the stream ended before the run did")
 
-    def _error(self, error: Exception) -> DifyError:
-        if self.is_named:
-            return self._broken(reason_of(error, self._connection.secrets))
-        if not self._accepted and not self._may_have_been_sent(error):
-            return no_response(self._connection, _SUBJECT, self._url, error)
-        return self._uncertain(reason_of(error, self._connection.secrets))
-
     def _may_have_been_sent(self, error: Exception) -> bool:
         """
         Return whether any byte of the request may have gone out.
@@ -233,27 +193,4 @@ class WorkflowRunStream(Closing):
         reason: Any = getattr(error.args[0], "reason", None) if error.args else None
         return not isinstance(error, (requests.ConnectTimeout, ValueError)) and not isinstance(
             reason, NewConnectionError
-        )
-
-    def _rejection(self, response: HttpResponse) -> DifyError:
-        error = error_from_start(response)
-        # Only what a server says before it starts anything is sure to have started nothing.
-        is_sure = 300 <= response.status_code < 500
-        if isinstance(error, DifyConnectionError) and not is_sure:
-            return self._uncertain(str(error))
-        return error
-
-    def _broken(self, reason: str) -> DifyConnectionError:
-        return DifyConnectionError(
-            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run goes on.",
-            server_version=self.server_version,
-        )
-
-    def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
-        return DifyWorkflowRunUncertain(
-            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run "
-            "for user "
-            f"{self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's log in "
-            "Dify's console.",
-            user=self._user,
         )
