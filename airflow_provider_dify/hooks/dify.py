@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
 from airflow_provider_dify.api import calls, routes
-from airflow_provider_dify.api.bodies import encode_start, open_upload
+from airflow_provider_dify.api.bodies import open_upload
+from airflow_provider_dify.api.calls import SendStart
 from airflow_provider_dify.api.responses import parse_uploaded_file_id
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
-from airflow_provider_dify.api.session import DifySession, send
+from airflow_provider_dify.api.session import send
 from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.hooks.sending import SendingHook
@@ -108,13 +109,7 @@ class DifyHook(SendingHook):
         :return: the start, whose response is still to come.
         :raises DifyConfigurationError: if an argument can't be sent; nothing was sent then.
         """
-        path = routes.start_path(workflow_id)
-        body = encode_start(inputs, user)
-        connection = self.connection
-        # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
-        # the request arrived.
-        session = DifySession(connection, connection.timeouts())
-        return WorkflowRunStream(connection, session, f"{connection.base_url}{path}", body, user)
+        return self._send_start(SendStart(inputs, user, workflow_id))
 
     def stop_workflow_task(self, task_id: str, user: str) -> None:
         """

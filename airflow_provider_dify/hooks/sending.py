@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import BaseHook
 
-from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
+from airflow_provider_dify.api import routes
+from airflow_provider_dify.api.bodies import encode_start
+from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, SendStart, Step, Steps
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.live_task_id import read_live_task_id
 from airflow_provider_dify.api.retrying import RequestRetries
+from airflow_provider_dify.api.run_stream import WorkflowRunStream
 from airflow_provider_dify.api.session import DifySession, send
-from airflow_provider_dify.api.steps import Step, run_steps
+from airflow_provider_dify.api.started_run import NextEvent
+from airflow_provider_dify.api.steps import run_steps
 from airflow_provider_dify.closing import Closing
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError
@@ -67,6 +71,11 @@ class SendingHook(Closing, BaseHook):
             self._connection = replace(settings, timeout=self.timeout or settings.timeout)
         return self._connection
 
+    @property
+    def response_timeout(self) -> float:
+        """Seconds for a whole response."""
+        return self.connection.timeouts()[1]
+
     def get_conn(self) -> requests.Session:
         """
         Return the session that this hook's requests go through.
@@ -108,7 +117,21 @@ class SendingHook(Closing, BaseHook):
             return time.sleep(step.seconds)
         if isinstance(step, LiveTaskId):
             return read_live_task_id(self._get_session(), self.connection, step)
+        if isinstance(step, NextEvent):
+            return step.stream.next_event(step.seconds)
+        if isinstance(step, SendStart):
+            return self._send_start(step)
         return self.perform(step)
+
+    def _send_start(self, start: SendStart) -> WorkflowRunStream:
+        """Send a start once, and return at once."""
+        path = routes.start_path(start.workflow_id)
+        body = encode_start(start.inputs, start.user)
+        connection = self.connection
+        # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
+        # the request arrived.
+        session = DifySession(connection, connection.timeouts())
+        return WorkflowRunStream(connection, session, f"{connection.base_url}{path}", body, start.user)
 
     def _get_session(self) -> DifySession:
         if self._session is None:
