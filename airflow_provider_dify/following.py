@@ -62,9 +62,13 @@ class Follower:
     :param clock: the try's deadline.
     :param log: the task's log.
     :param poll_interval: seconds between polls.
+    :param whose: whose timeout it is, for messages.
     """
 
-    def __init__(self, hook: Server, clock: TaskClock, log: Logger, poll_interval: float) -> None:
+    def __init__(
+        self, hook: Server, clock: TaskClock, log: Logger, poll_interval: float, whose: str = "operator's"
+    ) -> None:
+        self.whose = whose
         self.hook = hook
         self.clock = clock
         self.log = log
@@ -72,6 +76,11 @@ class Follower:
         self.progress = RunProgress()
         # The start under way, which a signal's handler may have to look at.
         self.stream: StartedRun | None = None
+
+    @property
+    def named_stream(self) -> StartedRun | None:
+        """The events of the run, if its stream has named it."""
+        return self.stream if self.stream is not None and self.stream.is_named else None
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> Steps[None]:
         """
@@ -215,7 +224,7 @@ class Follower:
             found, delay = yield from self._poll(wait)
             if found is None and is_last:
                 raise DifyWorkflowRunTimeout(
-                    f"The operator's timeout of {timeout:g} seconds is over. {wait.describe_last_status()}"
+                    f"The {self.whose} timeout of {timeout:g} seconds is over. {wait.describe_last_status()}"
                 )
             if found is None:
                 yield from self.clock.pause(max(interval, delay))

@@ -27,6 +27,7 @@ from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import judge
 from airflow_provider_dify.waiting import delay_after
+from airflow_provider_dify.whole_run import still_queued
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -309,12 +310,7 @@ class RunningTask:
         if self._settings.deferrable:
             self._log.info("Leaving the wait for the queued run to the triggerer.")
             return
-        raise DifyWorkflowRunUncertain(
-            f"The operator's timeout is over, and the workflow run of user {start.user!r} is still queued at Dify, "
-            "which cannot be asked to drop it: it will run, and be paid for, once. Look for the user in the app's log "
-            "in Dify's console.",
-            user=start.user,
-        )
+        raise still_queued(self.follower, start.user)
 
     def _remember(self, start: TaskStart) -> None:
         """Store the run everywhere at once, so that no crash loses it."""

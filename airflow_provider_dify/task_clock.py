@@ -9,6 +9,8 @@ from airflow_provider_dify.exceptions import DifyTaskKilled
 
 # How soon a pause notices that the task was killed: a signal's handler doesn't end a sleep.
 _SLICE = 0.25
+# Seconds.
+WEEK = 7 * 24 * 3600.0
 
 
 class TaskClock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
@@ -13,9 +14,12 @@ from airflow_provider_dify.api.responses import parse_uploaded_file_id
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
 from airflow_provider_dify.api.session import send
 from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.hooks.sending import SendingHook
 from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.task_clock import WEEK, TaskClock
+from airflow_provider_dify.whole_run import run_workflow, wait_for_run
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -111,6 +115,51 @@ class DifyHook(SendingHook):
         """
         return self._send_start(SendStart(inputs, user, workflow_id))
 
+    def run_workflow(
+        self,
+        inputs: Mapping[str, Any],
+        user: str,
+        *,
+        workflow_id: str | None = None,
+        poll_interval: float = 10.0,
+        timeout: float = WEEK,
+    ) -> WorkflowRun:
+        """
+        Start a run of the app's workflow, and wait until it is over: for a function of ``@task``.
+
+        It follows the run's events, and polls where they break off. A start that may have arrived is not sent again:
+        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run goes on, and a
+        retry of the task starts another one; the operator finds it instead.
+
+        :param inputs: as for :meth:`start_workflow_run`.
+        :param user: as there.
+        :param workflow_id: as there.
+        :param poll_interval: seconds between polls.
+        :param timeout: seconds for the start and the run, which goes on after that.
+        :return: the run, whatever its status.
+        :raises DifyInputsRejected: if Dify rejects the inputs.
+        :raises DifyWorkflowRunUncertain: if a run may have been started and could not be found.
+        :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
+        :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
+        """
+        return self.run_steps(run_workflow(self._follower(poll_interval, timeout), inputs, user, workflow_id, timeout))
+
+    def wait_for_workflow_run(
+        self, workflow_run_id: str, *, poll_interval: float = 10.0, timeout: float = WEEK
+    ) -> WorkflowRun:
+        """
+        Poll a run until it is over. Up to five polls in a row may fail for a passing reason.
+
+        :param workflow_run_id: the run's UUID.
+        :param poll_interval: seconds between polls.
+        :param timeout: seconds for the wait; the run goes on after that.
+        :return: the run, whatever its status.
+        :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
+        :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.
+        :raises DifyError: any other, as :meth:`get_workflow_run` does.
+        """
+        return self.run_steps(wait_for_run(self._follower(poll_interval, timeout), workflow_run_id, timeout))
+
     def stop_workflow_task(self, task_id: str, user: str) -> None:
         """
         Ask Dify to stop a running workflow: ``POST /workflows/tasks/{task_id}/stop``.
@@ -186,6 +235,9 @@ class DifyHook(SendingHook):
                 return parse_uploaded_file_id(response)
 
             return self._with_retries(upload)
+
+    def _follower(self, poll_interval: float, timeout: float) -> Follower:
+        return Follower(self, TaskClock(time.time() + timeout), self.log, poll_interval, "hook's")
 
     def test_connection(self) -> tuple[bool, str]:
         """

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.connection import get_async_connection
@@ -18,7 +21,10 @@ from airflow_provider_dify.api.started_run import NextEvent
 from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError
+from airflow_provider_dify.following import Follower
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.task_clock import WEEK, TaskClock
+from airflow_provider_dify.whole_run import run_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 T = TypeVar("T")
+
+_log: Any = logging.getLogger(__name__)
 
 # A run's inputs may be megabytes, and a triggerer has many waits.
 MAX_BODY_KEPT = 32_768
@@ -77,6 +85,12 @@ class DifyAsyncHook:
         if session is not None:
             await session.leave()
 
+    @property
+    def response_timeout(self) -> float:
+        """Seconds for a whole response."""
+        assert self.connection is not None  # noqa: S101
+        return self.connection.timeouts()[1]
+
     async def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
         """
         Look a workflow run up: ``GET /workflows/run/{workflow_run_id}``. One request, or two if the key was rotated.
@@ -108,6 +122,29 @@ class DifyAsyncHook:
             return stream
 
         return await self._with_current_key(start)
+
+    async def run_workflow(
+        self,
+        inputs: Mapping[str, Any],
+        user: str,
+        *,
+        workflow_id: str | None = None,
+        poll_interval: float = 10.0,
+        timeout: float = WEEK,
+    ) -> WorkflowRun:
+        """
+        Start a run and wait until it is over, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.run_workflow`.
+
+        :param inputs: as there.
+        :param user: as there.
+        :param workflow_id: as there.
+        :param poll_interval: as there.
+        :param timeout: as there.
+        :return: the run, whatever its status.
+        :raises DifyError: as there.
+        """
+        follower = Follower(self, TaskClock(time.time() + timeout, math.inf), _log, poll_interval, "hook's")
+        return await self.run_steps(run_workflow(follower, inputs, user, workflow_id, timeout))
 
     async def list_workflow_runs(
         self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20

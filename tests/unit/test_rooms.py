@@ -19,7 +19,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: ("base_url", "connection", "verdict", "arguments"),
     4: ("waiting", "xcoms"),
     5: ("links", "api"),
-    6: ("task_xcoms", "task_clock", "stopping", "run_search", "following", "hooks"),
+    6: ("task_xcoms", "task_clock", "stopping", "run_search", "following", "whole_run", "hooks"),
     7: ("starting",),
     8: ("running_task", "triggers"),
     9: ("sensors", "operators"),

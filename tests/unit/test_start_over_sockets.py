@@ -20,7 +20,6 @@ from tests.dify_stand_in import API_KEY, DifyStandIn, Start, unchunked
 from tests.unit.relays import Change, ForwardProxy, Listener, Relay, TunnelProxy, make_certificate
 
 
-
 class LoopHook:
     """Starts runs on an event loop of its own each time."""
 
