@@ -59,10 +59,9 @@ class ResultFiles:
     :param batch_id: names the batch, so that no other Dag run's parts are taken for its own.
     """
 
-    def __init__(self, output_path: str, batch_id: str) -> None:
-        self.output_path = output_path
+    def __init__(self, output_path: Any, batch_id: str) -> None:
         self._file = storage_path(output_path)
-        self._folder = storage_path(f"{output_path}.parts") / batch_id
+        self._folder = self._file.parent / f"{self._file.name}.parts" / batch_id
 
     def read_written(self, on_result: Callable[[RowResult], object] = lambda result: None) -> WrittenResults:
         """

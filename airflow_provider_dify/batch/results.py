@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyOutputsError
+from airflow_provider_dify.models import WorkflowRun
 
 # A part is written as soon as it has so many rows or bytes, or its first result is so many seconds old.
 PART_ROWS = 1_000
@@ -44,6 +45,26 @@ class RowResult:
     total_tokens: int | None = None
     elapsed_time: float | None = None
     attempts: int = 1
+
+    @classmethod
+    def of_run(cls, index: int, run: WorkflowRun, attempts: int) -> RowResult:
+        """
+        Return the result of a run that is over.
+
+        :param index: the row.
+        :param run: its last run.
+        :param attempts: runs that were started for the row.
+        """
+        return cls(
+            index,
+            str(run.status),
+            outputs=run.outputs,
+            error=run.error,
+            workflow_run_id=run.id,
+            total_tokens=run.total_tokens,
+            elapsed_time=run.elapsed_time,
+            attempts=attempts,
+        )
 
     def to_line(self) -> str:
         """Return the result as a line of JSON Lines, with its end."""

@@ -82,7 +82,9 @@ def count_rows(inputs: Any) -> int:
 
 def is_file(inputs: Any) -> bool:
     """Return whether the inputs name a file."""
-    return isinstance(inputs, (str, os.PathLike))
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    return isinstance(inputs, (str, os.PathLike, ObjectStoragePath))
 
 
 def _rows_of(items: Iterable[tuple[int, Any]]) -> Iterator[Row]:
