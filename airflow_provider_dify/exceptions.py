@@ -179,6 +179,21 @@ class DifyOutputsError(DifyError, AirflowFailException):
     """The workflow run succeeded, but an output can't be an XCom. Fails without retry."""
 
 
+class DifyBatchFailed(DifyError, AirflowFailException):
+    """
+    More runs of a batch failed than ``max_failed_runs`` allows. Fails without retry.
+
+    :param message: what happened, for the reader.
+    :param summary: the batch's counts, as its XCom ``batch`` has them.
+    """
+
+    attributes = ("summary",)
+
+    def __init__(self, message: str = "", *, summary: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
 class DifyWorkflowRunFailed(DifyError):
     """
     The workflow run ended without success.

@@ -21,7 +21,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     5: ("links", "api"),
     6: ("task_xcoms", "task_clock", "stopping", "run_search", "following", "whole_run", "hooks"),
     7: ("starting",),
-    8: ("running_task", "triggers"),
+    8: ("running_task", "triggers", "batch"),
     9: ("sensors", "operators"),
 }
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))

@@ -82,10 +82,9 @@ def test_a_start_that_dify_has_no_room_for_is_sent_again(dify: DifyStandIn, run_
     assert len(dify.started) == 1
 
 
-@pytest.mark.parametrize("dify", ["1.16.1"], indirect=True)
 def test_inputs_that_dify_rejects_after_the_start_say_so(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
-    dify.starts.append(Start("run_streaming_rejected_file"))
-    with pytest.raises(DifyInputsRejected, match="Dify rejected the inputs"):
+    dify.misbehave(replay("run_streaming_missing_input"))
+    with pytest.raises(DifyInputsRejected, match="query is required"):
         run_workflow({}, "me")
 
 
