@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 # Seconds after the first failure; doubled with each further one.
 RETRY_DELAY = 1.0
-# How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
-START_RETRIES = 3
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
 QUEUE_INTERVAL = 30.0
 # The rejection of a run follows its start at once (measured on 1.15.0 and 1.16.1: 0.07 seconds).
@@ -65,6 +63,9 @@ class Follower:
     :param whose: whose timeout it is, for messages.
     """
 
+    # How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
+    start_retries = 3
+
     def __init__(
         self, hook: Server, clock: TaskClock, log: Logger, poll_interval: float, whose: str = "operator's"
     ) -> None:
@@ -76,11 +77,6 @@ class Follower:
         self.progress = RunProgress()
         # The start under way, which a signal's handler may have to look at.
         self.stream: StartedRun | None = None
-
-    @property
-    def named_stream(self) -> StartedRun | None:
-        """The events of the run, if its stream has named it."""
-        return self.stream if self.stream is not None and self.stream.is_named else None
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> Steps[None]:
         """
@@ -98,13 +94,8 @@ class Follower:
         check = check_inputs(form, inputs)
         for warning in check.warnings:
             self.log.warning("%s", warning)
-        if check.problems:
-            raise DifyInputsRejected(
-                f"{' '.join(check.problems)} The app's form in Dify says so; no workflow run was started. Check the "
-                "task's "
-                "inputs.",
-                server_version=self.hook.server_version,
-            )
+        if (rejection := check.rejection(self.hook.server_version)) is not None:
+            raise rejection
 
     def send_start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> Steps[StartedRun]:
         """
@@ -125,16 +116,26 @@ class Follower:
             except DifyConnectionError as error:
                 stream.close()
                 failures += 1
-                delay = delay_after(error, failures, RETRY_DELAY)
-                is_given_up = (error.retry_after or 0.0) > MAX_RETRY_DELAY or delay >= self.clock.left
-                if is_given_up or (failures > START_RETRIES and not error.is_overloaded):
-                    raise
-                reason = "Dify has too many active runs" if error.is_overloaded else "The start did not reach Dify"
-                self.log.warning("%s; the next attempt is in %.1f seconds: %s", reason, delay, error)
-                yield from self.clock.pause(delay)
+                yield from self.before_next_start(error, failures)
             except BaseException:
                 stream.close()
                 raise
+
+    def before_next_start(self, error: DifyConnectionError, failures: int) -> Steps[None]:
+        """
+        Pause after a start that started nothing.
+
+        :param error: why it didn't.
+        :param failures: failures in a row, this one included.
+        :raises DifyConnectionError: the error, if the start is not to be sent again.
+        """
+        delay = delay_after(error, failures, RETRY_DELAY)
+        is_given_up = (error.retry_after or 0.0) > MAX_RETRY_DELAY or delay >= self.clock.left
+        if is_given_up or (failures > self.start_retries and not error.is_overloaded):
+            raise error
+        reason = "Dify has too many active runs" if error.is_overloaded else "The start did not reach Dify"
+        self.log.warning("%s; the next attempt is in %.1f seconds: %s", reason, delay, error)
+        yield from self.clock.pause(delay)
 
     def wait_until_named(self, stream: StartedRun, search: RunSearch, seconds: float) -> Steps[str | None]:
         """
@@ -264,9 +265,8 @@ class Follower:
 
     def _rejection(self, workflow_run_id: str) -> DifyInputsRejected:
         return DifyInputsRejected(
-            f"{one_line(self.progress.final_error or 'Dify gave no error text').rstrip('.')}. Dify rejected the "
-            "inputs and "
-            f"keeps no record of the run (it named it {workflow_run_id}). Check the task's inputs.",
+            f"{one_line(self.progress.final_error or 'Dify gave no error text').rstrip('.')}. Dify rejected the inputs "
+            f"and keeps no record of the run (it named it {workflow_run_id}). Check the task's inputs.",
             server_version=self.hook.server_version,
         )
 

@@ -57,7 +57,7 @@ def wait_for_run(follower: Follower, workflow_run_id: str, timeout: float) -> St
     wait = RunWait(
         parse_workflow_run_id(workflow_run_id), WaitPolicy(not_found_grace=_NOT_FOUND_GRACE), log=follower.log
     )
-    run, _ = yield from follower.follow(wait, follower.named_stream, timeout)
+    run, _ = yield from follower.follow(wait, named_stream(follower), timeout)
     return run
 
 
@@ -90,6 +90,11 @@ def name_run(
     if run_id is None:
         raise still_queued(follower, search.user)
     return run_id
+
+
+def named_stream(follower: Follower) -> StartedRun | None:
+    """Return the events of the run that a follower has started; ``None`` if its stream has not named it."""
+    return follower.stream if follower.stream is not None and follower.stream.is_named else None
 
 
 def still_queued(follower: Follower, user: str) -> DifyWorkflowRunUncertain:

@@ -71,6 +71,7 @@ def test_a_run_whose_events_break_off_is_polled(dify: DifyStandIn, run_workflow:
 
 
 def test_a_start_whose_response_is_lost_is_found_in_the_log(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    dify.starts.append(Start(statuses=("succeeded",), fields={"inputs": {"query": "x"}}))
     dify.misbehave(lose_response(reset()), only="POST")
     assert run_workflow({"query": "x"}, "me").status == "succeeded"
     assert len(dify.started) == 1
@@ -82,8 +83,8 @@ def test_a_start_that_dify_has_no_room_for_is_sent_again(dify: DifyStandIn, run_
     assert len(dify.started) == 1
 
 
-def test_inputs_that_dify_rejects_after_the_start_say_so(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
-    dify.misbehave(replay("run_streaming_missing_input"))
+def test_inputs_that_dify_rejects_say_so(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    dify.misbehave(replay("run_streaming_missing_input"), only="POST")
     with pytest.raises(DifyInputsRejected, match="query is required"):
         run_workflow({}, "me")
 
