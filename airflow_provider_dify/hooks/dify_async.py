@@ -186,9 +186,15 @@ class DifyAsyncHook:
         :param steps: yields each request, and is sent what its response meant.
         :return: what the steps return.
         """
-        return await run_steps_async(steps, self._take_step)
+        return await run_steps_async(steps, self.take_step)
 
-    async def _take_step(self, step: Step) -> Any:
+    async def take_step(self, step: Step) -> Any:
+        """
+        Take one of :meth:`run_steps`.
+
+        :param step: what is to be done.
+        :return: what its response means.
+        """
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, NextEvent):
