@@ -280,7 +280,7 @@ def test_the_runs_of_a_batch_are_found_among_thousands_of_others(
     dify.add_logged_runs(5_000, user="someone else", ending=now - 4_000)
     dify.add_logged_runs(1_000, user=lambda number: users.user_of(number, 0), ending=now - 200)
     dify.add_logged_runs(150, user="someone else", ending=now)
-    failed = dify.add_run("failed", user=users.user_of(1_000, 0))
+    failed = dify.add_run("failed", user=users.user_of(1_000, 0), created_at=int(now))
     alive = dify.add_run("running", user=users.user_of(1_000, 1))
     with DifyHook() as hook:
         rows = hook.run_steps(read_log(users, now - 2_000))
