@@ -56,8 +56,9 @@ def example_dify_batch():
         lines = ObjectStoragePath(batch["output_path"]).read_text().splitlines()
         results = [json.loads(line) for line in lines]
         for result in results:
-            print(f"Row {result['index']} is {result['status']}: {result['outputs'] or result['error']}")
-        print(f"{batch['succeeded']} of {batch['total']} rows succeeded with {batch['total_tokens']} tokens.")
+            if result["status"] != "succeeded":
+                print(f"Row {result['index']} is {result['status']}: {result['error']}")
+        print(f"{batch['succeeded']} of {batch['total']} rows succeeded and used {batch['total_tokens']} tokens.")
         return {"rows": len(results), "tokens": batch["total_tokens"]}
 
     summarize(run.output["batch"])
