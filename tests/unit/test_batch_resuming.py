@@ -21,8 +21,10 @@ from airflow_provider_dify.batch.resuming import (
     plan_row,
     read_log,
 )
+from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.starting import default_user
+from tests.dify_stand_in import DifyStandIn
 
 SINCE = time.time()
 USERS = RowUsers("airflow/1234/dag/task/run/2")
@@ -265,3 +267,27 @@ def test_the_next_attempt_of_a_run_that_failed_may_be_under_way() -> None:
 def test_a_run_that_was_stopped_with_the_task_leaves_its_place() -> None:
     resumption = Resumption({0: [found(0, RUNNING)]}, max_active_runs=1, checkpoint=Checkpoint(0, 1, ("run-0",)))
     assert resumption.plan(0) == RowPlan(RowAction.LOOK_FOR, 1)
+
+
+# --- over HTTP
+
+
+def test_the_runs_of_a_batch_are_found_among_thousands_of_others(
+    dify: DifyStandIn, dify_connection: str, dialect: str
+) -> None:
+    users = RowUsers.of_task(ti_of())
+    now = time.time()
+    dify.add_logged_runs(5_000, user="someone else", ending=now - 4_000)
+    dify.add_logged_runs(1_000, user=lambda number: users.user_of(number, 0), ending=now - 200)
+    dify.add_logged_runs(150, user="someone else", ending=now)
+    failed = dify.add_run("failed", user=users.user_of(1_000, 0), created_at=int(now))
+    alive = dify.add_run("running", user=users.user_of(1_000, 1))
+    with DifyHook() as hook:
+        rows = hook.run_steps(read_log(users, now - 2_000))
+        assert hook.run_steps(look_for(users, 1_000, 1, now - 100)) == FoundRun(1, alive, RUNNING)
+        assert hook.run_steps(look_for(users, 1_000, 2, now - 100)) is None
+    assert sorted(rows) == list(range(1_001))
+    assert {run.workflow_run_id for run in rows[1_000]} == {failed, alive}
+    pages = [request.path for request in dify.requests if "limit=100" in request.path]
+    # Dify filters by time: the 5,000 from before are not read.
+    assert len(pages) == 12
