@@ -22,6 +22,7 @@ class ReturnedOutput:
     """
 
     remembers_stops = False
+    is_complete = False
     checkpoint: Checkpoint | None = None
     last_written = -1
 
@@ -66,16 +67,18 @@ class FileOutput:
     """
     Results that are written into a file, in parts first.
 
-    :param files: the files.
+    :param output_path: where they are to be.
+    :param batch_id: names the batch, for its parts.
     :param max_active_runs: how many rows may be under way at once.
     :param progress: counts the results of earlier tries.
     """
 
     remembers_stops = True
 
-    def __init__(self, files: ResultFiles, max_active_runs: int, progress: BatchProgress) -> None:
-        self._files = files
-        written = files.read_written(progress.add)
+    def __init__(self, output_path: str, batch_id: str, max_active_runs: int, progress: BatchProgress) -> None:
+        self._output_path = output_path
+        self._files = ResultFiles(output_path, batch_id)
+        written = self._files.read_written(progress.add)
         self._rows: RowSet = written.rows
         self.checkpoint = written.checkpoint
         self.last_written = written.rows.last
@@ -127,7 +130,7 @@ class FileOutput:
     def finish(self) -> Any:
         """Merge the parts into the file, and return its path."""
         self._files.merge()
-        return self._files.output_path
+        return self._output_path
 
     def remove_parts(self) -> None:
         """Remove what only a further try needs."""

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from airflow_provider_dify.api.calls import Pause, SendStart, Step, Steps
+from airflow_provider_dify.api.calls import SendStart, Step, Steps
 from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, RowUsers, look_for
+from airflow_provider_dify.batch.row_follower import PlaceAgain, RowFollower, RowLog
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -20,7 +21,6 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.following import Follower
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.stopping import stop_run
@@ -113,47 +113,6 @@ class _Outcome:
     starts: int = 1
 
 
-class RowLog:
-    """
-    The log of one row: the warnings of its run, with the row in front. A line for each node would be too many.
-
-    :param row: the row.
-    :param log: the task's log.
-    """
-
-    def __init__(self, row: int, log: Logger) -> None:
-        self._row = row
-        self._log = log
-
-    def info(self, message: str, *args: Any) -> None:
-        """Leave out what a batch has too much of."""
-
-    def warning(self, message: str, *args: Any) -> None:
-        """Log a warning of the row's run."""
-        self._log.warning("Row %d: %s", self._row, message % args)
-
-
-@dataclass(frozen=True)
-class _PlaceAgain(Pause):
-    """A pause until the batch has a place again, after Dify turned a start away."""
-
-    error: DifyConnectionError
-
-
-class _RowFollower(Follower):
-    """A follower whose starts go by the batch's number of runs at once."""
-
-    # Longer than for a single run, because a server that is restarted must not end a batch.
-    start_retries = 7
-
-    def before_next_start(self, error: DifyConnectionError, failures: int) -> Steps[None]:
-        """Pause after a start that started nothing; without a place, if Dify has too many runs."""
-        if error.is_overloaded:
-            yield _PlaceAgain(0.0, error)
-        else:
-            yield from super().before_next_start(error, failures)
-
-
 class RowRun:
     """
     One row of a batch.
@@ -173,7 +132,7 @@ class RowRun:
         self._inputs = inputs
         self._plan = plan
         self._log: Any = RowLog(row, client.log)
-        self._follower: _RowFollower | None = None
+        self._follower: RowFollower | None = None
         self._found_run_id: str | None = None
         self._sent_at = 0.0
         self.user = ""
@@ -249,11 +208,11 @@ class RowRun:
         if self._follower is not None and self._follower.stream is not None:
             self._follower.stream.close()
 
-    def _new_follower(self) -> _RowFollower:
+    def _new_follower(self) -> RowFollower:
         self.close()
         client = self._client
         self._found_run_id = None
-        self._follower = _RowFollower(client.hook, client.clock, self._log, client.settings.poll_interval, "batch's")
+        self._follower = RowFollower(client.hook, client.clock, self._log, client.settings.poll_interval, "batch's")
         return self._follower
 
     async def _look_for(self, plan: RowPlan) -> RowPlan:
@@ -308,21 +267,22 @@ class RowRun:
                 outcome.status, outcome.error, outcome.run, outcome.run_id, outcome.can_be_repeated, lost + 1
             )
 
-    async def _name(self, follower: _RowFollower) -> str:
+    async def _name(self, follower: RowFollower) -> str:
         client, settings = self._client, self._client.settings
         search = RunSearch(self.user, time.time(), user_is_unique=True)
         start = follower.send_start(self._inputs, self.user, settings.workflow_id)
         try:
-            return await self._take(name_run(follower, start, search, settings.not_found_grace))
+            name: str = await self._take(name_run(follower, start, search, settings.not_found_grace))
+            return name
         except DifyWorkflowRunUncertain as error:
             # As long as Dify's queue is not empty, the run may be in it.
             while client.places.has_queued_runs and not client.clock.is_over and follower.may_be_queued():
-                run_id = await self._take(follower.search_run(search, error, settings.poll_interval))
+                run_id: str | None = await self._take(follower.search_run(search, error, settings.poll_interval))
                 if run_id is not None:
                     return run_id
             raise
 
-    async def _follow(self, follower: _RowFollower, run_id: str) -> _Outcome:
+    async def _follow(self, follower: RowFollower, run_id: str) -> _Outcome:
         settings = self._client.settings
         self._found_run_id = run_id
         wait = RunWait(run_id, settings.policy, log=self._log)
@@ -341,7 +301,7 @@ class RowRun:
         return await run_steps_async(steps, self._take_step)
 
     async def _take_step(self, step: Step) -> Any:
-        if isinstance(step, _PlaceAgain):
+        if isinstance(step, PlaceAgain):
             return await self._client.places.on_refused(self.row, self._sent_at, step.error)
         if isinstance(step, SendStart):
             self._sent_at = time.monotonic()

@@ -7,22 +7,21 @@ import contextlib
 import math
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import islice
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_dify.api import calls
 from airflow_provider_dify.batch.concurrency import RunLimit
+from airflow_provider_dify.batch.form_check import FormCheck
 from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
-from airflow_provider_dify.batch.rows import Row, read_rows
+from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
+from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -30,10 +29,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
 )
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.input_check import check_inputs
-from airflow_provider_dify.input_form import InputForm, parse_input_form
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
-from airflow_provider_dify.stopping import StopReport, stop_run
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.waiting import delay_after
 
@@ -42,12 +38,6 @@ if TYPE_CHECKING:
 
 # Seconds after which the batch looks at its clock, its parts and its progress, whatever happens.
 _TICK = 0.5
-# Airflow 3 kills a task's process 5 seconds after on_kill began.
-_SECONDS_TO_STOP = 3.5
-_SECONDS_TO_BE_NAMED = 2.0
-# Rows that are read from a file at once.
-_ROWS_READ = 100
-_MAX_WARNINGS = 20
 _GOOD = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
 
 
@@ -105,8 +95,7 @@ class BatchRun:
         self._failure: BaseException | None = None
         self._tasks: dict[asyncio.Task[None], RowRun] = {}
         self._places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
-        self._form: InputForm | None = None
-        self._warned: set[str] = set()
+        self._check = FormCheck(log)
         self._has_link = False
         self._stopped_runs: tuple[str, ...] = ()
 
@@ -138,7 +127,7 @@ class BatchRun:
         if not self._thread.is_alive():
             return
         self._stop(DifyTaskKilled("Airflow killed the task while its batch was running. A retry continues the batch."))
-        self._thread.join(_SECONDS_TO_STOP + 1.0)
+        self._thread.join(SECONDS_TO_STOP + 1.0)
 
     def _stop(self, reason: DifyError) -> None:
         self._stop_reason = self._stop_reason or reason
@@ -172,9 +161,7 @@ class BatchRun:
         """Read the form, and what earlier tries have started."""
         settings = self._settings
         if settings.row.workflow_id is None:
-            # The form that Dify shows is the current version's.
-            with contextlib.suppress(DifyError):
-                self._form = parse_input_form(await self._hook.perform(calls.parameters()))
+            await self._hook.run_steps(self._check.read_form())
         found: dict[int, list[FoundRun]] = {}
         if not self._output.is_fresh:
             self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
@@ -201,7 +188,7 @@ class BatchRun:
         while True:
             try:
                 return await self._hook.run_steps(read_log(self._users, self._output.since))
-            except DifyConnectionError as error:
+            except DifyConnectionError as error:  # noqa: PERF203
                 # Survived as a failed poll is: without the log, runs would be paid twice.
                 failures += 1
                 if failures > self._settings.row.max_consecutive_failures or self._clock.is_over:
@@ -210,7 +197,7 @@ class BatchRun:
                 await asyncio.sleep(delay_after(error, failures, 1.0))
 
     async def _run_rows(self, client: BatchClient) -> None:
-        rows = _RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
+        rows = RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
         next_line = time.monotonic() + self._settings.progress_interval
         has_more = True
         try:
@@ -240,7 +227,7 @@ class BatchRun:
             self._cancel(self._tasks)
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _next_row(self, rows: _RowsAhead) -> Row | None:
+    async def _next_row(self, rows: RowsAhead) -> Row | None:
         try:
             return await rows.next()
         except DifyError as error:
@@ -255,7 +242,7 @@ class BatchRun:
 
     def _take(self, client: BatchClient, row: Row) -> None:
         """Begin with a row: check its inputs, and do what is to be done with it."""
-        error = row.error if row.inputs is None else self._problem_of(row.inputs)
+        error = row.error if row.inputs is None else self._check.problem_of(row.inputs)
         if row.inputs is None or error is not None:
             self._on_result(RowResult(row.index, "failed", error=error, attempts=0))
             return
@@ -298,17 +285,6 @@ class BatchRun:
                 result.workflow_run_id,
                 result.status,
             )
-
-    def _problem_of(self, inputs: dict[str, Any]) -> str | None:
-        if self._form is None:
-            return None
-        check = check_inputs(self._form, inputs)
-        for warning in check.warnings:
-            if warning not in self._warned and len(self._warned) < _MAX_WARNINGS:
-                self._warned.add(warning)
-                self._log.warning("%s", warning)
-        rejection = check.rejection(self._hook.server_version)
-        return None if rejection is None else str(rejection)
 
     async def _wait_for_change(self) -> None:
         until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None
@@ -362,45 +338,12 @@ class BatchRun:
     # --- the end
 
     async def _stop_runs(self) -> None:
-        """Ask Dify to stop what runs, within the seconds that Airflow leaves to a task that it kills."""
+        """Ask Dify to stop what runs, unless a retry of this task would wait for a run that was stopped."""
         runs = list(self._tasks.values())
         is_killed = isinstance(self._stop_reason, DifyTaskKilled)
-        version = self._hook.server_version
-        remembers = self._output.remembers_stops or is_server_from(version, (1, 16))
+        remembers = self._output.remembers_stops or is_server_from(self._hook.server_version, (1, 16))
         if is_killed and self._will_be_retried and not remembers:
-            # Neither this Airflow nor this Dify would remember the stop, and the retry would wait for stopped runs.
+            # Neither this Airflow nor this Dify would remember the stop.
             self._log.info("%d workflow runs go on for the retry of this task.", len(runs))
             return
-        stops = [asyncio.get_running_loop().create_task(self._stop_run(run, version)) for run in runs]
-        if stops:
-            await asyncio.wait(stops, timeout=_SECONDS_TO_STOP)
-        self._cancel(stops)
-        reports = [stop.result() for stop in stops if stop.done() and not stop.cancelled() and not stop.exception()]
-        self._stopped_runs = tuple(run_id for run_id, report in reports if report.was_asked)
-        for _, report in reports:
-            if report.is_warning:
-                self._log.warning("%s", report.message)
-        self._log.info("Asked Dify to stop %d of the %d rows' runs.", len(self._stopped_runs), len(runs))
-
-    async def _stop_run(self, run: RowRun, version: str | None) -> tuple[str, StopReport]:
-        until = time.monotonic() + _SECONDS_TO_BE_NAMED
-        while run.is_starting and time.monotonic() < until:
-            await asyncio.sleep(0.05)
-        run_id = run.workflow_run_id
-        if run_id is None:
-            return "", StopReport(False, "")
-        return run_id, await self._hook.run_steps(stop_run(run_id, run.task_id, run.user, version))
-
-
-class _RowsAhead:
-    """The rows of a batch, read in a thread: a storage may be slow."""
-
-    def __init__(self, rows: Iterator[Row]) -> None:
-        self._rows = rows
-        self._read: deque[Row] = deque()
-
-    async def next(self) -> Row | None:
-        """Return the next row; ``None`` after the last one."""
-        if not self._read:
-            self._read.extend(await asyncio.to_thread(lambda: list(islice(self._rows, _ROWS_READ))))
-        return self._read.popleft() if self._read else None
+        self._stopped_runs = await stop_runs(self._hook, runs, self._log)
