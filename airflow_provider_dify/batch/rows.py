@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -18,6 +21,8 @@ from airflow_provider_dify.excerpts import one_line
 # Characters of one row. A longer line is an error of its own, so that no file can fill the memory.
 MAX_ROW_LENGTH = 10_000_000
 
+# Rows that are read from a file at once.
+_ROWS_READ = 100
 _JSON_LINES = frozenset({".jsonl", ".ndjson"})
 _CSV = frozenset({".csv"})
 
@@ -225,3 +230,21 @@ def _long_fields() -> Iterator[None]:
 def _is_utf8(text: str) -> bool:
     """Return whether a text that was read with ``surrogateescape`` was UTF-8."""
     return not any("\udc80" <= char <= "\udcff" for char in text) if not text.isascii() else True
+
+
+class RowsAhead:
+    """
+    The rows of a batch for an event loop, read in a thread: a storage may be slow.
+
+    :param rows: the rows.
+    """
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self._rows = rows
+        self._read: deque[Row] = deque()
+
+    async def next(self) -> Row | None:
+        """Return the next row; ``None`` after the last one."""
+        if not self._read:
+            self._read.extend(await asyncio.to_thread(lambda: list(islice(self._rows, _ROWS_READ))))
+        return self._read.popleft() if self._read else None
