@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -66,10 +66,15 @@ class RowResult:
             attempts=attempts,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON-ready values, in the order of the fields."""
+        # Not asdict, which copies the outputs.
+        return {name: getattr(self, name) for name in _FIELDS}
+
     def to_line(self) -> str:
         """Return the result as a line of JSON Lines, with its end."""
         # Escaped, so that a lone surrogate in an output can be written, too.
-        return json.dumps(asdict(self), separators=(",", ":")) + "\n"
+        return json.dumps(self.to_dict(), separators=(",", ":")) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> RowResult | None:
@@ -265,6 +270,6 @@ class ReturnedResults:
                 "too much for a return value. Set output_path, and read the results from that file."
             )
 
-    def in_order(self) -> list[Mapping[str, Any]]:
+    def in_order(self) -> list[dict[str, Any]]:
         """Return the results as JSON-ready values, in row order."""
-        return [asdict(self._results[index]) for index in sorted(self._results)]
+        return [self._results[index].to_dict() for index in sorted(self._results)]
