@@ -30,7 +30,7 @@ class RowLog:
 
     def warning(self, message: str, *args: Any) -> None:
         """Log a warning of the row's run."""
-        self._log.warning("Row %d: %s", self._row, message % args)
+        self._log.warning("%s", f"Row {self._row}: {message % args}")
 
 
 @dataclass(frozen=True)
