@@ -102,7 +102,8 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	@$(PIP_INSTALL) --constraints $(CONSTRAINTS) --editable . --group test
 	@touch $@
 
-# Compares waiting with this provider to waiting with others. Needs Linux, Python 3.11 or later, and four minutes.
+# Compares waits and batches of this provider with those of others. Needs Linux, Python 3.11 or later, and a quarter of an
+# hour.
 bench: .venv/bench/installed
 	.venv/bench/bin/python benchmarks/bench.py
 

@@ -212,6 +212,21 @@ class DifyOutputsError(DifyError, AirflowFailException):
     section = "the-run-ended-without-success"
 
 
+class DifyBatchFailed(DifyError, AirflowFailException):
+    """
+    More runs of a batch failed than ``max_failed_runs`` allows. Fails without retry.
+
+    :param message: what happened, for the reader.
+    :param summary: the batch's counts, as its XCom ``batch`` has them.
+    """
+
+    attributes = ("summary",)
+
+    def __init__(self, message: str = "", *, summary: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.summary = summary
+
+
 class DifyWorkflowRunFailed(DifyError):
     """
     The workflow run ended without success.

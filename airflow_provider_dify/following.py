@@ -1,14 +1,16 @@
-"""A start, and a run, followed on a worker: what is read, for how long, and what it means."""
+"""A start, and a run, followed to its end: what is asked and read, for how long, and what it means. No I/O."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.calls import SendStart, Steps
 from airflow_provider_dify.api.events import ERROR, FINISHED, WorkflowEvent
 from airflow_provider_dify.api.progress import RunProgress
+from airflow_provider_dify.api.started_run import NextEvent, StartedRun, wait_until_accepted
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -30,39 +32,53 @@ from airflow_provider_dify.waiting import MAX_RETRY_DELAY, RunWait, delay_after
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
 
-    from airflow_provider_dify.api.run_stream import WorkflowRunStream
-    from airflow_provider_dify.hooks.dify import DifyHook
-
 # Seconds after the first failure; doubled with each further one.
 RETRY_DELAY = 1.0
-# How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
-START_RETRIES = 3
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
 QUEUE_INTERVAL = 30.0
 # The rejection of a run follows its start at once (measured on 1.15.0 and 1.16.1: 0.07 seconds).
 REJECTION_SECONDS = 5.0
+# How often a run that sends no event is looked at, at most, however short the interval is.
+_SHORTEST_WAIT = 0.25
+
+
+class Server(Protocol):
+    """What is known of the server, by a hook: its version, once it has responded, and how long a response may take."""
+
+    server_version: str | None
+
+    @property
+    def response_timeout(self) -> float:
+        """Seconds for a whole response."""
 
 
 class Follower:
     """
-    Follows one try's start and run.
+    Follows one try's start and run, in :data:`airflow_provider_dify.api.calls.Steps` that a hook takes.
 
     :param hook: the hook, which sends nothing again by itself.
     :param clock: the try's deadline.
     :param log: the task's log.
     :param poll_interval: seconds between polls.
+    :param whose: whose timeout it is, for messages.
     """
 
-    def __init__(self, hook: DifyHook, clock: TaskClock, log: Logger, poll_interval: float) -> None:
+    # How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
+    start_retries = 3
+
+    def __init__(
+        self, hook: Server, clock: TaskClock, log: Logger, poll_interval: float, whose: str = "operator's"
+    ) -> None:
+        self.whose = whose
         self.hook = hook
         self.clock = clock
         self.log = log
         self.poll_interval = poll_interval
         self.progress = RunProgress()
         # The start under way, which a signal's handler may have to look at.
-        self.stream: WorkflowRunStream | None = None
+        self.stream: StartedRun | None = None
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+    def check_inputs(self, inputs: Mapping[str, Any]) -> Steps[None]:
         """
         Check inputs against the app's form, before a start.
 
@@ -71,22 +87,17 @@ class Follower:
         :raises DifyAuthenticationError: if the API key is refused.
         """
         try:
-            form = parse_input_form(self.hook.get_parameters())
+            form = parse_input_form((yield calls.parameters()))
         except DifyError:
             # A server that refuses the form leaves the check out; the start tells what else is wrong.
             return
         check = check_inputs(form, inputs)
         for warning in check.warnings:
             self.log.warning("%s", warning)
-        if check.problems:
-            raise DifyInputsRejected(
-                f"{' '.join(check.problems)} The app's form in Dify says so; no workflow run was started. Check the "
-                "task's "
-                "inputs.",
-                server_version=self.hook.server_version,
-            )
+        if (rejection := check.rejection(self.hook.server_version)) is not None:
+            raise rejection
 
-    def send_start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> WorkflowRunStream:
+    def send_start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> Steps[StartedRun]:
         """
         Send a start until Dify accepts it, again only where nothing can have started.
 
@@ -96,26 +107,37 @@ class Follower:
         failures = 0
         while True:
             self.clock.check()
-            self.stream = stream = self.hook.send_start(inputs, user, workflow_id=workflow_id)
+            stream: StartedRun = yield SendStart(inputs, user, workflow_id)
+            self.stream = stream
             try:
-                self._wait_until_accepted(stream, user)
+                yield from self._wait_until_accepted(stream, user)
                 self.hook.server_version = stream.server_version or self.hook.server_version
                 return stream
             except DifyConnectionError as error:
                 stream.close()
                 failures += 1
-                delay = delay_after(error, failures, RETRY_DELAY)
-                is_given_up = (error.retry_after or 0.0) > MAX_RETRY_DELAY or delay >= self.clock.left
-                if is_given_up or (failures > START_RETRIES and not error.is_overloaded):
-                    raise
-                reason = "Dify has too many active runs" if error.is_overloaded else "The start did not reach Dify"
-                self.log.warning("%s; the next attempt is in %.1f seconds: %s", reason, delay, error)
-                self.clock.sleep(delay)
+                yield from self.before_next_start(error, failures)
             except BaseException:
                 stream.close()
                 raise
 
-    def wait_until_named(self, stream: WorkflowRunStream, search: RunSearch, seconds: float) -> str | None:
+    def before_next_start(self, error: DifyConnectionError, failures: int) -> Steps[None]:
+        """
+        Pause after a start that started nothing.
+
+        :param error: why it didn't.
+        :param failures: failures in a row, this one included.
+        :raises DifyConnectionError: the error, if the start is not to be sent again.
+        """
+        delay = delay_after(error, failures, RETRY_DELAY)
+        is_given_up = (error.retry_after or 0.0) > MAX_RETRY_DELAY or delay >= self.clock.left
+        if is_given_up or (failures > self.start_retries and not error.is_overloaded):
+            raise error
+        reason = "Dify has too many active runs" if error.is_overloaded else "The start did not reach Dify"
+        self.log.warning("%s; the next attempt is in %.1f seconds: %s", reason, delay, error)
+        yield from self.clock.pause(delay)
+
+    def wait_until_named(self, stream: StartedRun, search: RunSearch, seconds: float) -> Steps[str | None]:
         """
         Wait until Dify names the run of a start: on its stream, and now and then in the log.
 
@@ -129,9 +151,10 @@ class Follower:
         began = time.monotonic()
         next_look = began + QUEUE_INTERVAL
         while not self.clock.is_over and (left := seconds - (time.monotonic() - began)) > 0:
-            event = stream.next_event(self.clock.slice_of(left))
+            seconds_to_look = max(_SHORTEST_WAIT, next_look - time.monotonic())
+            event = yield NextEvent(stream, self.clock.slice_of(min(left, seconds_to_look)))
             if stream.is_named:
-                self._on_started(stream, event)
+                yield from self._on_started(stream, event)
                 return stream.workflow_run_id
             self.clock.check()
             if time.monotonic() >= next_look:
@@ -141,11 +164,11 @@ class Follower:
                     search.user,
                     time.monotonic() - began,
                 )
-                if run_id := self._look_into_log(search):
+                if run_id := (yield from self._look_into_log(search)):
                     return run_id
         return None
 
-    def search_run(self, search: RunSearch, error: DifyWorkflowRunUncertain, seconds: float) -> str | None:
+    def search_run(self, search: RunSearch, error: DifyWorkflowRunUncertain, seconds: float) -> Steps[str | None]:
         """
         Look for the run of a start in Dify's log, until it is there.
 
@@ -159,7 +182,7 @@ class Follower:
         interval = min(1.0, self.poll_interval)
         while True:
             try:
-                run_id = self.hook.run_steps(find_run(search))
+                run_id = yield from find_run(search)
             except DifyConnectionError as failure:
                 # Let out, it would have Airflow retry, and the retry start another run.
                 self.log.warning("Dify's log could not be read; looking again: %s", failure)
@@ -177,14 +200,14 @@ class Follower:
             if elapsed >= seconds or self.clock.is_over:
                 return None
             self.log.info("Dify's log has no run of user %r yet, %.0f seconds after the start.", search.user, elapsed)
-            self.clock.sleep(min(interval, seconds - elapsed))
+            yield from self.clock.pause(min(interval, seconds - elapsed))
             interval = min(interval * 2, max(self.poll_interval, 1.0))
 
     def may_be_queued(self) -> bool:
         """Return whether the server may hold a start back without a record of it."""
         return runs_queue(self.hook.server_version)
 
-    def follow(self, wait: RunWait, stream: WorkflowRunStream | None, timeout: float) -> tuple[WorkflowRun, Verdict]:
+    def follow(self, wait: RunWait, stream: StartedRun | None, timeout: float) -> Steps[tuple[WorkflowRun, Verdict]]:
         """
         Follow a run until it is over: its events, then polls.
 
@@ -195,17 +218,17 @@ class Follower:
         :raises DifyWorkflowRunTimeout: if the deadline is over; the run was looked at once more then.
         :raises DifyError: if the wait can't go on.
         """
-        found = self._follow_events(wait, stream) if stream is not None else None
+        found = (yield from self._follow_events(wait, stream)) if stream is not None else None
         interval = min(1.0, self.poll_interval) if self.progress.final_status else self.poll_interval
         while found is None:
             is_last = self.clock.is_over
-            found, delay = self._poll(wait)
+            found, delay = yield from self._poll(wait)
             if found is None and is_last:
                 raise DifyWorkflowRunTimeout(
-                    f"The operator's timeout of {timeout:g} seconds is over. {wait.describe_last_status()}"
+                    f"The {self.whose} timeout of {timeout:g} seconds is over. {wait.describe_last_status()}"
                 )
             if found is None:
-                self.clock.sleep(max(interval, delay))
+                yield from self.clock.pause(max(interval, delay))
                 interval = min(interval * 2, self.poll_interval)
         run, verdict = found
         status = self.progress.final_status
@@ -217,24 +240,24 @@ class Follower:
             )
         return run, verdict.because_of(self.progress.failed_node)
 
-    def _wait_until_accepted(self, stream: WorkflowRunStream, user: str) -> None:
-        until = time.monotonic() + self.hook.connection.timeouts()[1]
-        while time.monotonic() < until and not self.clock.is_over:
-            if stream.wait_until_accepted(self.clock.slice_of(1.0)):
+    def _wait_until_accepted(self, stream: StartedRun, user: str) -> Steps[None]:
+        until = time.monotonic() + self.hook.response_timeout
+        while (left := until - time.monotonic()) > 0 and not self.clock.is_over:
+            if (yield from wait_until_accepted(stream, self.clock.slice_of(left))):
                 return
             self.clock.check()
         raise DifyWorkflowRunUncertain(
-            f"No response within {self.hook.connection.timeouts()[1]:g} seconds: Dify may or may not have started a "
+            f"No response within {self.hook.response_timeout:g} seconds: Dify may or may not have started a "
             f"workflow run for user {user!r}. It was not asked again, so as not to pay twice. Look for the user in the "
             "app's log in Dify's console.",
             user=user,
         )
 
-    def _on_started(self, stream: WorkflowRunStream, event: WorkflowEvent | None) -> None:
+    def _on_started(self, stream: StartedRun, event: WorkflowEvent | None) -> Steps[None]:
         if event is None or not event.starts_a_rejected_run:
             return
         self._note(event)
-        following = stream.next_event(min(REJECTION_SECONDS, max(1.0, self.clock.left)))
+        following: WorkflowEvent | None = yield NextEvent(stream, min(REJECTION_SECONDS, max(1.0, self.clock.left)))
         if following is not None:
             self._note(following)
         if self.progress.was_rejected:
@@ -242,15 +265,14 @@ class Follower:
 
     def _rejection(self, workflow_run_id: str) -> DifyInputsRejected:
         return DifyInputsRejected(
-            f"{one_line(self.progress.final_error or 'Dify gave no error text').rstrip('.')}. Dify rejected the "
-            "inputs and "
-            f"keeps no record of the run (it named it {workflow_run_id}). Check the task's inputs.",
+            f"{one_line(self.progress.final_error or 'Dify gave no error text').rstrip('.')}. Dify rejected the inputs "
+            f"and keeps no record of the run (it named it {workflow_run_id}). Check the task's inputs.",
             server_version=self.hook.server_version,
         )
 
-    def _look_into_log(self, search: RunSearch) -> str | None:
+    def _look_into_log(self, search: RunSearch) -> Steps[str | None]:
         try:
-            return self.hook.run_steps(find_run(search))
+            return (yield from find_run(search))
         except DifyWorkflowRunUncertain:
             raise
         except DifyError as error:
@@ -262,12 +284,12 @@ class Follower:
         if line:
             self.log.info("%s", line)
 
-    def _follow_events(self, wait: RunWait, stream: WorkflowRunStream) -> tuple[WorkflowRun, Verdict] | None:
+    def _follow_events(self, wait: RunWait, stream: StartedRun) -> Steps[tuple[WorkflowRun, Verdict] | None]:
         """Log a run's events until the stream ends, or the run itself turns out to be over."""
         next_look = time.monotonic() + self.poll_interval
         try:
             while not self.clock.is_over:
-                event = stream.next_event(self.clock.slice_of(1.0))
+                event = yield NextEvent(stream, self.clock.slice_of(max(_SHORTEST_WAIT, next_look - time.monotonic())))
                 self.clock.check()
                 if event is not None:
                     self._note(event)
@@ -277,7 +299,7 @@ class Follower:
                 # A paused run sends nothing but pings, and so does one that hangs.
                 if time.monotonic() >= next_look:
                     next_look = time.monotonic() + self.poll_interval
-                    if (found := self._look(wait)) is not None:
+                    if (found := (yield from self._look(wait))) is not None:
                         return found
         except DifyConnectionError as error:
             self.log.warning("%s Polling the run every %g seconds instead.", error, self.poll_interval)
@@ -293,19 +315,19 @@ class Follower:
         elif event.name != FINISHED:
             self.log.info("Dify paused workflow run %s; polling it until it goes on.", wait.workflow_run_id)
 
-    def _look(self, wait: RunWait) -> tuple[WorkflowRun, Verdict] | None:
+    def _look(self, wait: RunWait) -> Steps[tuple[WorkflowRun, Verdict] | None]:
         try:
-            run = self.hook.run_steps(calls.look_up_run(wait.workflow_run_id))
+            run = yield from calls.look_up_run(wait.workflow_run_id)
         except (DifyConnectionError, DifyWorkflowRunNotFound):
             # As long as the stream lives, the run does.
             return None
         verdict = wait.on_poll(run)
         return None if verdict.outcome is Outcome.WAIT else (run, verdict)
 
-    def _poll(self, wait: RunWait) -> tuple[tuple[WorkflowRun, Verdict] | None, float]:
+    def _poll(self, wait: RunWait) -> Steps[tuple[tuple[WorkflowRun, Verdict] | None, float]]:
         """Poll once; return what was found if the run is over, and how long not to poll."""
         try:
-            run = self.hook.run_steps(calls.look_up_run(wait.workflow_run_id))
+            run = yield from calls.look_up_run(wait.workflow_run_id)
         except DifyWorkflowRunNotFound as error:
             if self.progress.final_status == "failed":
                 raise self._failure_without_record(wait.workflow_run_id) from error

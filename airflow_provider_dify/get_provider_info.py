@@ -71,7 +71,13 @@ def get_provider_info() -> dict[str, Any]:
             },
         ],
         "operators": [
-            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.operators.dify"]},
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": [
+                    "airflow_provider_dify.operators.dify",
+                    "airflow_provider_dify.operators.dify_batch",
+                ],
+            },
         ],
         "sensors": [
             {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.sensors.dify"]},

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 from uuid import UUID
 
+from airflow_provider_dify.exceptions import DifyInputsRejected
 from airflow_provider_dify.input_form import InputField, InputForm
 
 # More of a name or a value than this never gets into a message.
@@ -47,6 +48,16 @@ class InputCheck:
 
     problems: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+    def rejection(self, server_version: str | None = None) -> DifyInputsRejected | None:
+        """Return the error for inputs that Dify is sure to reject; ``None`` for others."""
+        if not self.problems:
+            return None
+        return DifyInputsRejected(
+            f"{' '.join(self.problems)} The app's form in Dify says so; no workflow run was started. Check the task's "
+            "inputs.",
+            server_version=server_version,
+        )
 
 
 def check_inputs(form: InputForm, inputs: Mapping[str, Any]) -> InputCheck:

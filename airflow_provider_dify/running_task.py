@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api.session import call_within
+from airflow_provider_dify.api.started_run import StartedRun, wait_until_named
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -34,12 +35,11 @@ from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome, judge
 from airflow_provider_dify.waiting import delay_after
+from airflow_provider_dify.whole_run import still_queued
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
     from airflow.sdk.types import Logger
-
-    from airflow_provider_dify.api.run_stream import WorkflowRunStream
 
 # How long a worker waits for a queued run before it leaves that to the triggerer.
 SECONDS_BEFORE_DEFERRAL = 5.0
@@ -84,7 +84,7 @@ class RunningTask:
         self._stop_was_asked = False
 
     @property
-    def stream(self) -> WorkflowRunStream | None:
+    def stream(self) -> StartedRun | None:
         """The start that this try has sent, and its run's events; ``None`` until then."""
         return self.follower.stream
 
@@ -156,7 +156,7 @@ class RunningTask:
         """Stop the run of a task that was killed, also one whose start is under way."""
         if self.stream is not None and not self.stream.is_named:
             with contextlib.suppress(DifyError):
-                self.stream.wait_until_named(SECONDS_AFTER_KILL)
+                self._hook.run_steps(wait_until_named(self.stream, SECONDS_AFTER_KILL))
             if self.stream.is_named and self._start is not None:
                 # Only here: this may be a signal's handler, in the middle of a message to Airflow.
                 ids = {"workflow_run_id": self.stream.workflow_run_id, "task_id": self.stream.task_id}
@@ -189,7 +189,8 @@ class RunningTask:
                     settings.max_consecutive_failures,
                     error,
                 )
-                self.clock.sleep(max(settings.poll_interval, delay_after(error, failures, RETRY_DELAY)))
+                delay = max(settings.poll_interval, delay_after(error, failures, RETRY_DELAY))
+                self._hook.run_steps(self.clock.pause(delay))
         if found is None:
             return None
         start, run = found
@@ -215,7 +216,7 @@ class RunningTask:
         seconds = self.clock.left if start.was_accepted else self._settings.not_found_grace
         if self._settings.deferrable and start.was_accepted:
             return start
-        run_id = self.follower.search_run(start.search, error, seconds)
+        run_id = self._hook.run_steps(self.follower.search_run(start.search, error, seconds))
         if run_id is not None:
             self._remember(replace(start, workflow_run_id=run_id, try_number=self.context["ti"].try_number))
             return self._start
@@ -229,7 +230,7 @@ class RunningTask:
         ti: Any = self.context["ti"]
         if settings.workflow_id is None:
             # The form that Dify shows is the current version's.
-            self.follower.check_inputs(settings.inputs)
+            self._hook.run_steps(self.follower.check_inputs(settings.inputs))
         before = self._hook.run_steps(known_runs(settings.user)) if settings.user is not None else ()
         start = new_start(ti, settings.user, settings.inputs, before, time.time())
         if self._hook.server_version:
@@ -238,7 +239,7 @@ class RunningTask:
         self._memory.save(start)
         self._start = start
         try:
-            stream = self.follower.send_start(settings.inputs, start.user, settings.workflow_id)
+            stream = self._hook.run_steps(self.follower.send_start(settings.inputs, start.user, settings.workflow_id))
         except DifyWorkflowRunUncertain as error:
             self._wait_in_log(start, error)
             return
@@ -250,9 +251,12 @@ class RunningTask:
             raise
         self._wait_on_stream(start, stream)
 
-    def _wait_on_stream(self, start: TaskStart, stream: WorkflowRunStream) -> None:
+    def _wait_until_named(self, stream: StartedRun, start: TaskStart, seconds: float) -> str | None:
+        return self._hook.run_steps(self.follower.wait_until_named(stream, start.search, seconds))
+
+    def _wait_on_stream(self, start: TaskStart, stream: StartedRun) -> None:
         try:
-            run_id = self.follower.wait_until_named(stream, start.search, SECONDS_BEFORE_QUEUED)
+            run_id = self._wait_until_named(stream, start, SECONDS_BEFORE_QUEUED)
             if run_id is None:
                 start = replace(start, was_accepted=True)
                 self._memory.save(start)
@@ -262,7 +266,7 @@ class RunningTask:
                     start.user,
                 )
                 seconds = SECONDS_BEFORE_DEFERRAL if self._settings.deferrable else self.clock.left
-                run_id = self.follower.wait_until_named(stream, start.search, seconds)
+                run_id = self._wait_until_named(stream, start, seconds)
         except DifyWorkflowRunUncertain as error:
             self._wait_in_log(replace(start, was_accepted=True), error)
             return
@@ -281,7 +285,7 @@ class RunningTask:
         else:
             self._remember(replace(start, workflow_run_id=run_id))
 
-    def _take_named_run(self, stream: WorkflowRunStream) -> None:
+    def _take_named_run(self, stream: StartedRun) -> None:
         if self._start is None or self._start.workflow_run_id is not None:
             return
         self._remember(replace(self._start, workflow_run_id=stream.workflow_run_id, task_id=stream.task_id))
@@ -296,7 +300,7 @@ class RunningTask:
         seconds = self.clock.left if self.follower.may_be_queued() else self._settings.not_found_grace
         if self._settings.deferrable:
             seconds = min(seconds, SECONDS_BEFORE_DEFERRAL)
-        run_id = self.follower.search_run(start.search, error, seconds)
+        run_id = self._hook.run_steps(self.follower.search_run(start.search, error, seconds))
         if run_id is not None:
             self._remember(replace(start, workflow_run_id=run_id))
         elif not self._settings.deferrable or not self.follower.may_be_queued():
@@ -306,12 +310,7 @@ class RunningTask:
         if self._settings.deferrable:
             self._log.info("Leaving the wait for the queued run to the triggerer.")
             return
-        raise DifyWorkflowRunUncertain(
-            f"The operator's timeout is over, and the workflow run of user {start.user!r} is still queued at Dify, "
-            "which cannot be asked to drop it: it will run, and be paid for, once. Look for the user in the app's log "
-            "in Dify's console.",
-            user=start.user,
-        )
+        raise still_queued(self.follower, start.user)
 
     def _remember(self, start: TaskStart) -> None:
         """Store the run everywhere at once, so that no crash loses it."""

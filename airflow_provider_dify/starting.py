@@ -271,9 +271,28 @@ def default_user(ti: Any, try_number: int) -> str:
     :return: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>/<try>``, of at most 255 characters, which
         Dify's log shows and can be searched for.
     """
+    return shorten_user(f"{task_name(ti)}/{try_number}", MAX_USER_LENGTH)
+
+
+def task_name(ti: Any) -> str:
+    """
+    Return a name of a task instance that no other one has, whatever its try.
+
+    :param ti: the task instance.
+    :return: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>``, of any length.
+    """
     map_index = "" if ti.map_index is None or ti.map_index < 0 else f"[{ti.map_index}]"
-    user = f"airflow/{installation_id()}/{ti.dag_id}/{ti.task_id}{map_index}/{ti.run_id}/{try_number}"
-    if len(user) <= MAX_USER_LENGTH:
+    return f"airflow/{installation_id()}/{ti.dag_id}/{ti.task_id}{map_index}/{ti.run_id}"
+
+
+def shorten_user(user: str, limit: int) -> str:
+    """
+    Return a name cut to a length, with a digest of the whole in place of its end.
+
+    :param user: the name.
+    :param limit: characters, more than 17.
+    """
+    if len(user) <= limit:
         return user
     digest = hashlib.sha256(user.encode()).hexdigest()[:16]
-    return f"{user[: MAX_USER_LENGTH - 17]}~{digest}"
+    return f"{user[: limit - 17]}~{digest}"

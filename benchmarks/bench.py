@@ -1,5 +1,5 @@
 """
-Compare waiting with this provider to waiting with others, on this machine. ``make bench`` runs this.
+Compare waits and batches of this provider with those of others, on this machine. ``make bench`` runs this.
 
 Every row of a table is measured in the same run, against the same local TLS server, each contender in a process of its
 own on one core, the server on another. The tables are Markdown. Nothing here fails because something was slow.
@@ -30,9 +30,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import batches
 import server
 import trustme
 import waits
+from batches import Batch, BatchCost
 from server import Scenario
 from waits import Cost, Plan
 
@@ -81,6 +83,16 @@ FAULT_GROUPS = ((BARE, OURS, "http"), (DBT, "anthropic"))
 FAULT_WAITS, FAULT_INTERVAL, FAULT_FINISH, FAULT_SECONDS = 200, 1.0, 8.0, 30.0
 # Our trigger's own; the others are left at their defaults. Shorter than the server stalls.
 FAULT_TIMEOUT = 2
+
+# Rows of a batch, runs at once, seconds a run, and how often each contender does it: the median counts.
+BATCHES = {
+    BARE: "bare aiohttp loop",
+    OURS: "**`DifyRunWorkflowBatchOperator`**",
+    "threads": "thread pool of `requests`",
+}
+BATCH_ROWS, BATCH_AT_ONCE, RUN_SECONDS, BATCH_ROUNDS = 1_000, 50, 0.5, 3
+# Rows of the two batches whose memory is compared; their runs are over at once.
+MEMORY_ROWS = (1_000, 100_000)
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -315,6 +327,65 @@ def measure_faults(bench: Bench) -> dict[str, Measured]:
     return measured
 
 
+def measure_batches(bench: Bench) -> dict[str, BatchCost]:
+    """
+    Let each contender start and follow the same rows.
+
+    :param bench: what is shared.
+    :return: what it cost, by contender: the round with the median wall time.
+    """
+    rounds: dict[str, list[BatchCost]] = {}
+    for _ in range(BATCH_ROUNDS):
+        for name in BATCHES:
+            rounds.setdefault(name, []).append(run_batch(bench, name, BATCH_ROWS, RUN_SECONDS))
+    return {name: sorted(costs, key=lambda cost: cost.wall)[len(costs) // 2] for name, costs in rounds.items()}
+
+
+def measure_memory(bench: Bench) -> dict[int, BatchCost]:
+    """
+    Let the operator do a small file of rows and a large one.
+
+    :param bench: what is shared.
+    :return: what it cost, by the number of rows.
+    """
+    return {rows: run_batch(bench, OURS, rows, 0.0) for rows in MEMORY_ROWS}
+
+
+def run_batch(bench: Bench, name: str, count: int, run_seconds: float) -> BatchCost:
+    """
+    Let one contender start and follow rows, in a process of its own and with a server of its own.
+
+    :param bench: what is shared.
+    :param name: the contender.
+    :param count: how many rows.
+    :param run_seconds: how long a run takes.
+    :return: what it cost.
+    """
+    rows = bench.place / f"rows-{count}.jsonl"
+    if not rows.exists():
+        with rows.open("w") as file:
+            file.writelines(json.dumps({"query": f"What is row {row} about?"}) + "\n" for row in range(count))
+    output = bench.place / "results.jsonl"
+    output.unlink(missing_ok=True)
+    with process(server.main, bench.server_core, bench.place / "server.pem", bench.log) as from_server:
+        port, control_port = from_server.recv()
+        set_connections(port, None)
+        scenario = Scenario(finish_at=0.0, finish_over=0.0, run_seconds=run_seconds)
+        ask(f"http://127.0.0.1:{control_port}/scenario", asdict(scenario))
+        batch = Batch(rows, output, BATCH_AT_ONCE)
+        with process(batches.main, name, bench.contender_core, bench.log, batch) as from_contender:
+            cost: BatchCost = from_contender.recv()
+    if cost.failure:
+        print(f"{name} with {count:,} rows: {cost.failure}", flush=True)
+    return cost
+
+
+def migrate(bench: Bench) -> None:
+    """Make the database of the Airflow that the batches run in."""
+    with bench.log.open("a") as log:
+        subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, stdout=log, stderr=log)
+
+
 def measure_imports() -> dict[str, tuple[float, int]]:
     """
     Import each sensor's module in processes that have not imported it.
@@ -421,10 +492,59 @@ def print_faults(faults: dict[str, Measured]) -> None:
     print_table([*head, "slowest finish to event"], rows)
 
 
+def print_batches(costs: dict[str, BatchCost]) -> None:
+    """
+    Print what a batch costs.
+
+    :param costs: what :func:`measure_batches` gave.
+    """
+    print(f"\n### What {BATCH_ROWS:,} rows cost, {BATCH_AT_ONCE} runs of {RUN_SECONDS:g} s at once\n")
+    bare = costs[BARE]
+    print_table(
+        ["rows with", "wall time", "to bare", "CPU a run", "to bare", "memory", "runs that succeeded"],
+        [
+            [
+                BATCHES[name],
+                f"{cost.wall:.1f} s",
+                f"{cost.wall / bare.wall:.2f}",
+                f"{cost.cpu * 1000 / BATCH_ROWS:.2f} ms",
+                f"{cost.cpu / bare.cpu:.2f}",
+                f"{cost.memory / 1e6:.0f} MB",
+                f"{cost.succeeded:,}",
+            ]
+            for name, cost in costs.items()
+        ],
+    )
+
+
+def print_memory(costs: dict[int, BatchCost]) -> None:
+    """
+    Print what memory a batch takes.
+
+    :param costs: what :func:`measure_memory` gave.
+    """
+    print("\n### What memory rows of a file take\n")
+    print_table(
+        ["rows", "wall time", "CPU a run", "memory", "runs that succeeded"],
+        [
+            [
+                f"{rows:,}",
+                f"{cost.wall:.1f} s",
+                f"{cost.cpu * 1000 / rows:.2f} ms",
+                f"{cost.memory / 1e6:.0f} MB",
+                f"{cost.succeeded:,}",
+            ]
+            for rows, cost in costs.items()
+        ],
+    )
+
+
 def print_targets(
     measured: dict[tuple[str, int], Measured],
     imports: dict[str, tuple[float, int]],
     faults: dict[str, Measured],
+    batch: dict[str, BatchCost],
+    memory: dict[int, BatchCost],
 ) -> None:
     """
     Print what was aimed at and whether it was met; what was not measured is left out.
@@ -432,6 +552,8 @@ def print_targets(
     :param measured: what was measured, by contender and number of waits.
     :param imports: what :func:`measure_imports` gave.
     :param faults: what :func:`measure_faults` gave.
+    :param batch: what :func:`measure_batches` gave.
+    :param memory: what :func:`measure_memory` gave.
     """
     rows = []
 
@@ -458,6 +580,19 @@ def print_targets(
         survived, ended = faults[OURS].survived, len(faults[OURS].cost.ends)
         got = f"{ended - survived}, and {FAULT_WAITS - ended} not over"
         target("bad server: waits lost", "none", got, survived == FAULT_WAITS)
+    if batch:
+        ours, bare = batch[OURS], batch[BARE]
+        for what, ratio, most in (
+            ("wall time", ours.wall / bare.wall, 1.1),
+            ("CPU a run", ours.cpu / bare.cpu, 1.5),
+        ):
+            target(f"batch: {what}, to the bare loop", f"at most {most:g}", f"{ratio:.2f}", ratio <= most)
+        target("batch: rows lost", "none", f"{BATCH_ROWS - ours.succeeded}", ours.succeeded == BATCH_ROWS)
+    if memory:
+        few, many = MEMORY_ROWS
+        more = (memory[many].memory - memory[few].memory) / 1e6
+        what = f"batch: memory for {many:,} rows beyond that for {few:,}"
+        target(what, "at most 50 MB", f"{more:.0f} MB", more <= 50 and memory[many].succeeded == many)
     print("\n### Targets of this provider\n")
     print_table(["target", "aim", "measured", ""], rows)
 
@@ -490,8 +625,8 @@ def prepare(place: Path) -> Bench:
 
 def main() -> None:
     """Measure, and print the tables."""
-    parser = argparse.ArgumentParser(description="Compare waiting with this provider to waiting with others.")
-    parts = ("loads", "imports", "faults")
+    parser = argparse.ArgumentParser(description="Compare waits and batches of this provider with those of others.")
+    parts = ("loads", "imports", "faults", "batch", "memory")
     parser.add_argument("parts", nargs="*", metavar="part", help=f"what to measure: {', '.join(parts)}; all by default")
     wanted = set(parser.parse_args().parts) or set(parts)
     if wanted - set(parts):
@@ -526,9 +661,17 @@ def main() -> None:
             faults = measure_faults(bench) if "faults" in wanted else {}
             if faults:
                 print_faults(faults)
+            if wanted & {"batch", "memory"}:
+                migrate(bench)
+            batch = measure_batches(bench) if "batch" in wanted else {}
+            if batch:
+                print_batches(batch)
+            memory = measure_memory(bench) if "memory" in wanted else {}
+            if memory:
+                print_memory(memory)
         except EOFError:
             sys.exit(f"A process ended early. It wrote:\n{bench.log.read_text()}")
-        print_targets(measured, imports, faults)
+        print_targets(measured, imports, faults, batch, memory)
     print(f"\nTook {time.monotonic() - began:.0f} s.")
 
 

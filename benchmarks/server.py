@@ -24,6 +24,8 @@ from typing import Any
 from aiohttp import web
 
 RECORDED = Path(__file__).resolve().parent.parent / "tests" / "recorded" / "1.12.1" / "detail_succeeded_echo.http"
+STREAM = RECORDED.parent.parent / "1.16.1" / "run_streaming_echo.http"
+VERSION = {"X-Version": "1.16.1"}
 # One answer of ten goes wrong where a scenario asks for it.
 FAULTY_ONE_IN = 10
 STALL_SECONDS = 3.0
@@ -39,11 +41,13 @@ class Scenario:
     :param finish_at: when the first run finishes, on the monotonic clock, which all processes of a machine share.
     :param finish_over: seconds over which the runs finish.
     :param faulty: whether one answer of ten is an HTTP 503, a connection reset or a stall of three seconds.
+    :param run_seconds: how long a run takes that a contender starts.
     """
 
     finish_at: float
     finish_over: float
     faulty: bool = False
+    run_seconds: float = 0.5
 
     def finish_of(self, wait: int) -> float:
         """
@@ -71,6 +75,38 @@ class Server:
         # Seeded: every contender meets the same faults at the same places.
         self._random = random.Random(0)  # noqa: S311
         self._faulty_answer = 0
+        self._recorded = RecordedStart()
+        # The end of each run that a contender started.
+        self._ends: dict[str, float] = {}
+
+    async def start(self, request: web.Request) -> web.StreamResponse:
+        """Start a run, and send its events: the first at once, the others at its end."""
+        await request.read()
+        run_id = str(uuid.uuid4())
+        beginning, rest = self._recorded.events(run_id)
+        self._ends[run_id] = time.monotonic() + self.scenario.run_seconds
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", **VERSION})
+        await response.prepare(request)
+        await response.write(beginning)
+        if self.scenario.run_seconds:
+            await asyncio.sleep(self.scenario.run_seconds)
+        await response.write(rest)
+        return response
+
+    def detail(self, other: Callable[[web.Request], Any]) -> Callable[[web.Request], Any]:
+        """
+        Make the route's handler for the detail of a run.
+
+        :param other: responds for a run that no contender has started.
+        """
+        answer = dify_answers()
+
+        async def handler(request: web.Request) -> web.Response:
+            run_id = request.match_info["id"]
+            end = self._ends.get(run_id)
+            return await other(request) if end is None else answer(run_id, time.monotonic() >= end)
+
+        return handler
 
     def polled(
         self, number: Callable[[str], int], answer: Callable[[str, bool], web.Response]
@@ -115,11 +151,31 @@ class Server:
         self.scenario = Scenario(**await request.json())
         self.connections = 0
         self.polls.clear()
+        self._ends.clear()
         return web.json_response(asdict(self.scenario))
 
     async def stats(self, request: web.Request) -> web.Response:
         """Return how many connections were accepted, and when each wait polled."""
         return web.json_response({"connections": self.connections, "polls": self.polls})
+
+
+class RecordedStart:
+    """The recorded events of a run, for any run."""
+
+    def __init__(self) -> None:
+        body = STREAM.read_bytes().partition(b"\r\n\r\n")[2]
+        self._beginning, mark, rest = body.partition(b"\n\ndata: ")
+        first, end, self._rest = rest.partition(b"\n\n")
+        self._beginning += mark + first + end
+        self._run_id, self._task_id = (json.loads(first)[name].encode() for name in ("workflow_run_id", "task_id"))
+
+    def events(self, run_id: str) -> tuple[bytes, bytes]:
+        """Return the events up to ``workflow_started``, and the others, with the id of a run."""
+        task_id = str(uuid.uuid4()).encode()
+        return tuple(  # type: ignore[return-value]
+            part.replace(self._run_id, run_id.encode()).replace(self._task_id, task_id)
+            for part in (self._beginning, self._rest)
+        )
 
 
 def json_answer(body: bytes, status: int = 200) -> web.Response:
@@ -131,6 +187,19 @@ def json_answer(body: bytes, status: int = 200) -> web.Response:
     :return: the answer.
     """
     return web.Response(status=status, body=body, content_type="application/json")
+
+
+def always(body: bytes) -> Callable[[web.Request], Any]:
+    """
+    Make a route's handler that answers with the same JSON.
+
+    :param body: the text.
+    """
+
+    async def handler(request: web.Request) -> web.Response:
+        return json_answer(body)
+
+    return handler
 
 
 def dify_answers() -> Callable[[str, bool], web.Response]:
@@ -250,7 +319,15 @@ async def serve(certificate: Path, told: Connection) -> None:
     """
     server = Server(Scenario(finish_at=float("inf"), finish_over=0.0))
     app = web.Application()
-    app.router.add_get("/v1/workflows/run/{id}", server.polled(lambda run_id: uuid.UUID(run_id).int, dify_answers()))
+    waits = server.polled(lambda run_id: uuid.UUID(run_id).int, dify_answers())
+    app.router.add_get("/v1/workflows/run/{id}", server.detail(waits))
+    app.router.add_post("/v1/workflows/run", server.start)
+    for path, body in (
+        ("parameters", b'{"user_input_form": []}'),
+        ("info", b'{"name": "bench", "mode": "workflow"}'),
+        ("workflows/logs", b'{"page": 1, "limit": 100, "total": 0, "has_more": false, "data": []}'),
+    ):
+        app.router.add_get(f"/v1/{path}", always(body))
     app.router.add_get("/api/v2/accounts/{account}/runs/{id}/", server.polled(int, dbt_answer))
     app.router.add_get("/http/{id}", server.polled(int, http_answer))
     app.router.add_get(

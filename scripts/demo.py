@@ -2,10 +2,10 @@
 Start a Dify workflow run with real Airflow, wait on it and print what the downstream task received.
 
 ``make demo`` runs this. Without settings it starts the tests' stand-in for Dify, on this machine, whose run is running
-for a few polls and then succeeds. The stand-in speaks like the newest Dify that was recorded; ``make demo DIFY=1.13.0``
-chooses another version. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a run on that real Dify,
-with the inputs in ``DIFY_INPUTS`` (a JSON object; ``{}`` by default). With ``WORKFLOW_RUN_ID`` set as well it starts
-none, but waits on that run.
+for a few polls and then succeeds, and ends with a batch of 50 rows. The stand-in speaks like the newest Dify that was
+recorded; ``make demo DIFY=1.13.0`` chooses another version. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a
+run on that real Dify, with the inputs in ``DIFY_INPUTS`` (a JSON object; ``{}`` by default), and no batch. With
+``WORKFLOW_RUN_ID`` set as well it starts none, but waits on that run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import IO, Any
 ROOT = Path(__file__).resolve().parent.parent
 STARTING = "example_dify_start_then_sensor"
 WAITING = "example_dify_workflow_run"
+BATCH = "example_dify_batch"
+BATCH_ROWS = 50
 SERVER = ("DIFY_BASE_URL", "DIFY_API_KEY")
 WHAT = ("DIFY_INPUTS", "WORKFLOW_RUN_ID")
 
@@ -69,16 +71,21 @@ def target(dialect: str) -> Iterator[Target]:
     outputs = {"text": "Hello from a workflow run — héllo 你好 🎉", "score": 0.75}
     asked = {"query": "Hello"}
     with DifyStandIn(dialect) as dify:
+        dify.run_duration = 0.2
         dify.starts.append(
             Start(
                 statuses=("running", "running", "running", "succeeded"),
                 fields={"outputs": outputs, "total_tokens": 42},
+                duration=0.0,
             )
         )
         print(f"A stand-in for Dify {dify.dialect} (a test double) listens at {dify.base_url}.")
         yield Target(dify.base_url, API_KEY, STARTING, {"inputs": asked}, outputs)
-        if [run.inputs for run in dify.started] != [asked]:
-            sys.exit(f"The stand-in was not asked for one run with the inputs {asked}, but for {dify.started}.")
+        first, *others = [run.inputs for run in dify.started]
+        if first != asked:
+            sys.exit(f"The stand-in was not asked for one run with the inputs {asked}, but with {first}.")
+        if len(others) != BATCH_ROWS or len({row["id"] for row in others}) != BATCH_ROWS:
+            sys.exit(f"The stand-in was not asked for one run for each of {BATCH_ROWS} rows, but for {others}.")
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -98,7 +105,7 @@ LOG_LINES = (
     re.compile(r"^\[[^\]]+\] \{(?P<place>[^}]+)\} \w+ - (?P<message>.*)$"),
 )
 STARTED_TASK = re.compile(r"\[DAG TEST\] starting task_id=(\S+)")
-PRINTED = re.compile(r"^The workflow answered ")
+PRINTED = re.compile(r"^(The workflow answered |\d+ of \d+ rows succeeded )")
 ERROR = re.compile(r"^(?:[\w.]+\.)?(?P<message>(?:Dify|Airflow)\w+: .+)$")
 FILE = re.compile(r"\b(\w+\.py):\d")
 
@@ -238,7 +245,37 @@ def main() -> None:
             airflow("dags", "test", dify.dag_id, "--conf", json.dumps(dify.conf), env=env, log=log, show=True)
         with step("3. Reading the tasks' XComs"):
             returned = xcoms(env)
+        check(dify, returned, log_path)
+        if dify.outputs is not None:
+            run_batch(Path(home) / "results", env, log)
 
+
+def run_batch(results: Path, env: dict[str, str], log: IO[str]) -> None:
+    """
+    Run the example of a batch, and check its results.
+
+    :param results: the folder for them.
+    :param env: the environment of Airflow.
+    :param log: where its whole output goes.
+    """
+    with step(f"4. Running the Dag {BATCH}: {BATCH_ROWS} rows of a file in one task, 4 runs at once"):
+        airflow("dags", "test", BATCH, "--conf", json.dumps({"folder": str(results)}), env=env, log=log, show=True)
+    lines = [json.loads(line) for file in results.glob("*.jsonl") for line in file.read_text().splitlines()]
+    if [(line["index"], line["status"]) for line in lines] != [(row, "succeeded") for row in range(BATCH_ROWS)]:
+        sys.exit(f"These are not the results of {BATCH_ROWS} rows: {lines}. See {log.name}")
+    shown = {name: lines[0][name] for name in ("index", "status", "outputs", "attempts")}
+    print(f"   the first result: {json.dumps(shown, ensure_ascii=False)}")
+    print(f"The results of {BATCH_ROWS} rows are in one file, in row order.")
+
+
+def check(dify: Target, returned: dict[str, Any], log_path: Path) -> None:
+    """
+    Print what the tasks returned, and check it.
+
+    :param dify: the target.
+    :param returned: the return value of each task by its id.
+    :param log_path: Airflow's whole output.
+    """
     if "wait" not in returned or "report" not in returned:
         sys.exit(f"The Dag did not succeed: only {sorted(returned)} returned something. See {log_path}")
     if "start" in returned:

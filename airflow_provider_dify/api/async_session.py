@@ -46,6 +46,8 @@ class SharedSession:
     client: aiohttp.ClientSession | None = None
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     proxy: str | None = None
+    tls: ssl.SSLContext | bool = True
+    starter: aiohttp.ClientSession | None = None
 
     @classmethod
     def join(cls, connection: DifyConnection) -> SharedSession:
@@ -64,8 +66,9 @@ class SharedSession:
         # Out of reach before the first await: who comes now opens a session of its own.
         if sessions.get(self.connection) is self:
             del sessions[self.connection]
-        client, self.client = self.client, None
-        if client is not None:
+        clients = [client for client in (self.client, self.starter) if client is not None]
+        self.client = self.starter = None
+        for client in clients:
             # Shielded, because a cancelled trigger must not leave its sockets behind.
             await asyncio.shield(client.close())
 
@@ -154,23 +157,56 @@ class SharedSession:
         async with self.opening:
             if self.client is None:
                 # In a thread: certificates are read from disk, and the environment is asked for a proxy.
-                self.proxy, tls = await asyncio.to_thread(_proxy_and_tls, self.connection)
+                self.proxy, self.tls = await asyncio.to_thread(_proxy_and_tls, self.connection)
                 connect, total = self.connection.timeouts()
-                self.client = aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(
-                        limit=MAX_REQUESTS_AT_ONCE, keepalive_timeout=KEEPALIVE_SECONDS, ssl=tls
-                    ),
+                self.client = self._new_client(
+                    aiohttp.TCPConnector(limit=MAX_REQUESTS_AT_ONCE, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self.tls),
                     # One timer for the whole response, where requests has one for each piece of it: a trigger's slot
                     # must not be held by a server that sends a byte at a time.
-                    timeout=aiohttp.ClientTimeout(total=total, sock_connect=connect),
-                    # The key may stand here: this session is one connection's, and follows no redirect by itself.
-                    headers={**HEADERS, "Authorization": f"Bearer {self.connection.api_key}"},
-                    cookie_jar=aiohttp.DummyCookieJar(),
+                    aiohttp.ClientTimeout(total=total, sock_connect=connect),
                 )
             return self.client
 
+    async def open_for_starts(self) -> aiohttp.ClientSession:
+        """
+        Return the client that starts go through, each over a connection of its own.
+
+        On a kept-alive connection that the server has just closed, nobody could tell whether a start arrived. A request
+        says by ``trace_request_ctx``, whose ``may_have_been_sent`` is set, when it has its connection.
+
+        :raises DifyConfigurationError: as :meth:`open` does.
+        """
+        await self.open()
+        if self.starter is None:
+            trace = aiohttp.TraceConfig()
+            trace.on_connection_create_end.append(_note_connection)
+            self.starter = self._new_client(
+                # Who starts runs limits how many, and a run that waits for a socket would look like a queued one.
+                aiohttp.TCPConnector(limit=0, force_close=True, ssl=self.tls),
+                # No timer for the response: a queued run is silent for as long as it is queued.
+                aiohttp.ClientTimeout(total=None, connect=self.connection.timeouts()[0]),
+                trace_configs=[trace],
+            )
+        return self.starter
+
+    def _new_client(
+        self, connector: aiohttp.TCPConnector, timeout: aiohttp.ClientTimeout, **settings: Any
+    ) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=connector,
+            timeout=timeout,
+            # The key may stand here: this session is one connection's, and follows no redirect by itself.
+            headers={**HEADERS, "Authorization": f"Bearer {self.connection.api_key}"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+            **settings,
+        )
+
 
 _sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[DifyConnection, SharedSession]] = WeakKeyDictionary()
+
+
+async def _note_connection(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+    context.trace_request_ctx.may_have_been_sent = True
 
 
 def _proxy_and_tls(connection: DifyConnection) -> tuple[str | None, ssl.SSLContext | bool]:

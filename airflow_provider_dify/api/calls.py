@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from airflow_provider_dify.api import responses, routes
 from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.started_run import NextEvent
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
 from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
 
@@ -59,7 +60,17 @@ class LiveTaskId:
     seconds: float
 
 
-Steps = Generator[Call[Any] | Pause | LiveTaskId, Any, T]
+@dataclass(frozen=True)
+class SendStart:
+    """The start of a run, sent once; it returns the start's stream at once, whose response is still to come."""
+
+    inputs: Mapping[str, Any]
+    user: str
+    workflow_id: str | None = None
+
+
+Step = Call[Any] | Pause | LiveTaskId | SendStart | NextEvent
+Steps = Generator[Step, Any, T]
 
 
 def run_detail(workflow_run_id: str) -> Call[WorkflowRun]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -11,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 import requests
 from urllib3.exceptions import NewConnectionError
 
-from airflow_provider_dify.api.events import STARTED, EventStreamReader, WorkflowEvent
-from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
-from airflow_provider_dify.api.responses import error_from_start
+from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.session import DifySession
+from airflow_provider_dify.api.started_run import (
+    START_HEADERS,
+    NextEvent,
+    StartedRun,
+    StreamItem,
+    next_required_event,
+    require_name,
+)
+from airflow_provider_dify.api.steps import run_steps
 from airflow_provider_dify.closing import Closing
 from airflow_provider_dify.connection import DifyConnection
-from airflow_provider_dify.exceptions import (
-    DifyConnectionError,
-    DifyError,
-    DifyWorkflowRunUncertain,
-)
-from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.exceptions import DifyError
 
 if TYPE_CHECKING:
     from requests.models import Response
 
-_SUBJECT = "the start of a workflow run"
 
-
-class WorkflowRunStream(Closing):
+class WorkflowRunStream(StartedRun, Closing):
     """
     A start that was sent, the run once Dify names it, and the run's events.
 
@@ -42,91 +41,30 @@ class WorkflowRunStream(Closing):
     :param url: where to send the start.
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
-    :ivar workflow_run_id: the run's UUID; empty until Dify names it.
-    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
-    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
-    :ivar server_version: Dify's version; ``None`` until it responds.
     """
 
     def __init__(self, connection: DifyConnection, session: DifySession, url: str, body: bytes, user: str) -> None:
-        self._connection = connection
+        super().__init__(connection, url, user)
         self._session = session
-        self._url = url
-        self._user = user
-        self.workflow_run_id = ""
-        self.task_id = ""
-        self.app_id: str | None = None
-        self.server_version: str | None = None
         self._response: Response | None = None
         # A response or its events in turn, then why there are no more.
-        self._items: SimpleQueue[HttpResponse | WorkflowEvent | Exception | None] = SimpleQueue()
-        self._accepted = False
+        self._items: SimpleQueue[StreamItem] = SimpleQueue()
         self._end: Exception | None = None
         threading.Thread(target=self._read, args=(body,), name="dify-start", daemon=True).start()
 
-    @property
-    def is_named(self) -> bool:
-        """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
-        return bool(self.workflow_run_id)
-
-    def wait_until_accepted(self, seconds: float) -> bool:
-        """
-        Wait for the beginning of the response.
-
-        :param seconds: how long.
-        :return: whether an event stream has begun, which from Dify 1.13 on does not say that there is a run yet.
-        :raises DifyError: if Dify rejected the start; a :class:`DifyConnectionError` only if nothing was started.
-        :raises DifyWorkflowRunUncertain: if a run may have been started all the same.
-        """
-        if not self._accepted:
-            item = self._next_item(seconds)
-            if isinstance(item, HttpResponse):
-                self.close()
-                raise self._rejection(item)
-            self._accepted = item is not None
-        return self._accepted
-
     def next_event(self, seconds: float) -> WorkflowEvent | None:
-        """
-        Return the run's next event.
-
-        :param seconds: how long to wait for it.
-        :return: the event; ``None`` if there was none, which says nothing about the run.
-        :raises DifyWorkflowRunUncertain: if the stream ended before Dify named the run.
-        :raises DifyConnectionError: if the stream broke off after that; the run goes on.
-        """
-        item = self._next_item(seconds)
-        if not isinstance(item, WorkflowEvent):
+        """Return the run's next event, as :meth:`StartedRun.next_event` describes."""
+        try:
+            item = self._end or self._items.get(timeout=max(0.0, seconds))
+        except Empty:
             return None
-        if item.name == STARTED and not self.is_named:
-            if not item.workflow_run_id or not item.task_id:
-                self.close()
-                raise self._uncertain("the event workflow_started names no run")
-            self.workflow_run_id = item.workflow_run_id
-            self.task_id = item.task_id
-            self.app_id = item.app_id
-        elif item.is_ending and not self.is_named:
+        if isinstance(item, Exception):
+            self._end = item
+        try:
+            return self._take(item, self._may_have_been_sent())
+        except DifyError:
             self.close()
-            raise self._uncertain(f"the stream begins with the event {item.name!r}: {one_line(item.data, 300)}")
-        return item
-
-    def wait_until_named(self, seconds: float) -> WorkflowEvent | None:
-        """
-        Wait until Dify names the run.
-
-        :param seconds: how long.
-        :return: the event ``workflow_started``; ``None`` if it did not come in time: the run is queued, perhaps.
-        :raises DifyError: as :meth:`wait_until_accepted` and :meth:`next_event` do.
-        """
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0:
-            if not self._accepted:
-                self.wait_until_accepted(left)
-                continue
-            event = self.next_event(left)
-            if event is not None and event.name == STARTED:
-                return event
-        return None
+            raise
 
     def require_name(self, seconds: float) -> None:
         """
@@ -134,18 +72,9 @@ class WorkflowRunStream(Closing):
 
         :param seconds: how long.
         :raises DifyWorkflowRunUncertain: if Dify named no run in time.
-        :raises DifyError: as :meth:`wait_until_named` does.
+        :raises DifyError: as :meth:`next_event` does.
         """
-        try:
-            if self.wait_until_named(seconds) is None:
-                raise DifyWorkflowRunUncertain(
-                    f"Dify did not name the run of user {self._user!r} within {seconds:g} seconds: it is queued, and "
-                    "may run later. Look for the user in the app's log in Dify's console.",
-                    user=self._user,
-                )
-        except BaseException:
-            self.close()
-            raise
+        run_steps(require_name(self, seconds), _take_step)
 
     def __iter__(self) -> Iterator[WorkflowEvent]:
         """
@@ -155,9 +84,7 @@ class WorkflowRunStream(Closing):
         """
         timeout = self._connection.timeouts()[1]
         while True:
-            event = self.next_event(timeout)
-            if event is None:
-                raise self._broken(f"no event within {timeout:g} seconds")
+            event = run_steps(next_required_event(self, timeout), _take_step)
             yield event
             if event.is_ending:
                 return
@@ -170,59 +97,32 @@ class WorkflowRunStream(Closing):
             self._response.close()
         self._session.close()
 
-    def _next_item(self, seconds: float) -> HttpResponse | WorkflowEvent | bool | None:
-        """Return what came next: a response that is no stream, ``True`` for the beginning of a stream, or an event."""
-        if self._end is None:
-            try:
-                item = self._items.get(timeout=max(0.0, seconds))
-            except Empty:
-                return None
-            if item is None:
-                return True
-            if not isinstance(item, Exception):
-                return item
-            self._end = item
-        self.close()
-        raise self._error(self._end)
-
     def _read(self, body: bytes) -> None:
         """Send the start and read what comes back, in a thread of its own."""
-        headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
         connect, _ = self._connection.timeouts()
         try:
             # No timeout for a piece of the response: a queued run is silent for as long as it is queued.
             response = self._session.post(
-                self._url, data=body, headers=headers, stream=True, allow_redirects=False, timeout=(connect, None)
+                self._url, data=body, headers=START_HEADERS, stream=True, allow_redirects=False, timeout=(connect, None)
             )
             self._response = response
-            is_stream = response.ok and response.headers.get("Content-Type", "").startswith("text/event-stream")
-            body = b"" if is_stream else response.content
-            received = HttpResponse.received(self._connection, self._url, response.status_code, response.headers, body)
-            self.server_version = received.server_version
-            if not is_stream:
-                self._items.put(received)
-                return
-            self._items.put(None)
-            self._read_events(response)
+            is_stream = self._is_stream(response.status_code, response.headers)
+            whole = b"" if is_stream else response.content
+            self._items.put(self._receive(response.status_code, response.headers, whole))
+            if is_stream:
+                self._read_events(response)
         except Exception as error:
             self._items.put(error)
 
     def _read_events(self, response: Response) -> None:
-        reader = EventStreamReader(lambda data: without_key(data, self._connection.api_key))
+        reader = self._new_reader()
         # What is there, and not the next 8 KB, which a response without chunks would wait for.
         while piece := response.raw.read1(65536):
             for event in reader.feed(piece):
                 self._items.put(event)
         raise EOFError("the stream ended before the run did")
 
-    def _error(self, error: Exception) -> DifyError:
-        if self.is_named:
-            return self._broken(reason_of(error, self._connection.secrets))
-        if not self._accepted and not self._may_have_been_sent(error):
-            return no_response(self._connection, _SUBJECT, self._url, error)
-        return self._uncertain(reason_of(error, self._connection.secrets))
-
-    def _may_have_been_sent(self, error: Exception) -> bool:
+    def _may_have_been_sent(self) -> bool:
         """
         Return whether any byte of the request may have gone out.
 
@@ -230,30 +130,12 @@ class WorkflowRunStream(Closing):
         """
         if self._session.was_sent is not None:
             return self._session.was_sent
-        reason: Any = getattr(error.args[0], "reason", None) if error.args else None
+        error = self._end
+        reason: Any = getattr(error.args[0], "reason", None) if error is not None and error.args else None
         return not isinstance(error, (requests.ConnectTimeout, ValueError)) and not isinstance(
             reason, NewConnectionError
         )
 
-    def _rejection(self, response: HttpResponse) -> DifyError:
-        error = error_from_start(response)
-        # Only what a server says before it starts anything is sure to have started nothing.
-        is_sure = 300 <= response.status_code < 500
-        if isinstance(error, DifyConnectionError) and not is_sure:
-            return self._uncertain(str(error))
-        return error
 
-    def _broken(self, reason: str) -> DifyConnectionError:
-        return DifyConnectionError(
-            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run goes on.",
-            server_version=self.server_version,
-        )
-
-    def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
-        return DifyWorkflowRunUncertain(
-            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run "
-            "for user "
-            f"{self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's log in "
-            "Dify's console.",
-            user=self._user,
-        )
+def _take_step(step: NextEvent) -> WorkflowEvent | None:
+    return step.stream.next_event(step.seconds)  # type: ignore[no-any-return]

@@ -6,18 +6,13 @@ The two differ in the ``await`` only.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, TypeVar
-
-from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
-from airflow_provider_dify.exceptions import DifyError
 
 T = TypeVar("T")
 
-Step = Call[Any] | Pause | LiveTaskId
 
-
-def run_steps(steps: Steps[T], take_step: Callable[[Step], Any]) -> T:
+def run_steps(steps: Generator[Any, Any, T], take_step: Callable[[Any], Any]) -> T:
     """
     Run requests that depend on each other.
 
@@ -30,7 +25,7 @@ def run_steps(steps: Steps[T], take_step: Callable[[Step], Any]) -> T:
         while True:
             try:
                 result = take_step(step)
-            except DifyError as error:  # noqa: PERF203
+            except BaseException as error:  # noqa: PERF203
                 step = steps.throw(error)
             else:
                 step = steps.send(result)
@@ -38,7 +33,7 @@ def run_steps(steps: Steps[T], take_step: Callable[[Step], Any]) -> T:
         return done.value  # type: ignore[no-any-return]
 
 
-async def run_steps_async(steps: Steps[T], take_step: Callable[[Step], Awaitable[Any]]) -> T:
+async def run_steps_async(steps: Generator[Any, Any, T], take_step: Callable[[Any], Awaitable[Any]]) -> T:
     """
     Run requests that depend on each other, on an event loop.
 
@@ -51,7 +46,7 @@ async def run_steps_async(steps: Steps[T], take_step: Callable[[Step], Awaitable
         while True:
             try:
                 result = await take_step(step)
-            except DifyError as error:  # noqa: PERF203
+            except BaseException as error:  # noqa: PERF203
                 step = steps.throw(error)
             else:
                 step = steps.send(result)

@@ -5,41 +5,27 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import IO, TYPE_CHECKING, Any, TypeVar
-
-from airflow.providers.common.compat.sdk import BaseHook
+from typing import IO, TYPE_CHECKING, Any
 
 from airflow_provider_dify.api import calls, routes
-from airflow_provider_dify.api.bodies import encode_start, open_upload
-from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
-from airflow_provider_dify.api.http_response import HttpResponse
-from airflow_provider_dify.api.live_task_id import read_live_task_id
+from airflow_provider_dify.api.bodies import open_upload
+from airflow_provider_dify.api.calls import SendStart
 from airflow_provider_dify.api.responses import parse_uploaded_file_id
-from airflow_provider_dify.api.retrying import RequestRetries
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
-from airflow_provider_dify.api.session import DifySession, send
-from airflow_provider_dify.api.steps import Step, run_steps
-from airflow_provider_dify.closing import Closing
-from airflow_provider_dify.connection import DifyConnection
-from airflow_provider_dify.exceptions import (
-    DifyAuthenticationError,
-    DifyConnectionError,
-    DifyError,
-)
+from airflow_provider_dify.api.session import send
+from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
+from airflow_provider_dify.hooks.sending import SendingHook
 from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.task_clock import WEEK, TaskClock
+from airflow_provider_dify.whole_run import run_workflow, wait_for_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from datetime import datetime
 
-    import requests
 
-T = TypeVar("T")
-
-
-class DifyHook(Closing, BaseHook):
+class DifyHook(SendingHook):
     """
     Talk to Dify's Service API with one app's API key.
 
@@ -55,62 +41,11 @@ class DifyHook(Closing, BaseHook):
     """
 
     conn_name_attr = "dify_conn_id"
-    default_conn_name = "dify_default"
     conn_type = "dify"
     hook_name = "Dify"
     # Airflow 2 looks for these in the class itself.
     get_ui_field_behaviour = staticmethod(ui_field_behaviour)
     get_connection_form_widgets = staticmethod(connection_form_widgets)
-
-    def __init__(
-        self,
-        dify_conn_id: str = default_conn_name,
-        *,
-        timeout: float | None = None,
-        retry_limit: int = 3,
-        retry_delay: float = 1.0,
-    ) -> None:
-        super().__init__()
-        self.dify_conn_id = dify_conn_id
-        self.timeout = timeout
-        self.retry_limit = retry_limit
-        self.retry_delay = retry_delay
-        self.deadline: float | None = None
-        self.server_version: str | None = None
-        self._names_connection = True
-        self._connection: DifyConnection | None = None
-        self._session: DifySession | None = None
-
-    @property
-    def connection(self) -> DifyConnection:
-        """
-        The connection's settings, as last read.
-
-        :raises DifyConfigurationError: if the connection cannot be used.
-        """
-        if self._connection is None:
-            connection = self.get_connection(self.dify_conn_id)
-            settings = DifyConnection.from_airflow(connection, has_name=self._names_connection)
-            self._connection = replace(settings, timeout=self.timeout or settings.timeout)
-        return self._connection
-
-    def get_conn(self) -> requests.Session:
-        """
-        Return the session that this hook's requests go through.
-
-        It sends the API key to the connection's own scheme, host and port only, has the connection's timeout, TLS and
-        proxy settings, and keeps no cookies.
-
-        :return: the session; the same one until :meth:`close`.
-        :raises DifyConfigurationError: if the connection cannot be used.
-        """
-        return self._get_session()
-
-    def close(self) -> None:
-        """Close the session and its connections; the next request opens a new one."""
-        if self._session is not None:
-            self._session.close()
-            self._session = None
 
     def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
         """
@@ -178,13 +113,52 @@ class DifyHook(Closing, BaseHook):
         :return: the start, whose response is still to come.
         :raises DifyConfigurationError: if an argument can't be sent; nothing was sent then.
         """
-        path = routes.start_path(workflow_id)
-        body = encode_start(inputs, user)
-        connection = self.connection
-        # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
-        # the request arrived.
-        session = DifySession(connection, connection.timeouts())
-        return WorkflowRunStream(connection, session, f"{connection.base_url}{path}", body, user)
+        return self._send_start(SendStart(inputs, user, workflow_id))
+
+    def run_workflow(
+        self,
+        inputs: Mapping[str, Any],
+        user: str,
+        *,
+        workflow_id: str | None = None,
+        poll_interval: float = 10.0,
+        timeout: float = WEEK,
+    ) -> WorkflowRun:
+        """
+        Start a run of the app's workflow, and wait until it is over: for a function of ``@task``.
+
+        It follows the run's events, and polls where they break off. A start that may have arrived is not sent again:
+        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run goes on, and a
+        retry of the task starts another one; the operator finds it instead.
+
+        :param inputs: as for :meth:`start_workflow_run`.
+        :param user: as there.
+        :param workflow_id: as there.
+        :param poll_interval: seconds between polls.
+        :param timeout: seconds for the start and the run, which goes on after that.
+        :return: the run, whatever its status.
+        :raises DifyInputsRejected: if Dify rejects the inputs.
+        :raises DifyWorkflowRunUncertain: if a run may have been started and could not be found.
+        :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
+        :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
+        """
+        return self.run_steps(run_workflow(self._follower(poll_interval, timeout), inputs, user, workflow_id, timeout))
+
+    def wait_for_workflow_run(
+        self, workflow_run_id: str, *, poll_interval: float = 10.0, timeout: float = WEEK
+    ) -> WorkflowRun:
+        """
+        Poll a run until it is over. Up to five polls in a row may fail for a passing reason.
+
+        :param workflow_run_id: the run's UUID.
+        :param poll_interval: seconds between polls.
+        :param timeout: seconds for the wait; the run goes on after that.
+        :return: the run, whatever its status.
+        :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
+        :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.
+        :raises DifyError: any other, as :meth:`get_workflow_run` does.
+        """
+        return self.run_steps(wait_for_run(self._follower(poll_interval, timeout), workflow_run_id, timeout))
 
     def stop_workflow_task(self, task_id: str, user: str) -> None:
         """
@@ -262,6 +236,9 @@ class DifyHook(Closing, BaseHook):
 
             return self._with_retries(upload)
 
+    def _follower(self, poll_interval: float, timeout: float) -> Follower:
+        return Follower(self, TaskClock(time.time() + timeout), self.log, poll_interval, "hook's")
+
     def test_connection(self) -> tuple[bool, str]:
         """
         Test the connection, for Airflow's Test button.
@@ -277,74 +254,3 @@ class DifyHook(Closing, BaseHook):
         except DifyError as error:
             return False, str(error)
         return describe_test(hook.connection, app, hook.server_version)
-
-    def perform(self, call: Call[T]) -> T:
-        """
-        Send a request, again where it failed for a passing reason, and return what its response means.
-
-        :param call: the request.
-        :raises DifyError: what the last response means.
-        """
-        return self._with_retries(lambda: call.parse(self._send(call)), call.is_final)
-
-    def run_steps(self, steps: Steps[T]) -> T:
-        """
-        Run requests that depend on each other.
-
-        :param steps: yields each request, and is sent what its response meant.
-        :return: what the steps return.
-        """
-        return run_steps(steps, self._take_step)
-
-    def _take_step(self, step: Step) -> Any:
-        if isinstance(step, Pause):
-            return time.sleep(step.seconds)
-        if isinstance(step, LiveTaskId):
-            return read_live_task_id(self._get_session(), self.connection, step)
-        return self.perform(step)
-
-    def _get_session(self) -> DifySession:
-        if self._session is None:
-            self._session = DifySession(self.connection, self.connection.timeouts())
-        return self._session
-
-    def _send(self, call: Call[Any]) -> HttpResponse:
-        request: dict[str, Any] = {} if call.body is None else {"json": call.body}
-        time_limit = self.connection.timeouts()[1]
-        if self.deadline is not None:
-            # A second, so that the last look at a run, after its deadline, is one.
-            time_limit = min(time_limit, max(1.0, self.deadline - time.time()))
-        response = send(
-            self._get_session(),
-            self.connection,
-            call.method,
-            call.path,
-            call.subject,
-            time_limit=time_limit,
-            params=call.params,
-            **request,
-        )
-        self.server_version = response.server_version or self.server_version
-        return response
-
-    def _with_retries(self, work: Callable[[], T], *is_final: Callable[[DifyConnectionError], bool]) -> T:
-        """Do what a passing failure may be repeated for, and once more if the key was rotated."""
-        retries = RequestRetries(self.retry_limit, self.retry_delay, self.deadline, self.log)
-        try:
-            return retries.call(work, *is_final)
-        except DifyAuthenticationError:
-            if not self._connection_has_changed():
-                raise
-            return retries.call(work, *is_final)
-
-    def _connection_has_changed(self) -> bool:
-        """Read the connection again, after its key was refused: a key that was rotated must not end a long wait."""
-        refused = self.connection
-        self._connection = None
-        if self.connection == refused:
-            return False
-        self.log.info(
-            "The API key of connection %r was refused and has changed since; using the new one.", refused.conn_id
-        )
-        self.close()
-        return True

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
+import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.connection import get_async_connection
 
 from airflow_provider_dify.api import calls, routes
+from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.api.async_session import SharedSession
-from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
+from airflow_provider_dify.api.bodies import encode_start
+from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, SendStart, Step, Steps
 from airflow_provider_dify.api.http_response import HttpResponse
-from airflow_provider_dify.api.steps import Step, run_steps_async
+from airflow_provider_dify.api.started_run import NextEvent
+from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError
+from airflow_provider_dify.following import Follower
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.task_clock import WEEK, TaskClock
+from airflow_provider_dify.whole_run import run_workflow
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
     from datetime import datetime
     from types import TracebackType
 
 T = TypeVar("T")
+
+_log: Any = logging.getLogger(__name__)
 
 # A run's inputs may be megabytes, and a triggerer has many waits.
 MAX_BODY_KEPT = 32_768
@@ -29,7 +41,7 @@ MAX_BODY_KEPT = 32_768
 
 class DifyAsyncHook:
     """
-    Look workflow runs up on an event loop, with one app's API key. Never blocks the loop, never retries by itself.
+    Talk to Dify on an event loop, with one app's API key. Never blocks the loop, never retries by itself.
 
     To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and returns its share of the session.
 
@@ -44,6 +56,7 @@ class DifyAsyncHook:
         self.server_version: str | None = None
         self._session: SharedSession | None = None
         self._last_run: tuple[str, bytes, WorkflowRun] | None = None
+        self._reading = asyncio.Lock()
 
     async def __aenter__(self) -> DifyAsyncHook:
         """
@@ -72,6 +85,12 @@ class DifyAsyncHook:
         if session is not None:
             await session.leave()
 
+    @property
+    def response_timeout(self) -> float:
+        """Seconds for a whole response."""
+        assert self.connection is not None  # noqa: S101
+        return self.connection.timeouts()[1]
+
     async def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
         """
         Look a workflow run up: ``GET /workflows/run/{workflow_run_id}``. One request, or two if the key was rotated.
@@ -81,6 +100,51 @@ class DifyAsyncHook:
         :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
         """
         return await self.run_steps(calls.look_up_run(routes.parse_workflow_run_id(workflow_run_id)))
+
+    async def start_workflow_run(
+        self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None, timeout: float = 300.0
+    ) -> AsyncWorkflowRunStream:
+        """
+        Start a run, and wait until Dify names it; sent once, and once more if the key was rotated.
+
+        :param inputs: as for :meth:`airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run`.
+        :param user: as there.
+        :param workflow_id: as there.
+        :param timeout: as there.
+        :return: the started run: its ids, and its events. To be closed, by ``async with``.
+        :raises DifyError: as there; a :class:`DifyConnectionError` if nothing was started.
+        """
+
+        async def start() -> AsyncWorkflowRunStream:
+            stream = self._send_start(SendStart(inputs, user, workflow_id))
+            await stream.require_name(timeout)
+            self.server_version = stream.server_version or self.server_version
+            return stream
+
+        return await self._with_current_key(start)
+
+    async def run_workflow(
+        self,
+        inputs: Mapping[str, Any],
+        user: str,
+        *,
+        workflow_id: str | None = None,
+        poll_interval: float = 10.0,
+        timeout: float = WEEK,
+    ) -> WorkflowRun:
+        """
+        Start a run and wait until it is over, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.run_workflow`.
+
+        :param inputs: as there.
+        :param user: as there.
+        :param workflow_id: as there.
+        :param poll_interval: as there.
+        :param timeout: as there.
+        :return: the run, whatever its status.
+        :raises DifyError: as there.
+        """
+        follower = Follower(self, TaskClock(time.time() + timeout, math.inf), _log, poll_interval, "hook's")
+        return await self.run_steps(run_workflow(follower, inputs, user, workflow_id, timeout))
 
     async def list_workflow_runs(
         self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20
@@ -109,14 +173,11 @@ class DifyAsyncHook:
         :param call: the request.
         :raises DifyError: what the response means.
         """
-        try:
+
+        async def send() -> T:
             return self._parse(call, await self._send(call))
-        except DifyAuthenticationError:
-            refused = self.connection
-            await self._connect()
-            if self.connection == refused:
-                raise
-            return self._parse(call, await self._send(call))
+
+        return await self._with_current_key(send)
 
     async def run_steps(self, steps: Steps[T]) -> T:
         """
@@ -125,17 +186,55 @@ class DifyAsyncHook:
         :param steps: yields each request, and is sent what its response meant.
         :return: what the steps return.
         """
-        return await run_steps_async(steps, self._take_step)
+        return await run_steps_async(steps, self.take_step)
 
-    async def _take_step(self, step: Step) -> Any:
+    async def take_step(self, step: Step) -> Any:
+        """
+        Take one of :meth:`run_steps`.
+
+        :param step: what is to be done.
+        :return: what its response means.
+        """
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
+        if isinstance(step, NextEvent):
+            return await step.stream.next_event(step.seconds)
+        if isinstance(step, SendStart):
+            return self._send_start(step)
         if isinstance(step, LiveTaskId):
             with contextlib.suppress(Exception):
                 assert self._session is not None  # noqa: S101
                 return await asyncio.wait_for(self._session.read_live_task_id(step), step.seconds)
             return None
         return await self.perform(step)
+
+    async def _with_current_key(self, work: Callable[[], Awaitable[T]]) -> T:
+        used = self.connection
+        try:
+            return await work()
+        except DifyAuthenticationError:
+            if not await self.connection_has_changed(used):
+                raise
+            return await work()
+
+    async def connection_has_changed(self, refused: DifyConnection | None) -> bool:
+        """
+        Read the connection again, after its key was refused: a key that was rotated must not end a long wait.
+
+        :param refused: the connection in use then.
+        :return: whether there is another one now.
+        """
+        async with self._reading:
+            if self.connection == refused:
+                await self._connect()
+        return self.connection != refused
+
+    def _send_start(self, start: SendStart) -> AsyncWorkflowRunStream:
+        """Send a start once, and return at once."""
+        path = routes.start_path(start.workflow_id)
+        body = encode_start(start.inputs, start.user)
+        assert self.connection is not None  # noqa: S101
+        return AsyncWorkflowRunStream(self.connection, f"{self.connection.base_url}{path}", body, start.user)
 
     def _parse(self, call: Call[T], response: HttpResponse) -> T:
         self.server_version = response.server_version or self.server_version

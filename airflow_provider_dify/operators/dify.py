@@ -24,7 +24,6 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
 )
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink
-from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
@@ -208,6 +207,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
         from airflow_provider_dify.running_task import RunningTask
         from airflow_provider_dify.starting import StartSettings
+        from airflow_provider_dify.task_clock import TaskClock
 
         settings = StartSettings(
             inputs=self.inputs,
@@ -244,7 +244,7 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     def _wait(self, task: RunningTask) -> dict[str, Any]:
         wait = RunWait(task.named_run_id, self._policy(), log=self.log, on_first_run=task.xcoms.on_run)
-        run, verdict = task.follower.follow(wait, task.stream, self.timeout)
+        run, verdict = self.hook.run_steps(task.follower.follow(wait, task.stream, self.timeout))
         task.run_is_over = verdict.outcome is not Outcome.TIMED_OUT
         return task.xcoms.push_and_return(run, verdict, price=task.follower.progress.price, starts_again=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +30,9 @@ def run_example(
 
     def run(dag_id: str, conf: dict[str, object], *, state: str = "success") -> str:
         with dag_file(dag_id, (EXAMPLES / f"{dag_id}.py").read_text(encoding="utf-8")) as path:
+            # What an example ships lies beside it.
+            for shipped in EXAMPLES.glob(f"{dag_id}.csv"):
+                shutil.copy(shipped, path.parent)
             bag = dag_bag(path)
             assert not bag.import_errors
             ran = run_parsed(bag.dags[dag_id], conf)
@@ -111,6 +115,24 @@ def test_the_example_that_fans_out_collects_every_run(dify: DifyStandIn, run_exa
     assert "All runs together used 42 tokens." in said
     assert sorted(run.inputs["query"] for run in dify.started) == ["a", "b", "c"]
     assert len({run.user for run in dify.started}) == 3
+
+
+def test_the_example_with_a_batch_runs_every_row_of_its_file(
+    dify: DifyStandIn, run_example: Run, tmp_path: Path
+) -> None:
+    failed = Start("run_streaming_failed")
+    answered = [Start(fields={"outputs": {"text": f"answer {number}"}, "total_tokens": 10}) for number in range(50)]
+    # A run that fails is started once more.
+    dify.starts.extend([*answered[:3], failed, *answered[3:]])
+    said = run_example("example_dify_batch", {"folder": str(tmp_path / "results")})
+    assert "50 of 50 rows succeeded and used 500 tokens." in said
+    (results,) = (tmp_path / "results").iterdir()
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["index"] for line in lines] == list(range(50))
+    assert sorted(line["attempts"] for line in lines) == [1] * 49 + [2]
+    asked = [run.inputs for run in dify.started]
+    assert {"id": "T-1004", "query": "I was charged twice for the rain jacket, please check."} in asked
+    assert len({run.user for run in dify.started}) == len(asked)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from tests.dify_stand_in.dialects import Dialect
 from tests.dify_stand_in.recordings import json_response
 from tests.dify_stand_in.runs import Run
 
@@ -41,7 +39,8 @@ def logs(stand_in: DifyStandIn, query: Mapping[str, str]) -> web.Response:
     finished_only = stand_in.log_row_at_end
     found = [run for run in reversed(stand_in.log) if wanted(run) and not (finished_only and not run.finished)]
     shown = found[(page - 1) * limit : page * limit]
-    rows = [_row(stand_in.dialect_rules, run) for run in shown]
+    recorded = stand_in.dialect_rules.recording("logs").fields()["data"][0]
+    rows = [_row(recorded, run) for run in shown]
     has_more = page * limit < len(found)
     return json_response({"page": page, "limit": limit, "total": len(found), "has_more": has_more, "data": rows})
 
@@ -70,18 +69,19 @@ class _Filter:
         return (self.after is None or created_at >= self.after) and (self.before is None or created_at <= self.before)
 
 
-def _row(dialect: Dialect, run: Run) -> dict[str, Any]:
-    recorded = dialect.recording("logs").fields()["data"][0]
+def _row(recorded: dict[str, Any], run: Run) -> dict[str, Any]:
     now = run.now
     assert now is not None
-    row: dict[str, Any] = json.loads(json.dumps(recorded))
-    workflow_run = row["workflow_run"]
-    workflow_run.update({key: now[key] for key in workflow_run.keys() & now.keys()})
-    workflow_run["exceptions_count"] = run.exceptions_count
-    row["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, run.id))
-    row["created_at"] = now["created_at"]
-    row["created_by_end_user"] |= {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.user)), "session_id": run.user}
-    return row
+    workflow_run = recorded["workflow_run"]
+    known = {key: now[key] for key in workflow_run.keys() & now.keys()}
+    user = {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.user)), "session_id": run.user}
+    return {
+        **recorded,
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.id)),
+        "workflow_run": {**workflow_run, **known, "exceptions_count": run.exceptions_count},
+        "created_at": now["created_at"],
+        "created_by_end_user": {**recorded["created_by_end_user"], **user},
+    }
 
 
 def _number(query: Mapping[str, str], name: str, default: int, most: int) -> int:

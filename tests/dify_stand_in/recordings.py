@@ -76,6 +76,7 @@ def nearest(version: str) -> tuple[str, ...]:
     return (*VERSIONS[own:], *reversed(VERSIONS[:own]))
 
 
+@functools.cache
 def find(name: str, version: str) -> Path:
     """
     Return the file of a recording.

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Awaitable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 from aiohttp import web
@@ -51,6 +51,8 @@ class DifyStandIn:
         #: The starts that were taken, and the runs of them. A run stands in ``log`` as soon as it has begun.
         self.started: list[Started] = []
         self.accepted: list[Run] = []
+        #: Those among them that were not over when a start was last taken or turned away.
+        self.active: list[Run] = []
         self.log: list[Run] = []
         #: Task ids that it was asked to stop, and by which user.
         self.stopped: list[tuple[str, str]] = []
@@ -206,13 +208,18 @@ class DifyStandIn:
         return run_id
 
     def add_logged_runs(
-        self, count: int, *, user: str = "somebody", status: str = "succeeded", ending: float | None = None
+        self,
+        count: int,
+        *,
+        user: str | Callable[[int], str] = "somebody",
+        status: str = "succeeded",
+        ending: float | None = None,
     ) -> list[str]:
         """
         Add many runs to the log.
 
         :param count: how many.
-        :param user: who started them.
+        :param user: who started them, or what returns that for each, by its number from 0.
         :param status: what they all have.
         :param ending: when the last of them was created, in epoch seconds; one a second before it; now by default.
         :return: their ids, the oldest first.
@@ -222,7 +229,8 @@ class DifyStandIn:
         ids = [str(uuid.uuid4()) for _ in range(count)]
         for number, run_id in enumerate(ids):
             created = {"id": run_id, "created_at": oldest + number}
-            self.runs[run_id] = Run(run_id, deque([{**detail, **created}]), user=user)
+            name = user if isinstance(user, str) else user(number)
+            self.runs[run_id] = Run(run_id, deque([{**detail, **created}]), user=name)
             self.log.append(self.runs[run_id])
         return ids
 

@@ -96,6 +96,7 @@ class Starts:
         run.inputs = kept = inputs if form is None else keep_known(form, inputs)
         self.stand_in.started.append(Started(run.id, run.task_id, run.user, kept, workflow_id))
         self.stand_in.accepted.append(run)
+        self.stand_in.active.append(run)
         queues = streaming and self.dialect.queues_starts
         self.stand_in.spawn(self.stand_in.execution.execute(run, stream, queues=queues))
         return Accepted(run, start, run.events, streaming)
@@ -112,7 +113,9 @@ class Starts:
         if workflow_id is not None and not is_run_id(workflow_id.lower()):
             return _invalid(f"Invalid workflow_id format: '{workflow_id}'.", code="bad_request")
         limit = self.stand_in.active_runs_limit
-        if limit is not None and sum(not run.finished for run in self.stand_in.accepted) >= limit:
+        # A batch may have had a hundred thousand runs before.
+        active = self.stand_in.active = [run for run in self.stand_in.active if not run.finished]
+        if limit is not None and len(active) >= limit:
             recorded = self.dialect.recording("run_rate_limited_streaming").fields()
             message = recorded["message"].rpartition(" is ")[0] + f" is {limit}."
             return _invalid(message)

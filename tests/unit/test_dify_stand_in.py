@@ -8,6 +8,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -330,6 +331,34 @@ def test_starts_over_the_limit_of_active_runs_are_turned_away(client: Client, di
     assert client.start().status_code == 200
 
 
+def test_a_limit_of_active_runs_holds_for_starts_that_come_at_once_and_for_queued_ones(
+    client: Client, dify: DifyStandIn, dialect: str
+) -> None:
+    dify.active_runs_limit = 5
+    dify.slots = 2
+    dify.run_duration = 0.4
+    with ThreadPoolExecutor(20) as pool:
+        responses = list(pool.map(lambda number: client.start(user=f"u{number}"), range(20)))
+        statuses = [response.status_code for response in responses]
+        assert statuses.count(200) == len(dify.started) == 5
+        assert statuses.count(400) == 15
+        for response in responses:
+            if response.status_code == 400:
+                assert response.json()["message"].startswith("Too many requests. Please try again later.")
+                assert response.json()["message"].endswith(" 5.")
+        # What was turned away started nothing, and what was taken makes room when it is over.
+        list(pool.map(names_of, [response for response in responses if response.status_code == 200]))
+    assert client.log()["total"] == 5
+    assert client.start().status_code == 200
+
+
+def test_a_limit_that_is_lifted_lets_starts_through(client: Client, dify: DifyStandIn) -> None:
+    dify.active_runs_limit = 0
+    assert client.start().status_code == 400
+    dify.active_runs_limit = None
+    assert client.start().status_code == 200
+
+
 # --- inputs
 
 
@@ -599,6 +628,17 @@ def test_ten_thousand_logged_runs_come_in_pages(client: Client, dify: DifyStandI
     assert client.get("/workflows/logs?limit=0").status_code == 400
     assert client.get("/workflows/logs?page=x").status_code == 400
     assert client.get("/workflows/logs?unknown=x").status_code == 200
+
+
+def test_the_whole_log_of_ten_thousand_runs_is_read_within_seconds(client: Client, dify: DifyStandIn) -> None:
+    ids = dify.add_logged_runs(10_000, user=lambda number: f"batch/{number}.0")
+    began = time.monotonic()
+    rows = [row for page in range(1, 101) for row in client.log(limit=100, page=page)["data"]]
+    assert time.monotonic() - began < 20
+    assert [row["workflow_run"]["id"] for row in rows] == ids[::-1]
+    assert rows[0]["created_by_end_user"]["session_id"] == "batch/9999.0"
+    assert len({row["id"] for row in rows}) == 10_000
+    assert client.log(created_by_end_user_session_id="batch/17.0")["data"][0]["workflow_run"]["id"] == ids[17]
 
 
 # --- faults

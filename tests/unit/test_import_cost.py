@@ -48,6 +48,15 @@ def test_making_a_sensor_loads_no_http_client_either() -> None:
     assert not {"requests", "aiohttp", "airflow_provider_dify.hooks.dify"} & loaded
 
 
+def test_the_batch_loads_no_http_client_and_none_of_its_rooms() -> None:
+    loaded = modules_loaded_by(
+        "from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator\n"
+        "DifyRunWorkflowBatchOperator(task_id='run', inputs='rows.csv', output_path='results.jsonl')"
+    )
+    assert not {"requests", "aiohttp", "csv", "fsspec", "airflow_provider_dify.hooks.dify"} & loaded
+    assert not {name for name in loaded if name.startswith(("airflow_provider_dify.batch", "airflow_provider_dify.api"))}
+
+
 @pytest.mark.parametrize("module", ["airflow_provider_dify", "airflow_provider_dify.get_provider_info"])
 def test_the_package_and_its_provider_info_load_no_airflow(module: str) -> None:
     loaded = modules_loaded_by(f"import {module}", before="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import ssl
@@ -14,10 +15,37 @@ import pytest
 
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start, unchunked
 from tests.unit.relays import Change, ForwardProxy, Listener, Relay, TunnelProxy, make_certificate
 
-Connect = Callable[..., DifyHook]
+
+class LoopHook:
+    """Starts runs on an event loop of its own each time."""
+
+    # The hook for event loops sends nothing again by itself.
+    attempts = 1
+
+    def start_workflow_run(self, inputs: dict[str, Any], user: str) -> tuple[str, list[str]]:
+        async def start() -> tuple[str, list[str]]:
+            async with DifyAsyncHook() as hook, await hook.start_workflow_run(inputs, user) as run:
+                return run.workflow_run_id, [event.name async for event in run]
+
+        return asyncio.run(start())
+
+
+class WorkerHook:
+    """Starts runs on a worker."""
+
+    attempts = 4
+
+    def start_workflow_run(self, inputs: dict[str, Any], user: str) -> tuple[str, list[str]]:
+        with DifyHook(retry_delay=0.01, retry_limit=3) as hook, hook.start_workflow_run(inputs, user) as run:
+            return run.workflow_run_id, [event.name for event in run]
+
+
+Hook = LoopHook | WorkerHook
+Connect = Callable[..., Hook]
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +54,15 @@ def no_proxy_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture
-def connect(monkeypatch: pytest.MonkeyPatch) -> Connect:
-    """Make a hook of a connection to this base URL with these extras."""
+@pytest.fixture(params=[WorkerHook, LoopHook])
+def connect(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Connect:
+    """Make a hook of a connection to this base URL with these extras, for a worker and for an event loop."""
 
-    def make(base_url: str, **extra: Any) -> DifyHook:
+    def make(base_url: str, **extra: Any) -> Hook:
         fields = {"conn_type": "dify", "host": base_url, "password": API_KEY, "extra": {"timeout": 3, **extra}}
         monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
-        return DifyHook(retry_delay=0.01, retry_limit=3)
+        hook: Hook = request.param()
+        return hook
 
     return make
 
@@ -63,7 +92,7 @@ def damage(piece: bytes) -> bytes:
     return piece[:5] + bytes(byte ^ 0xFF for byte in piece[5:])
 
 
-def assert_one_uncertain_start(hook: DifyHook, dify: DifyStandIn) -> None:
+def assert_one_uncertain_start(hook: Hook, dify: DifyStandIn) -> None:
     with pytest.raises(DifyWorkflowRunUncertain, match=r"may or may not have started.*'airflow'"):
         hook.start_workflow_run({}, "airflow")
     # Long enough for a retry that should not come.
@@ -106,11 +135,11 @@ def test_a_start_goes_through_proxies_that_do_not_break(
     connect: Connect,
 ) -> None:
     with ForwardProxy(dify.port) as proxy:
-        connect(dify.base_url, proxies={"http": f"http://127.0.0.1:{proxy.port}"}).start_workflow_run({}, "a").close()
+        connect(dify.base_url, proxies={"http": f"http://127.0.0.1:{proxy.port}"}).start_workflow_run({}, "a")
     with TunnelProxy(secure_dify.port) as tunnel:
         proxies = {"https": f"http://127.0.0.1:{tunnel.port}"}
         hook = connect(secure_dify.base_url, proxies=proxies, verify=str(certificate[1]))
-        hook.start_workflow_run({}, "airflow").close()
+        hook.start_workflow_run({}, "airflow")
     assert (len(dify.started), proxy.connections) == (1, 1)
     assert (len(secure_dify.started), tunnel.connections) == (1, 1)
 
@@ -125,7 +154,7 @@ def test_a_start_that_a_proxy_opened_no_tunnel_for_may_be_sent_again(
         hook = connect(secure_dify.base_url, proxies=proxies, verify=str(certificate[1]))
         with pytest.raises(DifyConnectionError, match=status[:3]):
             hook.start_workflow_run({}, "airflow")
-    assert proxy.connections == 4
+    assert proxy.connections == hook.attempts
     assert secure_dify.started == []
 
 
@@ -149,7 +178,7 @@ def test_a_start_whose_handshake_failed_may_be_sent_again(connect: Connect, resp
         hook = connect(f"https://127.0.0.1:{server.port}/v1")
         with pytest.raises(DifyConnectionError, match="could not be reached for the start"):
             hook.start_workflow_run({}, "airflow")
-    assert server.connections == 4
+    assert server.connections == hook.attempts
 
 
 def test_a_start_to_a_server_with_an_unknown_certificate_may_be_sent_again(
@@ -172,19 +201,30 @@ def test_a_start_to_a_name_that_does_not_exist_may_be_sent_again(
 
     monkeypatch.setattr(socket, "getaddrinfo", no_such_name)
     proxies = {"http": "http://proxy.invalid:3128"} if through_proxy else {}
+    hook = connect("http://dify.invalid", proxies=proxies)
     with pytest.raises(DifyConnectionError, match="could not be reached"):
-        connect("http://dify.invalid", proxies=proxies).start_workflow_run({}, "airflow")
-    assert names == ["proxy.invalid" if through_proxy else "dify.invalid"] * 4
+        hook.start_workflow_run({}, "airflow")
+    assert names == ["proxy.invalid" if through_proxy else "dify.invalid"] * hook.attempts
 
 
-def test_a_stream_without_chunks_names_its_run_at_once(dify: DifyStandIn, connect: Connect) -> None:
+@pytest.mark.parametrize("on_a_loop", [False, True])
+def test_a_stream_without_chunks_names_its_run_at_once(
+    dify: DifyStandIn, dify_connection: str, on_a_loop: bool
+) -> None:
     dify.starts.append(Start(duration=2.0))
     dify.misbehave(unchunked(0.005))
     started = time.monotonic()
-    with connect(dify.base_url).start_workflow_run({}, "airflow") as run:
-        assert time.monotonic() - started < 1.5
-        assert [event.name for event in run][-1] == "workflow_finished"
-    assert run.workflow_run_id == dify.started[0].workflow_run_id
+    if on_a_loop:
+
+        async def start() -> float:
+            async with DifyAsyncHook() as hook, await hook.start_workflow_run({}, "airflow"):
+                return time.monotonic()
+
+        named = asyncio.run(start())
+    else:
+        with DifyHook() as hook, hook.start_workflow_run({}, "airflow"):
+            named = time.monotonic()
+    assert named - started < 1.5
 
 
 def test_the_key_goes_to_a_host_beyond_ascii(
@@ -199,6 +239,5 @@ def test_the_key_goes_to_a_host_beyond_ascii(
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
     hook = connect(f"http://bücher.example:{dify.port}/v1")
-    assert hook.get_app_info().name == "echo"
-    hook.start_workflow_run({}, "airflow").close()
+    hook.start_workflow_run({}, "airflow")
     assert {request.headers["Authorization"] for request in dify.requests} == {f"Bearer {API_KEY}"}

@@ -1,0 +1,219 @@
+"""What is known of a start and its run, whichever client sent it, and what it means if it goes wrong. Pure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from airflow_provider_dify.api.events import STARTED, EventStreamReader, WorkflowEvent
+from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
+from airflow_provider_dify.api.responses import error_from_start
+from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.excerpts import one_line
+
+_SUBJECT = "the start of a workflow run"
+START_HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+# What a stream brings: that an event stream has begun (None), a response that is none, an event, or why no more comes.
+StreamItem = HttpResponse | WorkflowEvent | Exception | None
+
+
+class StartedRun:
+    """
+    What is known of a start and its run, whichever client sent it.
+
+    :param connection: the connection that the start goes to.
+    :param url: where it goes.
+    :param user: the ``user`` in its body, for messages.
+    :ivar workflow_run_id: the run's UUID; empty until Dify names it.
+    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
+    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
+    :ivar server_version: Dify's version; ``None`` until it responds.
+    :ivar is_accepted: whether an event stream has begun, which from Dify 1.13 on does not say that there is a run yet.
+    """
+
+    def __init__(self, connection: DifyConnection, url: str, user: str) -> None:
+        self._connection = connection
+        self._url = url
+        self._user = user
+        self.workflow_run_id = ""
+        self.task_id = ""
+        self.app_id: str | None = None
+        self.server_version: str | None = None
+        self.is_accepted = False
+
+    @property
+    def is_named(self) -> bool:
+        """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
+        return bool(self.workflow_run_id)
+
+    def next_event(self, seconds: float) -> Any:
+        """
+        Return the run's next event; on an event loop, to be awaited.
+
+        :param seconds: how long to wait for it.
+        :return: the event; ``None`` if there was none, which says nothing about the run.
+        :raises DifyError: if Dify rejected the start; a :class:`DifyConnectionError` only if nothing was started.
+        :raises DifyWorkflowRunUncertain: if the stream ended before Dify named the run, which may have been started.
+        :raises DifyConnectionError: if the stream broke off after that; the run goes on.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Hang up; the run goes on."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _is_stream(status_code: int, headers: Mapping[str, str]) -> bool:
+        """Return whether a response begins an event stream."""
+        return status_code < 400 and headers.get("Content-Type", "").startswith("text/event-stream")
+
+    def _receive(self, status_code: int, headers: Mapping[str, str], body: bytes) -> StreamItem:
+        """
+        Return what a response brings, or the beginning of one.
+
+        :param body: the whole body; empty for a stream, whose events come later.
+        """
+        received = HttpResponse.received(self._connection, self._url, status_code, headers, body)
+        self.server_version = received.server_version
+        return None if self._is_stream(status_code, headers) else received
+
+    def _new_reader(self) -> EventStreamReader:
+        return EventStreamReader(lambda data: without_key(data, self._connection.api_key))
+
+    def _take(self, item: StreamItem, may_have_been_sent: bool) -> WorkflowEvent | None:
+        """
+        Note what came next, and return or raise what it means to :meth:`next_event`.
+
+        :param item: what came.
+        :param may_have_been_sent: whether any byte of the request may have gone out.
+        """
+        if item is None:
+            self.is_accepted = True
+            return None
+        if isinstance(item, HttpResponse):
+            raise self._rejection(item)
+        if isinstance(item, Exception):
+            raise self._error(item, may_have_been_sent)
+        return self._note(item)
+
+    def _note(self, item: WorkflowEvent) -> WorkflowEvent:
+        if item.name == STARTED and not self.is_named:
+            if not item.workflow_run_id or not item.task_id:
+                raise self._uncertain("the event workflow_started names no run")
+            self.workflow_run_id = item.workflow_run_id
+            self.task_id = item.task_id
+            self.app_id = item.app_id
+        elif item.is_ending and not self.is_named:
+            raise self._uncertain(f"the stream begins with the event {item.name!r}: {one_line(item.data, 300)}")
+        return item
+
+    def _error(self, error: Exception, may_have_been_sent: bool) -> DifyError:
+        if self.is_named:
+            return self.broken(reason_of(error, self._connection.secrets))
+        if not self.is_accepted and not may_have_been_sent:
+            return no_response(self._connection, _SUBJECT, self._url, error)
+        return self._uncertain(reason_of(error, self._connection.secrets))
+
+    def _rejection(self, response: HttpResponse) -> DifyError:
+        error = error_from_start(response)
+        # Only what a server says before it starts anything is sure to have started nothing.
+        is_sure = 300 <= response.status_code < 500
+        if isinstance(error, DifyConnectionError) and not is_sure:
+            return self._uncertain(str(error))
+        return error
+
+    def broken(self, reason: str) -> DifyConnectionError:
+        return DifyConnectionError(
+            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run goes on.",
+            server_version=self.server_version,
+        )
+
+    def unnamed(self, seconds: float) -> DifyWorkflowRunUncertain:
+        return DifyWorkflowRunUncertain(
+            f"Dify did not name the run of user {self._user!r} within {seconds:g} seconds: it is queued, and "
+            "may run later. Look for the user in the app's log in Dify's console.",
+            user=self._user,
+        )
+
+    def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
+        return DifyWorkflowRunUncertain(
+            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run "
+            "for user "
+            f"{self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's log in "
+            "Dify's console.",
+            user=self._user,
+        )
+
+
+@dataclass(frozen=True)
+class NextEvent:
+    """The next event of a run's stream, waited for so many seconds at most."""
+
+    stream: StartedRun
+    seconds: float
+
+
+def wait_until_accepted(stream: StartedRun, seconds: float) -> Generator[NextEvent, WorkflowEvent | None, bool]:
+    """
+    Wait for the beginning of the response.
+
+    :param stream: the start.
+    :param seconds: how long.
+    :return: whether an event stream has begun.
+    """
+    if not stream.is_accepted:
+        yield NextEvent(stream, seconds)
+    return stream.is_accepted
+
+
+def wait_until_named(
+    stream: StartedRun, seconds: float
+) -> Generator[NextEvent, WorkflowEvent | None, WorkflowEvent | None]:
+    """
+    Wait until Dify names the run.
+
+    :param stream: the start.
+    :param seconds: how long.
+    :return: the event ``workflow_started``; ``None`` if it did not come in time: the run is queued, perhaps.
+    """
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        event = yield NextEvent(stream, left)
+        if event is not None and event.name == STARTED:
+            return event
+    return None
+
+
+def require_name(stream: StartedRun, seconds: float) -> Generator[NextEvent, WorkflowEvent | None, None]:
+    """
+    Wait until Dify names the run, and hang up if it doesn't.
+
+    :param stream: the start.
+    :param seconds: how long.
+    :raises DifyWorkflowRunUncertain: if Dify named no run in time.
+    """
+    try:
+        if (yield from wait_until_named(stream, seconds)) is None:
+            raise stream.unnamed(seconds)
+    except BaseException:
+        stream.close()
+        raise
+
+
+def next_required_event(
+    stream: StartedRun, seconds: float
+) -> Generator[NextEvent, WorkflowEvent | None, WorkflowEvent]:
+    """
+    Wait for the next event of a run that is named.
+
+    :param stream: the run's events.
+    :param seconds: how long.
+    :raises DifyConnectionError: if the stream breaks off, or is silent for longer.
+    """
+    event = yield NextEvent(stream, seconds)
+    if event is None:
+        raise stream.broken(f"no event within {seconds:g} seconds")
+    return event

@@ -1,0 +1,1 @@
+"""Many workflow runs in one task: rows in, runs, results out."""

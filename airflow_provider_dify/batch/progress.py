@@ -1,0 +1,231 @@
+"""How far a batch is: its counts, a line for the log, its summary, and what it fails with. Pure; the time is given."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from airflow_provider_dify.batch.results import RowResult
+from airflow_provider_dify.exceptions import DifyBatchFailed, DifyConfigurationError
+from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.models import WorkflowRunStatus
+
+# Errors that are told apart; a batch of a million rows may have as many texts.
+_MAX_ERRORS = 200
+_SHOWN_ERRORS = 3
+# What differs between two texts of one error: ids and numbers.
+_VARYING = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+", re.I)
+# Lines whose times the present speed is measured over.
+_SPEED_LINES = 10
+
+_COUNTED: dict[str, str] = {
+    WorkflowRunStatus.SUCCEEDED: "succeeded",
+    WorkflowRunStatus.PARTIAL_SUCCEEDED: "partial_succeeded",
+    WorkflowRunStatus.STOPPED: "stopped",
+}
+
+
+@dataclass(frozen=True)
+class FailureLimit:
+    """
+    How many runs of a batch may fail.
+
+    :param max_failed_runs: a whole number, or a share of all rows such as 0.05.
+    :raises DifyConfigurationError: if it is anything else.
+    """
+
+    max_failed_runs: float
+
+    def __post_init__(self) -> None:
+        value = self.max_failed_runs
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
+            raise DifyConfigurationError(
+                "max_failed_runs must be a whole number, not below 0, or a share of the rows from 0.0 to 1.0: "
+                f"{value!r:.100}"
+            )
+
+    def allowed(self, total: int) -> int:
+        """Return how many of so many runs may fail."""
+        if isinstance(self.max_failed_runs, float):
+            # A share of 0.07 of 100 rows is 7 rows, not the 7.000000000000001 of the product.
+            return math.floor(round(self.max_failed_runs * total, 6))
+        return self.max_failed_runs
+
+    def __str__(self) -> str:
+        return f"{self.max_failed_runs}"
+
+
+@dataclass
+class _Failures:
+    """One kind of error: how often it came, and where it came first."""
+
+    count: int
+    text: str
+    row: int
+    workflow_run_id: str | None
+
+
+class BatchProgress:
+    """
+    The counts of a batch.
+
+    :param total: rows of the batch.
+    :param limit: how many runs may fail.
+    :param began_at: epoch seconds of the batch's first start, by an earlier try maybe.
+    :param fail_on_partial_success: whether ``partial-succeeded`` is a failure.
+    :param output_path: where the results are written, for the summary.
+    :ivar over: rows that are over.
+    :ivar failed_rows: rows among them that count against ``max_failed_runs``: all that neither succeeded nor
+        succeeded in part.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        limit: FailureLimit,
+        *,
+        began_at: float,
+        fail_on_partial_success: bool = False,
+        output_path: str | None = None,
+    ) -> None:
+        self.total = total
+        self.over = 0
+        self.failed_rows = 0
+        self.total_tokens = 0
+        self._limit = limit
+        self._began_at = began_at
+        self._fail_on_partial_success = fail_on_partial_success
+        self._output_path = output_path
+        self._counts = dict.fromkeys(("succeeded", "partial_succeeded", "failed", "stopped"), 0)
+        self._errors: dict[str, _Failures] = {}
+        # Time and rows over at each line; rows of earlier tries took no time of this one.
+        self._lines: deque[tuple[float, int]] = deque(maxlen=_SPEED_LINES)
+
+    def add(self, result: RowResult) -> bool:
+        """
+        Count a row that is over.
+
+        :return: whether it counts as failed.
+        """
+        self.over += 1
+        self.total_tokens += result.total_tokens or 0
+        counted = _COUNTED.get(result.status, "failed")
+        self._counts[counted] += 1
+        is_failure = counted in ("failed", "stopped") or (
+            counted == "partial_succeeded" and self._fail_on_partial_success
+        )
+        if is_failure:
+            self.failed_rows += 1
+            self._count_error(result)
+        return is_failure
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether more runs failed than may, so that nothing is started any more."""
+        return self.failed_rows > self._limit.allowed(self.total)
+
+    def begin(self, now: float) -> None:
+        """Take note that this try begins to start runs, after it has counted those of earlier tries."""
+        self._lines.clear()
+        self._lines.append((now, self.over))
+
+    def line(self, active: int, now: float) -> str:
+        """
+        Return a line for the log.
+
+        :param active: runs that are under way.
+        :param now: epoch seconds.
+        :return: such as
+            ``412 of 1,000 runs are over (3 failed), 8 active, 1.2 M tokens, 3.4 runs/s, about 3 min left``.
+        """
+        failed = f" ({self.failed_rows:,} failed)" if self.failed_rows else ""
+        parts = [f"{self.over:,} of {self.total:,} runs are over{failed}", f"{active:,} active"]
+        if self.total_tokens:
+            parts.append(f"{short_number(self.total_tokens)} tokens")
+        speed = self._speed(now)
+        self._lines.append((now, self.over))
+        if speed:
+            left = (self.total - self.over) / speed
+            # Slower than one in ten seconds would be 0.0 a second.
+            parts.append(f"{speed:.1f} runs/s" if speed >= 0.1 else f"{speed * 60:.1f} runs/min")
+            parts.append(f"about {short_time(left)} left")
+        return ", ".join(parts)
+
+    def summary(self, now: float) -> dict[str, Any]:
+        """
+        Return the batch's XCom ``batch``.
+
+        :param now: epoch seconds.
+        :return: ``total, succeeded, partial_succeeded, failed, stopped, total_tokens, elapsed_time, output_path``;
+            ``elapsed_time`` in seconds since the batch's first start.
+        """
+        return {
+            "total": self.total,
+            **self._counts,
+            "total_tokens": self.total_tokens,
+            "elapsed_time": round(max(0.0, now - self._began_at), 3),
+            "output_path": self._output_path,
+        }
+
+    def raise_if_failed(self, now: float) -> None:
+        """
+        Raise if more runs failed than may.
+
+        :param now: epoch seconds.
+        :raises DifyBatchFailed: with the count and the most frequent errors.
+        """
+        if not self.has_failed:
+            return
+        left = self.total - self.over
+        not_run = f" {left:,} rows were not run." if left else ""
+        results = f" The results are in {one_line(self._output_path, 300)}." if self._output_path else ""
+        raise DifyBatchFailed(
+            f"{self.failed_rows:,} of {self.total:,} runs failed (max_failed_runs is {self._limit}). "
+            f"{self.describe_errors()}{not_run}{results}",
+            summary=self.summary(now),
+        )
+
+    def describe_errors(self) -> str:
+        """Return the most frequent errors in one line, each with its first row and that row's run."""
+        most = sorted(self._errors.values(), key=lambda kind: (-kind.count, kind.row))[:_SHOWN_ERRORS]
+        shown = [
+            f"{kind.count:,} times {kind.text!r} (first in row {kind.row:,}"
+            f"{f', run {kind.workflow_run_id}' if kind.workflow_run_id else ''})"
+            for kind in most
+        ]
+        return f"Most frequent errors: {'; '.join(shown)}." if shown else ""
+
+    def _count_error(self, result: RowResult) -> None:
+        text = one_line(result.error or f"no error text, status {result.status}", 200)
+        kind = _VARYING.sub("#", text)
+        known = self._errors.get(kind)
+        if known is not None:
+            known.count += 1
+        elif len(self._errors) < _MAX_ERRORS:
+            self._errors[kind] = _Failures(1, text, result.index, result.workflow_run_id)
+
+    def _speed(self, now: float) -> float:
+        """Return the rows that ended in a second, over the last lines; 0 where that isn't known yet."""
+        if not self._lines:
+            return 0.0
+        at, over = self._lines[0]
+        return (self.over - over) / (now - at) if now > at else 0.0
+
+
+def short_number(number: float) -> str:
+    """Return a number for a reader: ``950``, ``12.3 k``, ``1.2 M``."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if number >= size:
+            return f"{number / (1e3 if unit == 'k' else size):.1f} {unit}"
+    return f"{number:,.0f}"
+
+
+def short_time(seconds: float) -> str:
+    """Return a time for a reader: ``40 s``, ``3 min``, ``2.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

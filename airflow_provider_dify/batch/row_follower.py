@@ -1,0 +1,54 @@
+"""How a row of a batch differs from a single run: its log, and its place among the runs at once. No I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_dify.api.calls import Pause, Steps
+from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.following import Follower
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+
+class RowLog:
+    """
+    The log of one row: the warnings of its run, with the row in front. A line for each node would be too many.
+
+    :param row: the row.
+    :param log: the task's log.
+    """
+
+    def __init__(self, row: int, log: Logger) -> None:
+        self._row = row
+        self._log = log
+
+    def info(self, message: str, *args: Any) -> None:
+        """Leave out what a batch has too much of."""
+
+    def warning(self, message: str, *args: Any) -> None:
+        """Log a warning of the row's run."""
+        self._log.warning("%s", f"Row {self._row}: {message % args}")
+
+
+@dataclass(frozen=True)
+class PlaceAgain(Pause):
+    """A pause until the batch has a place again, after Dify turned a start away."""
+
+    error: DifyConnectionError
+
+
+class RowFollower(Follower):
+    """A follower whose starts go by the batch's number of runs at once."""
+
+    # Longer than for a single run, because a server that is restarted must not end a batch.
+    start_retries = 7
+
+    def before_next_start(self, error: DifyConnectionError, failures: int) -> Steps[None]:
+        """Pause after a start that started nothing; without a place, if Dify has too many runs."""
+        if error.is_overloaded:
+            yield PlaceAgain(0.0, error)
+        else:
+            yield from super().before_next_start(error, failures)

@@ -1,0 +1,327 @@
+"""One row of a batch on the event loop: its place, its start, its run, and its retries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from airflow_provider_dify.api.calls import SendStart, Step, Steps
+from airflow_provider_dify.api.steps import run_steps_async
+from airflow_provider_dify.batch.results import RowResult
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, RowUsers, look_for
+from airflow_provider_dify.batch.row_follower import PlaceAgain, RowFollower, RowLog
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.run_search import RunSearch
+from airflow_provider_dify.stopping import stop_run
+from airflow_provider_dify.task_clock import TaskClock
+from airflow_provider_dify.verdict import Outcome, Verdict
+from airflow_provider_dify.waiting import RunWait, WaitPolicy, delay_after
+from airflow_provider_dify.whole_run import name_run, named_stream
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+    from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+
+# Seconds before a run that failed is started again; doubled with each further failure.
+RETRY_DELAY = 1.0
+# How often a row is started again whose start got lost: no response, and no run in Dify's log.
+MAX_LOST_STARTS = 3
+# Seconds without a name after which an accepted start shows that Dify's queue is not empty.
+_SECONDS_BEFORE_QUEUED = 5.0
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What the operator's arguments say about each run; times in seconds."""
+
+    workflow_id: str | None
+    run_retries: int
+    fail_on_partial_success: bool
+    timeout: float
+    run_timeout: float | None
+    poll_interval: float
+    not_found_grace: float
+    max_consecutive_failures: int
+
+    @property
+    def policy(self) -> WaitPolicy:
+        """What the wait on each run survives."""
+        return WaitPolicy(
+            fail_on_partial_success=self.fail_on_partial_success,
+            not_found_grace=self.not_found_grace,
+            run_timeout=self.run_timeout,
+            max_consecutive_failures=self.max_consecutive_failures,
+        )
+
+
+class Places(Protocol):
+    """Where a row gets its place among the runs at once, and what it has to know of the others."""
+
+    @property
+    def starts_more(self) -> bool:
+        """Whether runs are still to be started."""
+
+    @property
+    def has_queued_runs(self) -> bool:
+        """Whether a start that Dify has accepted has no run yet."""
+
+    async def take_place(self, row: int) -> None:
+        """Wait for a place; the first row first."""
+
+    async def on_refused(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
+        """Give the place back, because Dify has too many runs, and wait for another one."""
+
+    def on_started(self) -> None:
+        """Take note that Dify took a start."""
+
+
+@dataclass(frozen=True)
+class BatchClient:
+    """What all rows of a batch share."""
+
+    hook: DifyAsyncHook
+    clock: TaskClock
+    users: RowUsers
+    resumption: Resumption
+    settings: RowSettings
+    places: Places
+    log: Logger
+    since: float
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of one run of a row."""
+
+    status: str
+    error: str | None = None
+    run: WorkflowRun | None = None
+    run_id: str | None = None
+    can_be_repeated: bool = False
+    starts: int = 1
+
+
+class RowRun:
+    """
+    One row of a batch.
+
+    :param client: what all rows share.
+    :param row: the row's number.
+    :param inputs: its inputs, checked.
+    :param plan: what is to be done with it.
+    :ivar workflow_run_id: its run that is under way; ``None`` until that is known.
+    :ivar task_id: what the stop route takes; ``None`` until it is known.
+    :ivar user: who started it.
+    """
+
+    def __init__(self, client: BatchClient, row: int, inputs: Mapping[str, Any], plan: RowPlan) -> None:
+        self.row = row
+        self._client = client
+        self._inputs = inputs
+        self._plan = plan
+        self._log: Any = RowLog(row, client.log)
+        self._follower: RowFollower | None = None
+        self._found_run_id: str | None = None
+        self._sent_at = 0.0
+        self.user = ""
+
+    @property
+    def workflow_run_id(self) -> str | None:
+        stream = self._follower.stream if self._follower is not None else None
+        return stream.workflow_run_id if stream is not None and stream.is_named else self._found_run_id
+
+    @property
+    def task_id(self) -> str | None:
+        stream = self._follower.stream if self._follower is not None else None
+        return stream.task_id if stream is not None and stream.is_named else None
+
+    @property
+    def app_id(self) -> str | None:
+        """The UUID of the app, as the run's events name it."""
+        return self._follower.stream.app_id if self._follower is not None and self._follower.stream else None
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether a start is under way whose run has no name yet."""
+        return self._follower is not None and self._follower.stream is not None and self.workflow_run_id is None
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether Dify has accepted the start some time ago, and named no run yet."""
+        stream = self._follower.stream if self._follower is not None else None
+        is_unnamed = stream is not None and stream.is_accepted and self.workflow_run_id is None
+        return is_unnamed and time.monotonic() - self._sent_at > _SECONDS_BEFORE_QUEUED
+
+    async def run(self) -> RowResult:
+        """
+        Run the row to its end.
+
+        :return: its result, of the last run.
+        :raises DifyConnectionError: if Dify can't be reached, which says nothing about the row.
+        :raises DifyAuthenticationError: if the key is refused.
+        :raises DifyWorkflowRunTimeout: if the batch's time is over.
+        """
+        client, plan = self._client, self._plan
+        if plan.action is RowAction.LOOK_FOR:
+            plan = await self._look_for(plan)
+            await client.places.take_place(self.row)
+        attempt, failures, run_id = plan.attempt, plan.failures, plan.workflow_run_id
+        while True:
+            if run_id is not None:
+                self.user = client.users.user_of(self.row, attempt)
+                outcome = await self._follow(self._new_follower(), run_id)
+            else:
+                outcome = await self._start(attempt)
+                attempt += max(0, outcome.starts - 1)
+            run_id = None
+            if not outcome.can_be_repeated or failures >= client.settings.run_retries or not client.places.starts_more:
+                return self._result(outcome, attempt + 1 if outcome.starts else attempt)
+            failures += 1
+            attempt += 1
+            delay = delay_after(DifyConnectionError(), failures, RETRY_DELAY)
+            self._log.warning(
+                "run %s failed and is started again in %.1f seconds, retry %d of %d: %s",
+                outcome.run_id,
+                delay,
+                failures,
+                client.settings.run_retries,
+                outcome.error,
+            )
+            await asyncio.sleep(delay)
+            if not client.places.starts_more:
+                return self._result(outcome, attempt)
+
+    def close(self) -> None:
+        """Hang up; the run goes on."""
+        if self._follower is not None and self._follower.stream is not None:
+            self._follower.stream.close()
+
+    def _new_follower(self) -> RowFollower:
+        self.close()
+        client = self._client
+        self._found_run_id = None
+        self._follower = RowFollower(client.hook, client.clock, self._log, client.settings.poll_interval, "batch's")
+        return self._follower
+
+    async def _look_for(self, plan: RowPlan) -> RowPlan:
+        """Look for a run that an earlier try may have started, until the grace is over."""
+        client = self._client
+        until = time.monotonic() + client.settings.not_found_grace
+        interval = min(1.0, client.settings.poll_interval)
+        while True:
+            try:
+                found: FoundRun | None = await client.hook.run_steps(
+                    look_for(client.users, self.row, plan.attempt, client.since)
+                )
+            except DifyConnectionError as error:
+                self._log.warning("Dify's log could not be read; looking again: %s", error)
+                found, until = None, max(until, time.monotonic() + interval)
+                client.clock.check()
+            if found is not None:
+                return client.resumption.plan_found(self.row, found)
+            if (time.monotonic() >= until and not client.places.has_queued_runs) or client.clock.is_over:
+                return RowPlan(RowAction.START, plan.attempt, plan.failures)
+            await asyncio.sleep(interval)
+            interval = min(interval * 2, max(client.settings.poll_interval, 1.0))
+
+    async def _start(self, attempt: int) -> _Outcome:
+        """Start a run and follow it; again, if the start got lost."""
+        client = self._client
+        lost = 0
+        while True:
+            self.user = client.users.user_of(self.row, attempt + lost)
+            follower = self._new_follower()
+            used = client.hook.connection
+            try:
+                run_id = await self._name(follower)
+                client.places.on_started()
+            except DifyAuthenticationError:
+                if not await client.hook.connection_has_changed(used):
+                    raise
+                continue
+            except DifyWorkflowRunUncertain as error:
+                lost += 1
+                if lost > MAX_LOST_STARTS or client.clock.is_over or not client.places.starts_more:
+                    return _Outcome("failed", str(error), starts=lost)
+                self._log.warning("Dify's log shows no run of the start, which is sent again as another user.")
+                continue
+            except DifyConnectionError:
+                raise
+            except DifyError as error:
+                # Of this row only: Dify rejected it, or it can't be sent.
+                return _Outcome("failed", str(error), starts=lost)
+            outcome = await self._follow(follower, run_id)
+            return _Outcome(
+                outcome.status, outcome.error, outcome.run, outcome.run_id, outcome.can_be_repeated, lost + 1
+            )
+
+    async def _name(self, follower: RowFollower) -> str:
+        client, settings = self._client, self._client.settings
+        search = RunSearch(self.user, time.time(), user_is_unique=True)
+        start = follower.send_start(self._inputs, self.user, settings.workflow_id)
+        try:
+            name: str = await self._take(name_run(follower, start, search, settings.not_found_grace))
+            return name
+        except DifyWorkflowRunUncertain as error:
+            # As long as Dify's queue is not empty, the run may be in it.
+            while client.places.has_queued_runs and not client.clock.is_over and follower.may_be_queued():
+                run_id: str | None = await self._take(follower.search_run(search, error, settings.poll_interval))
+                if run_id is not None:
+                    return run_id
+            raise
+
+    async def _follow(self, follower: RowFollower, run_id: str) -> _Outcome:
+        settings = self._client.settings
+        self._found_run_id = run_id
+        wait = RunWait(run_id, settings.policy, log=self._log)
+        try:
+            run, verdict = await self._take(follower.follow(wait, named_stream(follower), settings.timeout))
+        except (DifyConnectionError, DifyAuthenticationError, DifyWorkflowRunTimeout):
+            raise
+        except DifyError as error:
+            repeats = isinstance(error, DifyWorkflowRunFailed)
+            return _Outcome("failed", str(error), run_id=run_id, can_be_repeated=repeats)
+        if verdict.outcome is Outcome.TIMED_OUT:
+            await self._take(stop_run(run_id, self.task_id, self.user, self._client.hook.server_version))
+        return _outcome_of(run, verdict)
+
+    async def _take(self, steps: Steps[Any]) -> Any:
+        return await run_steps_async(steps, self._take_step)
+
+    async def _take_step(self, step: Step) -> Any:
+        if isinstance(step, PlaceAgain):
+            return await self._client.places.on_refused(self.row, self._sent_at, step.error)
+        if isinstance(step, SendStart):
+            self._sent_at = time.monotonic()
+        return await self._client.hook.take_step(step)
+
+    def _result(self, outcome: _Outcome, attempts: int) -> RowResult:
+        run = outcome.run
+        return RowResult(
+            self.row,
+            outcome.status,
+            outputs=run.outputs if run is not None else None,
+            error=outcome.error,
+            workflow_run_id=outcome.run_id,
+            total_tokens=run.total_tokens if run is not None else None,
+            elapsed_time=run.elapsed_time if run is not None else None,
+            attempts=attempts,
+        )
+
+
+def _outcome_of(run: WorkflowRun, verdict: Verdict) -> _Outcome:
+    error = (run.error or verdict.reason) if verdict.is_failure else run.error
+    status = "failed" if verdict.outcome is Outcome.TIMED_OUT else str(run.status)
+    return _Outcome(status, error, run, run.id, verdict.is_failure and verdict.can_be_repeated)

@@ -1,0 +1,250 @@
+"""The rows of a batch, one at a time: out of a list, or out of a file of JSON Lines or CSV on any storage."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePath
+from typing import Any
+
+from airflow_provider_dify.batch.storage import open_text
+from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.excerpts import one_line
+
+# Characters of one row. A longer line is an error of its own, so that no file can fill the memory.
+MAX_ROW_LENGTH = 10_000_000
+
+# Rows that are read from a file at once.
+_ROWS_READ = 100
+_JSON_LINES = frozenset({".jsonl", ".ndjson"})
+_CSV = frozenset({".csv"})
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One row of a batch.
+
+    :param index: the row's number, from 0.
+    :param line: the line of the file on which it begins, from 1; ``None`` for a row of a list.
+    :param inputs: the inputs of the row's run; ``None`` for a row that has none.
+    :param error: why the row has no inputs; ``None`` for one that has.
+    """
+
+    index: int
+    line: int | None
+    inputs: dict[str, Any] | None
+    error: str | None = None
+
+
+def read_rows(inputs: Any) -> Iterator[Row]:
+    """
+    Return the rows of a batch, one at a time.
+
+    A file is read as a stream, and no more than one row of it is in memory. In JSON Lines, blank lines are skipped. In
+    CSV, the first line names the inputs, each value is text, and a quoted value may have several lines.
+
+    :param inputs: a list of dicts, or the path or URL of a file that ends in ``.jsonl``, ``.ndjson`` or ``.csv``.
+    :return: the rows in order; what is no object has an error.
+    :raises DifyConfigurationError: if the inputs are neither, or the file isn't there, or its header can't be used.
+    :raises DifyError: if the storage fails.
+    """
+    if not is_file(inputs):
+        if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray)):
+            raise DifyConfigurationError(
+                "inputs must be a list of dicts, or the path or URL of a file of JSON Lines or CSV, but it is "
+                f"{one_line(repr(inputs), 120)} ({type(inputs).__name__})."
+            )
+        return _rows_of(enumerate(inputs))
+    suffix = PurePath(str(inputs)).suffix.lower()
+    if suffix in _JSON_LINES:
+        return _rows_of_json_lines(inputs)
+    if suffix in _CSV:
+        return _rows_of_csv(inputs)
+    raise DifyConfigurationError(
+        f"The file of inputs must end in .jsonl, .ndjson or .csv, but it is {one_line(str(inputs), 200)!r}."
+    )
+
+
+def count_rows(inputs: Any) -> int:
+    """
+    Return how many rows a batch has. A file is read once for that, as a stream.
+
+    :param inputs: as for :func:`read_rows`.
+    :raises DifyError: as :func:`read_rows` does.
+    """
+    if not is_file(inputs) and isinstance(inputs, Sequence):
+        return len(inputs)
+    return sum(1 for _ in read_rows(inputs))
+
+
+def is_file(inputs: Any) -> bool:
+    """Return whether the inputs name a file."""
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    return isinstance(inputs, (str, os.PathLike, ObjectStoragePath))
+
+
+def _rows_of(items: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+    return (_row(index, None, value) for index, value in items)
+
+
+def _row(index: int, line: int | None, value: Any) -> Row:
+    where = f"Row {index}" if line is None else f"Line {line}"
+    if not isinstance(value, dict):
+        return Row(index, line, None, f"{where} is no object, but {one_line(repr(value), 120)}.")
+    if not all(isinstance(name, str) for name in value):
+        return Row(index, line, None, f"{where} has an input whose name is no text.")
+    return Row(index, line, value)
+
+
+def _rows_of_json_lines(path: Any) -> Iterator[Row]:
+    # Only "\n" ends a line: other separators may stand in a JSON text.
+    with open_text(path, newline="\n") as file:
+        index = 0
+        for number, text in _lines(file):
+            if text is not None and not text.strip():
+                continue
+            yield _parse_json(index, number, text)
+            index += 1
+
+
+def _parse_json(index: int, line: int, text: str | None) -> Row:
+    if text is None:
+        return Row(index, line, None, f"Line {line} is longer than {MAX_ROW_LENGTH:,} characters.")
+    if not _is_utf8(text):
+        return Row(index, line, None, f"Line {line} is not UTF-8.")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Row(index, line, None, f"Line {line} is no JSON: {one_line(str(error), 120)}.")
+    return _row(index, line, value)
+
+
+def _lines(file: Any) -> Iterator[tuple[int, str | None]]:
+    """Return each line with its number from 1; ``None`` for one that is too long."""
+    number = 0
+    while text := file.readline(MAX_ROW_LENGTH + 1):
+        number += 1
+        if len(text) <= MAX_ROW_LENGTH or text.endswith("\n"):
+            yield number, text
+            continue
+        while (rest := file.readline(MAX_ROW_LENGTH)) and not rest.endswith("\n"):
+            pass
+        yield number, None
+
+
+def _rows_of_csv(path: Any) -> Iterator[Row]:
+    with open_text(path, newline="") as file, _long_fields():
+        records = _records(file)
+        header = next(records, None)
+        if header is None:
+            return
+        names = _check_header(path, header)
+        for index, record in enumerate(records):
+            yield _parse_record(index, record, names)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A record of a CSV file, with its first and last line."""
+
+    first: int
+    last: int
+    fields: list[str]
+    error: str | None = None
+
+    @property
+    def where(self) -> str:
+        return f"Line {self.first}" if self.first == self.last else f"What stands in lines {self.first} to {self.last}"
+
+
+def _records(file: Any) -> Iterator[_Record]:
+    """Return each record that is not empty; one that can't be read has an error."""
+    # In pieces where a line is too long: the reader has a limit of its own.
+    reader = csv.reader(iter(lambda: file.readline(MAX_ROW_LENGTH), ""), strict=True)
+    while True:
+        first = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield _Record(first, reader.line_num, [], str(error))
+            continue
+        if fields:
+            yield _Record(first, reader.line_num, fields)
+
+
+def _check_header(path: Any, header: _Record) -> list[str]:
+    names = [name.strip() for name in header.fields]
+    problem = (
+        f"can't be read: {header.error}"
+        if header.error
+        else "is not UTF-8"
+        if not all(map(_is_utf8, names))
+        else "has a column without a name"
+        if not all(names)
+        else "names a column twice"
+        if len(set(names)) < len(names)
+        else None
+    )
+    if problem:
+        raise DifyConfigurationError(
+            f"The first line of {one_line(str(path), 200)!r} must name the inputs, but it {problem}."
+        )
+    return names
+
+
+def _parse_record(index: int, record: _Record, names: list[str]) -> Row:
+    problem = None
+    if record.error:
+        problem = f"can't be read as CSV: {one_line(record.error, 120)}"
+    elif len(record.fields) != len(names):
+        problem = f"has {len(record.fields)} fields, but the header has {len(names)}"
+    elif not all(map(_is_utf8, record.fields)):
+        problem = "is not UTF-8"
+    if problem:
+        return Row(index, record.first, None, f"{record.where} {problem}.")
+    return Row(index, record.first, dict(zip(names, record.fields, strict=True)))
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let a field of a CSV file be as long as a row; Python's own limit is 131,072 characters, for all readers."""
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, MAX_ROW_LENGTH))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text that was read with ``surrogateescape`` was UTF-8."""
+    return not any("\udc80" <= char <= "\udcff" for char in text) if not text.isascii() else True
+
+
+class RowsAhead:
+    """
+    The rows of a batch for an event loop, read in a thread: a storage may be slow.
+
+    :param rows: the rows.
+    """
+
+    def __init__(self, rows: Iterator[Row]) -> None:
+        self._rows = rows
+        self._read: deque[Row] = deque()
+
+    async def next(self) -> Row | None:
+        """Return the next row; ``None`` after the last one."""
+        if not self._read:
+            self._read.extend(await asyncio.to_thread(lambda: list(islice(self._rows, _ROWS_READ))))
+        return self._read.popleft() if self._read else None

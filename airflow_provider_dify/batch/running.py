@@ -1,0 +1,349 @@
+"""A batch while it runs: its rows on one event loop, their results as they come, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_dify.batch.concurrency import RunLimit
+from airflow_provider_dify.batch.form_check import FormCheck
+from airflow_provider_dify.batch.output import Output
+from airflow_provider_dify.batch.places import Places
+from airflow_provider_dify.batch.progress import BatchProgress
+from airflow_provider_dify.batch.results import RowResult
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log
+from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
+from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
+from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyTaskKilled,
+    DifyWorkflowRunTimeout,
+)
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
+from airflow_provider_dify.task_clock import TaskClock
+from airflow_provider_dify.waiting import delay_after
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+# Seconds after which the batch looks at its clock, its parts and its progress, whatever happens.
+_TICK = 0.5
+_GOOD = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What the operator's arguments say about a batch, rendered; times in seconds."""
+
+    inputs: Any
+    dify_conn_id: str
+    max_active_runs: int
+    progress_interval: float
+    row: RowSettings
+
+
+class BatchRun:
+    """
+    One try of a batch while it runs.
+
+    The event loop has a thread of its own. So what Airflow raises in a task's main thread, when it kills the task or
+    its ``execution_timeout`` is over, ends no callback of the loop, which goes on until all runs are stopped.
+
+    :param settings: the operator's arguments.
+    :param users: the users of its runs.
+    :param output: its results.
+    :param progress: its counts, with those of earlier tries.
+    :param deadline: epoch seconds at which the batch gives up.
+    :param log: the task's log.
+    :param will_be_retried: whether Airflow starts another try of a task that is killed now.
+    """
+
+    def __init__(
+        self,
+        settings: BatchSettings,
+        users: RowUsers,
+        output: Output,
+        progress: BatchProgress,
+        deadline: float,
+        log: Logger,
+        *,
+        will_be_retried: bool,
+    ) -> None:
+        self._settings = settings
+        self._users = users
+        self._output = output
+        self._progress = progress
+        self._log = log
+        self._will_be_retried = will_be_retried
+        self._clock = TaskClock(deadline, math.inf)
+        self._hook = DifyAsyncHook(settings.dify_conn_id)
+        self._messages: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run_loop, name="dify-batch", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = asyncio.Event()
+        self._stop_reason: DifyError | None = None
+        self._failure: BaseException | None = None
+        self._tasks: dict[asyncio.Task[None], RowRun] = {}
+        self._places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
+        self._check = FormCheck(log)
+        self._has_link = False
+        self._stopped_runs: tuple[str, ...] = ()
+
+    # --- on the main thread
+
+    def run(self, on_app: Callable[[str], None]) -> None:
+        """
+        Run the rows that have no result yet, and return when all are over or no more are to be started.
+
+        :param on_app: called with the app's UUID, once a run has named it.
+        :raises DifyError: what ended the batch before its rows were over; what the rows say is in the progress.
+        """
+        self._thread.start()
+        try:
+            while True:
+                kind, value = self._messages.get()
+                if kind == "app":
+                    on_app(value)
+                    continue
+                if value is not None:
+                    raise value
+                return
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """Stop what runs, because Airflow ends the task, and wait some seconds for that."""
+        if not self._thread.is_alive():
+            return
+        self._stop(DifyTaskKilled("Airflow killed the task while its batch was running. A retry continues the batch."))
+        self._thread.join(SECONDS_TO_STOP + 1.0)
+
+    def _stop(self, reason: DifyError) -> None:
+        self._stop_reason = self._stop_reason or reason
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._changed.set)
+
+    def _run_loop(self) -> None:
+        try:
+            asyncio.run(self._run())
+        except BaseException as error:
+            self._messages.put(("end", error))
+        else:
+            self._messages.put(("end", self._stop_reason))
+
+    # --- on the event loop
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        async with self._hook:
+            client = await self._prepare()
+            self._progress.begin(time.time())
+            try:
+                await self._run_rows(client)
+            finally:
+                await self._output.flush(self._stopped_runs if self._stop_reason is not None else ())
+        if self._failure is not None and self._stop_reason is None:
+            raise self._failure
+
+    async def _prepare(self) -> BatchClient:
+        """Read the form, and what earlier tries have started."""
+        settings = self._settings
+        if settings.row.workflow_id is None:
+            await self._hook.run_steps(self._check.read_form())
+        found: dict[int, list[FoundRun]] = {}
+        if not self._output.is_fresh:
+            self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
+            found = await self._read_log()
+        await self._output.begin()
+        if self._hook.server_version and self._hook.connection is not None:
+            self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
+        resumption = Resumption(
+            found,
+            max_active_runs=settings.max_active_runs,
+            run_retries=settings.row.run_retries,
+            checkpoint=self._output.checkpoint,
+            last_written=self._output.last_written,
+            is_fresh=self._output.is_fresh,
+        )
+        # Later than the batch's own, which ends all rows at once.
+        clock = TaskClock(self._clock.deadline + 60.0, math.inf)
+        return BatchClient(
+            self._hook, clock, self._users, resumption, settings.row, self, self._log, self._output.since
+        )
+
+    async def _read_log(self) -> dict[int, list[FoundRun]]:
+        failures = 0
+        while True:
+            try:
+                return await self._hook.run_steps(read_log(self._users, self._output.since))
+            except DifyConnectionError as error:  # noqa: PERF203
+                # Survived as a failed poll is: without the log, runs would be paid twice.
+                failures += 1
+                if failures > self._settings.row.max_consecutive_failures or self._clock.is_over:
+                    raise
+                self._log.warning("Dify's log could not be read; looking again: %s", error)
+                await asyncio.sleep(delay_after(error, failures, 1.0))
+
+    async def _run_rows(self, client: BatchClient) -> None:
+        rows = RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
+        next_line = time.monotonic() + self._settings.progress_interval
+        has_more = True
+        try:
+            while self._tasks or (has_more and self.starts_more):
+                while self.starts_more and self._places.grant():
+                    pass
+                while has_more and self.starts_more and not self._places.waiting and self._places.may_take():
+                    row = await self._next_row(rows)
+                    has_more = row is not None
+                    if row is not None:
+                        self._take(client, row)
+                await self._wait_for_change()
+                if self._clock.is_over:
+                    self._stop(self._timed_out())
+                if self._stop_reason is not None:
+                    break
+                if not self.starts_more:
+                    # Who waits for a place gets none any more.
+                    self._cancel([task for task, run in self._tasks.items() if not self._places.holds(run.row)])
+                await self._output.write_if_due()
+                if time.monotonic() >= next_line:
+                    next_line = time.monotonic() + self._settings.progress_interval
+                    self._log.info("%s", self._progress.line(self._places.taken, time.time()))
+        finally:
+            if self._stop_reason is not None:
+                await self._stop_runs()
+            self._cancel(self._tasks)
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _next_row(self, rows: RowsAhead) -> Row | None:
+        try:
+            return await rows.next()
+        except DifyError as error:
+            # Of the storage. What runs is followed to its end.
+            self._failure = self._failure or error
+            return None
+
+    @staticmethod
+    def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+        for task in list(tasks):
+            task.cancel()
+
+    def _take(self, client: BatchClient, row: Row) -> None:
+        """Begin with a row: check its inputs, and do what is to be done with it."""
+        error = row.error if row.inputs is None else self._check.problem_of(row.inputs)
+        if row.inputs is None or error is not None:
+            self._on_result(RowResult(row.index, "failed", error=error, attempts=0))
+            return
+        plan = client.resumption.plan(row.index)
+        now = time.time()
+        self._output.open(row.index, now if plan.action is RowAction.START else min(now, self._output.since))
+        run = RowRun(client, row.index, row.inputs, plan)
+        if plan.action is not RowAction.LOOK_FOR:
+            self._places.take(row.index)
+        task = asyncio.get_running_loop().create_task(self._run_row(run))
+        self._tasks[task] = run
+        task.add_done_callback(self._on_done)
+
+    async def _run_row(self, run: RowRun) -> None:
+        result = await run.run()
+        if self._stop_reason is None or result.status in _GOOD:
+            self._on_result(result)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        run = self._tasks.pop(task)
+        run.close()
+        self._places.give_back(run.row)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, DifyWorkflowRunTimeout):
+            self._stop(self._timed_out())
+        elif error is not None and self._failure is None:
+            # Of the way to Dify, or of this package: no row can go on.
+            self._failure = error
+
+    def _on_result(self, result: RowResult) -> None:
+        is_failure = self._progress.add(result)
+        self._output.add(result)
+        if is_failure:
+            self._log.warning(
+                "Row %d failed: %s (workflow run %s, status %s)",
+                result.index,
+                result.error,
+                result.workflow_run_id,
+                result.status,
+            )
+
+    async def _wait_for_change(self) -> None:
+        until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None
+        timer = asyncio.get_running_loop().call_later(
+            _TICK if not until_place else min(_TICK, until_place), self._changed.set
+        )
+        await self._changed.wait()
+        timer.cancel()
+        self._changed.clear()
+        if not self._has_link:
+            app_id = next((run.app_id for run in self._tasks.values() if run.app_id), None)
+            if app_id is not None:
+                self._has_link = True
+                self._messages.put(("app", app_id))
+
+    def _timed_out(self) -> DifyWorkflowRunTimeout:
+        return DifyWorkflowRunTimeout(
+            f"The batch's timeout of {self._settings.row.timeout:g} seconds is over. "
+            f"{self._progress.line(self._places.taken, time.time())}."
+        )
+
+    # --- what the rows ask for
+
+    @property
+    def starts_more(self) -> bool:
+        """Whether runs are still to be started."""
+        return (
+            self._stop_reason is None
+            and self._failure is None
+            and not self._progress.has_failed
+            and not self._clock.is_over
+        )
+
+    @property
+    def has_queued_runs(self) -> bool:
+        """Whether a start that Dify has accepted has no run yet."""
+        return any(run.is_queued for run in self._tasks.values())
+
+    async def take_place(self, row: int) -> None:
+        """Wait for a place; the first row first."""
+        await self._places.wait(row)
+
+    async def on_refused(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
+        """Give the place back, because Dify has too many runs, and wait for another one."""
+        await self._places.after_refusal(row, sent_at, error)
+
+    def on_started(self) -> None:
+        """Take note that Dify took a start."""
+        self._places.on_started()
+
+    # --- the end
+
+    async def _stop_runs(self) -> None:
+        """Ask Dify to stop what runs, unless a retry of this task would wait for a run that was stopped."""
+        runs = list(self._tasks.values())
+        is_killed = isinstance(self._stop_reason, DifyTaskKilled)
+        remembers = self._output.remembers_stops or is_server_from(self._hook.server_version, (1, 16))
+        if is_killed and self._will_be_retried and not remembers:
+            # Neither this Airflow nor this Dify would remember the stop.
+            self._log.info("%d workflow runs go on for the retry of this task.", len(runs))
+            return
+        self._stopped_runs = await stop_runs(self._hook, runs, self._log)

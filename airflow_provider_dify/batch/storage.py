@@ -1,0 +1,86 @@
+"""How the files of a batch are reached: through Airflow's ``ObjectStoragePath``; each fault becomes a DifyError."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
+from airflow_provider_dify.excerpts import one_line, redact
+
+# What no retry changes: no such file, no such storage, or its package isn't installed.
+_PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError, ImportError)
+
+
+def storage_path(path: str | os.PathLike[str]) -> Any:
+    """
+    Return a path on any storage that Airflow reaches.
+
+    :param path: a local path, or a URL such as ``s3://connection@bucket/key``, as Airflow's object storage takes it.
+    :return: Airflow's ``ObjectStoragePath``.
+    :raises DifyConfigurationError: if the storage isn't known, or its package isn't installed.
+    """
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    with storage_errors(path, "reached"):
+        found = path if isinstance(path, ObjectStoragePath) else ObjectStoragePath(os.fspath(path))
+        # Looked up late by Airflow itself.
+        assert found.fs is not None  # noqa: S101
+        return found
+
+
+@contextmanager
+def open_text(path: str | os.PathLike[str], *, newline: str) -> Iterator[Any]:
+    """
+    Open a text file for reading, as a stream.
+
+    :param path: as for :func:`storage_path`.
+    :param newline: as for :func:`open`.
+    :return: the file; what is no UTF-8 in it is escaped as ``surrogateescape`` does, and a byte order mark is skipped.
+    :raises DifyConfigurationError: if the file isn't there, or can't be opened.
+    :raises DifyError: if the storage fails.
+    """
+    found = storage_path(path)
+    with (
+        storage_errors(path, "read"),
+        open_stream(found, "r", encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file,
+    ):
+        yield file
+
+
+def open_stream(path: Any, mode: str, **options: Any) -> Any:
+    """
+    Open a file as a stream.
+
+    Without Airflow's own wrapper, which costs a line as much as parsing it does.
+
+    :param path: what :func:`storage_path` returned.
+    :param mode: as for :func:`open`.
+    :param options: as fsspec takes them.
+    :return: the file.
+    """
+    return path.fs.open(path.path, mode, **{"encoding": "utf-8", **options})
+
+
+@contextmanager
+def storage_errors(path: object, verb: str) -> Iterator[None]:
+    """
+    Turn what a storage raises into a DifyError.
+
+    :param path: what was asked for, for the message.
+    :param verb: what was to be done with it, such as ``read``.
+    :raises DifyConfigurationError: for what no retry changes.
+    :raises DifyError: for the rest, which may pass.
+    """
+    try:
+        yield
+    except DifyError:
+        raise
+    except Exception as error:
+        # Storages are packages of others, with errors of their own.
+        reason = one_line(redact(f"{type(error).__name__}: {error}", ()), 300)
+        shown = one_line(redact(str(path), ()), 200)
+        error_type = DifyConfigurationError if isinstance(error, _PERMANENT) else DifyError
+        raise error_type(f"{reason}: {shown!r} could not be {verb}.") from error

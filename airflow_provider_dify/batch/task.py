@@ -1,0 +1,130 @@
+"""A batch as a task's try: its rows, its results and its XComs, from what the operator's arguments say."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import AirflowFailException
+
+from airflow_provider_dify.batch.output import FileOutput, Output, ReturnedOutput
+from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
+from airflow_provider_dify.batch.resuming import RowUsers
+from airflow_provider_dify.batch.rows import count_rows
+from airflow_provider_dify.batch.running import BatchRun, BatchSettings
+from airflow_provider_dify.exceptions import DifyTaskKilled
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+    from airflow.sdk.types import Logger
+
+# Seconds that the log is read back where no Dag run says when it began.
+_WEEK = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What the operator's arguments say beside :class:`BatchSettings`, rendered."""
+
+    user: str | None
+    output_path: str | None
+    max_failed_runs: float
+    retries: int
+
+
+class BatchTask:
+    """
+    One try of the operator.
+
+    :param batch: the operator's arguments for the runs.
+    :param settings: the others.
+    :param context: the running task's context.
+    :param log: the task's log.
+    :param push: pushes the XCom ``batch``.
+    """
+
+    def __init__(
+        self,
+        batch: BatchSettings,
+        settings: TaskSettings,
+        context: Context,
+        log: Logger,
+        push: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._batch = batch
+        self._settings = settings
+        self._ti: Any = context["ti"]
+        self._dag_run: Any = context.get("dag_run")
+        self._log = log
+        self._push = push
+        self._run: BatchRun | None = None
+        self._was_killed = False
+
+    def run(self, on_app: Callable[[str], None]) -> Any:
+        """
+        Run the batch, or what earlier tries have left of it.
+
+        :param on_app: called with the app's UUID, once a run has named it.
+        :return: the path of the results; the results themselves without ``output_path``.
+        :raises DifyBatchFailed: if more rows failed than may.
+        :raises DifyError: as the operator does.
+        """
+        settings, batch = self._settings, self._batch
+        deadline = time.time() + batch.row.timeout
+        users = RowUsers.of_task(self._ti, settings.user)
+        total = count_rows(batch.inputs)
+        progress = BatchProgress(
+            total,
+            FailureLimit(settings.max_failed_runs),
+            began_at=time.time(),
+            fail_on_partial_success=batch.row.fail_on_partial_success,
+            output_path=settings.output_path,
+        )
+        output = self._output(users, total, progress)
+        self._push(progress.summary(time.time()))
+        if progress.over:
+            self._log.info("%d of %d rows are over already, by an earlier try.", progress.over, total)
+        try:
+            if progress.over < total and not output.is_complete:
+                self._run = BatchRun(
+                    batch, users, output, progress, deadline, self._log, will_be_retried=self._will_be_retried
+                )
+                if self._was_killed:
+                    raise DifyTaskKilled("Airflow killed the task before its batch began.")
+                self._run.run(on_app)
+        except AirflowFailException:
+            # No other try comes, so what is there is written all the same.
+            output.finish()
+            output.remove_parts()
+            raise
+        finally:
+            self._push(progress.summary(time.time()))
+        self._log.info("%s", progress.line(0, time.time()))
+        result = output.finish()
+        try:
+            progress.raise_if_failed(time.time())
+        finally:
+            output.remove_parts()
+        return result
+
+    def kill(self) -> None:
+        """Stop what runs, because Airflow ends the task."""
+        self._was_killed = True
+        if self._run is not None:
+            self._run.kill()
+
+    @property
+    def _will_be_retried(self) -> bool:
+        return bool(self._ti.try_number <= (self._ti.max_tries or 0))
+
+    def _output(self, users: RowUsers, total: int, progress: BatchProgress) -> Output:
+        if self._settings.output_path is not None:
+            return FileOutput(self._settings.output_path, users.batch_id, self._batch.max_active_runs, progress)
+        began = getattr(self._dag_run, "start_date", None)
+        since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
+        # After a task was cleared its tries go on counting, but what came before was to be done anew.
+        first_try = (self._ti.max_tries or 0) - self._settings.retries + 1
+        return ReturnedOutput(total, since=since, is_fresh=self._ti.try_number == first_try)

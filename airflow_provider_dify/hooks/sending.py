@@ -1,0 +1,180 @@
+"""How a hook sends requests on a worker: as its Airflow connection says, and again where a failure may pass."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from airflow.providers.common.compat.sdk import BaseHook
+
+from airflow_provider_dify.api import routes
+from airflow_provider_dify.api.bodies import encode_start
+from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, SendStart, Step, Steps
+from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.live_task_id import read_live_task_id
+from airflow_provider_dify.api.retrying import RequestRetries
+from airflow_provider_dify.api.run_stream import WorkflowRunStream
+from airflow_provider_dify.api.session import DifySession, send
+from airflow_provider_dify.api.started_run import NextEvent
+from airflow_provider_dify.api.steps import run_steps
+from airflow_provider_dify.closing import Closing
+from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import requests
+
+T = TypeVar("T")
+
+
+class SendingHook(Closing, BaseHook):
+    """
+    Send requests with an Airflow connection's settings; the arguments are those of ``DifyHook``.
+
+    It is a context manager, which closes its session.
+    """
+
+    default_conn_name = "dify_default"
+
+    def __init__(
+        self,
+        dify_conn_id: str = default_conn_name,
+        *,
+        timeout: float | None = None,
+        retry_limit: int = 3,
+        retry_delay: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.dify_conn_id = dify_conn_id
+        self.timeout = timeout
+        self.retry_limit = retry_limit
+        self.retry_delay = retry_delay
+        self.deadline: float | None = None
+        self.server_version: str | None = None
+        self._names_connection = True
+        self._connection: DifyConnection | None = None
+        self._session: DifySession | None = None
+
+    @property
+    def connection(self) -> DifyConnection:
+        """
+        The connection's settings, as last read.
+
+        :raises DifyConfigurationError: if the connection cannot be used.
+        """
+        if self._connection is None:
+            connection = self.get_connection(self.dify_conn_id)
+            settings = DifyConnection.from_airflow(connection, has_name=self._names_connection)
+            self._connection = replace(settings, timeout=self.timeout or settings.timeout)
+        return self._connection
+
+    @property
+    def response_timeout(self) -> float:
+        """Seconds for a whole response."""
+        return self.connection.timeouts()[1]
+
+    def get_conn(self) -> requests.Session:
+        """
+        Return the session that this hook's requests go through.
+
+        It sends the API key to the connection's own scheme, host and port only, has the connection's timeout, TLS and
+        proxy settings, and keeps no cookies.
+
+        :return: the session; the same one until :meth:`close`.
+        :raises DifyConfigurationError: if the connection cannot be used.
+        """
+        return self._get_session()
+
+    def close(self) -> None:
+        """Close the session and its connections; the next request opens a new one."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def perform(self, call: Call[T]) -> T:
+        """
+        Send a request, again where it failed for a passing reason, and return what its response means.
+
+        :param call: the request.
+        :raises DifyError: what the last response means.
+        """
+        return self._with_retries(lambda: call.parse(self._send(call)), call.is_final)
+
+    def run_steps(self, steps: Steps[T]) -> T:
+        """
+        Run requests that depend on each other.
+
+        :param steps: yields each request, and is sent what its response meant.
+        :return: what the steps return.
+        """
+        return run_steps(steps, self._take_step)
+
+    def _take_step(self, step: Step) -> Any:
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds)
+        if isinstance(step, LiveTaskId):
+            return read_live_task_id(self._get_session(), self.connection, step)
+        if isinstance(step, NextEvent):
+            return step.stream.next_event(step.seconds)
+        if isinstance(step, SendStart):
+            return self._send_start(step)
+        return self.perform(step)
+
+    def _send_start(self, start: SendStart) -> WorkflowRunStream:
+        """Send a start once, and return at once."""
+        path = routes.start_path(start.workflow_id)
+        body = encode_start(start.inputs, start.user)
+        connection = self.connection
+        # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
+        # the request arrived.
+        session = DifySession(connection, connection.timeouts())
+        return WorkflowRunStream(connection, session, f"{connection.base_url}{path}", body, start.user)
+
+    def _get_session(self) -> DifySession:
+        if self._session is None:
+            self._session = DifySession(self.connection, self.connection.timeouts())
+        return self._session
+
+    def _send(self, call: Call[Any]) -> HttpResponse:
+        request: dict[str, Any] = {} if call.body is None else {"json": call.body}
+        time_limit = self.connection.timeouts()[1]
+        if self.deadline is not None:
+            # A second, so that the last look at a run, after its deadline, is one.
+            time_limit = min(time_limit, max(1.0, self.deadline - time.time()))
+        response = send(
+            self._get_session(),
+            self.connection,
+            call.method,
+            call.path,
+            call.subject,
+            time_limit=time_limit,
+            params=call.params,
+            **request,
+        )
+        self.server_version = response.server_version or self.server_version
+        return response
+
+    def _with_retries(self, work: Callable[[], T], *is_final: Callable[[DifyConnectionError], bool]) -> T:
+        """Do what a passing failure may be repeated for, and once more if the key was rotated."""
+        retries = RequestRetries(self.retry_limit, self.retry_delay, self.deadline, self.log)
+        try:
+            return retries.call(work, *is_final)
+        except DifyAuthenticationError:
+            if not self._connection_has_changed():
+                raise
+            return retries.call(work, *is_final)
+
+    def _connection_has_changed(self) -> bool:
+        """Read the connection again, after its key was refused: a key that was rotated must not end a long wait."""
+        refused = self.connection
+        self._connection = None
+        if self.connection == refused:
+            return False
+        self.log.info(
+            "The API key of connection %r was refused and has changed since; using the new one.", refused.conn_id
+        )
+        self.close()
+        return True

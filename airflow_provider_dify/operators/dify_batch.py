@@ -1,0 +1,165 @@
+"""Run a Dify workflow over many rows in one task."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from airflow.providers.common.compat.sdk import BaseOperator
+
+from airflow_provider_dify.arguments import parse_count, parse_seconds
+from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.links.dify import DifyWorkflowRunLink
+from airflow_provider_dify.task_xcoms import TaskXComs
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_dify.batch.task import BatchTask
+    from airflow_provider_dify.hooks.dify import DifyHook
+
+BATCH = "batch"
+
+
+class DifyRunWorkflowBatchOperator(BaseOperator):
+    """
+    Run a Dify workflow once for each of many rows, in one task, and keep what each run returned.
+
+    Runs start in row order, at most ``max_active_runs`` at once, and are followed by their events, or polled where
+    these break off. Dify's "too many requests" halves their number for a while. A run that fails is started again up to
+    ``run_retries`` times, not one that was stopped or rejected. A 5xx, a reset or a stall costs a retry, not the batch.
+
+    A result has ``index, status, outputs, error, workflow_run_id, total_tokens, elapsed_time, attempts``. With
+    ``output_path`` they are written there as JSON Lines in row order: in parts while the batch runs, which are merged
+    at its end. Without it they are the return value, of at most 1,000 rows and 1 MB. The XCom ``batch`` has the counts,
+    from the start on: ``total, succeeded, partial_succeeded, failed, stopped, total_tokens, elapsed_time,
+    output_path``.
+
+    No run is paid for twice. After a crash or an Airflow retry, rows whose results are written are not asked for again,
+    and Dify's log tells which others have runs: their ``user`` names the row and the attempt. What is over is read,
+    what is alive is followed, and the rest is started. Rows that may have been under way at the crash, and starts that
+    got lost, are looked for during ``not_found_grace`` first. What is left is one window: a run that Dify has queued,
+    and that is still queued when the grace is over, while no other run of this batch is. Such a row runs, and is paid,
+    twice. A task that is cleared starts anew.
+
+    :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
+        object storage takes it. Templated.
+    :param max_active_runs: how many runs there are at once.
+    :param output_path: path or URL of the results' file; ``None`` for a return value. Templated.
+    :param max_failed_runs: how many rows may fail: a number, or a share such as ``0.05``. The task fails without retry
+        as soon as more have failed and the active runs are over.
+    :param run_retries: how often a run that failed is started again.
+    :param user: a name in front of each run's ``user``; by default one that names Airflow installation, Dag, task, Dag
+        run and map index. Templated.
+    :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
+    :param workflow_id: UUID of a published version of the workflow; the current one by default. Templated.
+    :param fail_on_partial_success: whether a ``partial-succeeded`` run counts as failed.
+    :param timeout: seconds (or a ``timedelta``) for the batch; seven days by default. What runs then is stopped.
+    :param run_timeout: seconds since a run's creation after which it is stopped and counts as failed.
+    :param progress_interval: seconds between the lines that say how far the batch is.
+    :param poll_interval: seconds between polls of a run whose events broke off.
+    :param not_found_grace: seconds for which a run is looked for that may have been started.
+    :param max_consecutive_failures: polls of a run in a row that may fail for a passing reason.
+    :raises DifyBatchFailed: if more rows failed than ``max_failed_runs``.
+    :raises DifyConfigurationError: if the rows can't be read, or are too many for a return value.
+    :raises DifyOutputsError: if the results are too much for a return value.
+    :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
+    :raises DifyConnectionError: if Dify can't be reached for long; a retry continues the batch.
+    :raises DifyError: any other, as :class:`airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
+    """
+
+    template_fields: Sequence[str] = ("inputs", "output_path", "user", "workflow_id", "dify_conn_id")
+    template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
+    ui_color = "#d5e0ff"
+    operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
+
+    def __init__(
+        self,
+        *,
+        inputs: Any,
+        max_active_runs: int = 8,
+        output_path: str | os.PathLike[str] | None = None,
+        max_failed_runs: float = 0,
+        run_retries: int = 0,
+        user: str | None = None,
+        dify_conn_id: str = "dify_default",
+        workflow_id: str | None = None,
+        fail_on_partial_success: bool = False,
+        timeout: timedelta | float = timedelta(days=7),
+        run_timeout: timedelta | float | None = None,
+        progress_interval: timedelta | float = 30,
+        poll_interval: timedelta | float = 10,
+        not_found_grace: timedelta | float = 60,
+        max_consecutive_failures: int = 5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.inputs = inputs
+        self.max_active_runs = parse_count("max_active_runs", max_active_runs)
+        if self.max_active_runs == 0:
+            raise DifyConfigurationError("max_active_runs must be a whole number from 1 on, but it is 0.")
+        self.output_path = output_path
+        self.max_failed_runs = max_failed_runs
+        self.run_retries = parse_count("run_retries", run_retries)
+        self.user = user
+        self.dify_conn_id = dify_conn_id
+        self.workflow_id = workflow_id
+        self.fail_on_partial_success = fail_on_partial_success
+        self.timeout = parse_seconds("timeout", timeout)
+        self.run_timeout = None if run_timeout is None else parse_seconds("run_timeout", run_timeout)
+        self.progress_interval = parse_seconds("progress_interval", progress_interval)
+        self.poll_interval = parse_seconds("poll_interval", poll_interval)
+        self.not_found_grace = parse_seconds("not_found_grace", not_found_grace)
+        self.max_consecutive_failures = parse_count("max_consecutive_failures", max_consecutive_failures)
+        # What on_kill, which has no arguments, has to look at.
+        self._batch: BatchTask | None = None
+
+    @cached_property
+    def hook(self) -> DifyHook:
+        """The hook whose connection the link leads to."""
+        from airflow_provider_dify.hooks.dify import DifyHook
+
+        return DifyHook(self.dify_conn_id)
+
+    def execute(self, context: Context) -> Any:
+        """
+        Run the batch.
+
+        :return: ``output_path``; without it the results, a list in row order.
+        """
+        # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
+        from airflow_provider_dify.batch.row_run import RowSettings
+        from airflow_provider_dify.batch.running import BatchSettings
+        from airflow_provider_dify.batch.task import BatchTask, TaskSettings
+
+        row = RowSettings(
+            workflow_id=self.workflow_id,
+            run_retries=self.run_retries,
+            fail_on_partial_success=self.fail_on_partial_success,
+            timeout=self.timeout,
+            run_timeout=self.run_timeout,
+            poll_interval=self.poll_interval,
+            not_found_grace=self.not_found_grace,
+            max_consecutive_failures=self.max_consecutive_failures,
+        )
+        batch = BatchSettings(self.inputs, self.dify_conn_id, self.max_active_runs, self.progress_interval, row)
+        output_path = None if self.output_path is None else str(self.output_path)
+        settings = TaskSettings(self.user, output_path, self.max_failed_runs, self.retries or 0)
+        ti: Any = context["ti"]
+        xcoms = TaskXComs(self, context)
+
+        def push(summary: dict[str, Any]) -> None:
+            if self.do_xcom_push:
+                ti.xcom_push(key=BATCH, value=summary)
+
+        self._batch = BatchTask(batch, settings, context, self.log, push)
+        with self.hook:
+            return self._batch.run(xcoms.push_link)
+
+    def on_kill(self) -> None:
+        """Stop the active runs, when the task is killed."""
+        if self._batch is not None:
+            self._batch.kill()

@@ -1,0 +1,249 @@
+"""What a user of the batch sees in Airflow: results, counts, messages, and what Dify was asked to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.exceptions import DifyBatchFailed, DifyConfigurationError, DifyWorkflowRunTimeout
+from tests.airflow.airflow_runs import DagRunResult, run_dag
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond
+
+pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let retries of a run and of a refused start follow each other at once."""
+    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    monkeypatch.setattr("airflow_provider_dify.batch.concurrency.FIRST_PAUSE", 0.05)
+
+
+def run_batch(**arguments: Any) -> DagRunResult:
+    """Run a Dag of one batch ``run`` with these arguments, and a task that gets its return value and its counts."""
+    arguments = {"poll_interval": 0.05, "not_found_grace": 1.0, **arguments}
+    return run_dag(
+        f"""
+        from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
+
+        run = DifyRunWorkflowBatchOperator(task_id="run", on_failure_callback=raised, **{arguments!r})
+
+        @task
+        def use(results, counts):
+            received("results", results)
+            received("counts", counts)
+
+        use(run.output, run.output["batch"])
+        """
+    )
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"n": number} for number in range(count)]
+
+
+def echo(dify: DifyStandIn, count: int, **arguments: Any) -> None:
+    """Let the next starts succeed, each with an output of its own."""
+    dify.starts += [Start(fields={"outputs": {"answer": n}, "total_tokens": 10}, **arguments) for n in range(count)]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("dialect")
+def test_each_row_has_a_run_and_the_results_are_in_row_order(dify: DifyStandIn) -> None:
+    echo(dify, 12)
+    result = run_batch(inputs=numbered(12), max_active_runs=4)
+    assert result.state == "success"
+    results = result.received["results"]
+    assert [row["index"] for row in results] == list(range(12))
+    assert {row["status"] for row in results} == {"succeeded"}
+    runs = {started.workflow_run_id: started.inputs for started in dify.started}
+    assert [runs[row["workflow_run_id"]] for row in results] == numbered(12)
+    counts = result.received["counts"]
+    assert (counts["total"], counts["succeeded"], counts["failed"], counts["total_tokens"]) == (12, 12, 0, 120)
+    assert counts["output_path"] is None
+    # One user for each run, which names its row.
+    assert sorted(int(started.user.rpartition("/")[2].partition(".")[0]) for started in dify.started) == list(range(12))
+
+
+def test_no_more_runs_than_may_are_active_and_they_start_in_row_order(dify: DifyStandIn) -> None:
+    # It would turn a fourth one away.
+    dify.active_runs_limit = 3
+    echo(dify, 20, duration=0.2)
+    result = run_batch(inputs=numbered(20), max_active_runs=3)
+    assert result.state == "success"
+    assert sum(request.method == "POST" for request in dify.requests) == 20
+    order = [started.inputs["n"] for started in dify.started]
+    assert all(abs(place - number) < 3 for place, number in enumerate(order))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_rows_of_a_file_become_a_file_of_results(dify: DifyStandIn, tmp_path: Path, suffix: str) -> None:
+    rows = tmp_path / f"rows.{suffix}"
+    if suffix == "csv":
+        rows.write_text("n,text\n" + "".join(f'{n},"ä, {n}"\n' for n in range(30)))
+    else:
+        rows.write_text("".join(json.dumps({"n": n, "text": f"ä, {n}"}) + "\n" for n in range(30)))
+    echo(dify, 30)
+    output = tmp_path / "out" / "results.jsonl"
+    result = run_batch(inputs=f"file://{rows}", output_path=f"file://{output}")
+    assert result.state == "success"
+    assert result.received["results"] == f"file://{output}"
+    results = lines_of(output)
+    assert [row["index"] for row in results] == list(range(30))
+    assert sorted(str(started.inputs["n"]) for started in dify.started) == sorted(map(str, range(30)))
+    assert {started.inputs["text"] for started in dify.started} == {f"ä, {n}" for n in range(30)}
+    assert [path.name for path in output.parent.iterdir()] == ["results.jsonl"]
+
+
+def test_a_row_that_is_no_object_is_a_failed_row_with_its_line(dify: DifyStandIn, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"n": 0}\n[1]\n{"n": 2}\n')
+    result = run_batch(inputs=str(rows), max_failed_runs=1)
+    assert result.state == "success"
+    assert [row["status"] for row in result.received["results"]] == ["succeeded", "failed", "succeeded"]
+    assert "Line 2 is no object" in result.received["results"][1]["error"]
+    assert len(dify.started) == 2
+
+
+def test_rows_are_checked_against_the_form_which_is_read_once(dify: DifyStandIn) -> None:
+    dify.user_input_form = [form_field("query", required=True)]
+    rows = [{"query": "a"}, {}, {"query": "b"}, {"query": None}]
+    result = run_batch(inputs=rows, max_failed_runs=0.5)
+    assert result.state == "success"
+    assert [row["attempts"] for row in result.received["results"]] == [1, 0, 1, 0]
+    assert "The app's form in Dify says so" in result.received["results"][1]["error"]
+    assert len(dify.started) == 2
+    assert sum("/parameters" in request.path for request in dify.requests) == 1
+
+
+def test_a_run_that_fails_is_started_again_and_its_last_error_counts(dify: DifyStandIn) -> None:
+    dify.starts += [Start("run_streaming_failed"), Start("run_streaming_failed"), Start()]
+    result = run_batch(inputs=numbered(1), run_retries=2)
+    assert result.state == "success"
+    (row,) = result.received["results"]
+    assert (row["status"], row["attempts"]) == ("succeeded", 3)
+    assert len({started.user for started in dify.started}) == 3
+
+
+def test_too_many_failed_runs_fail_the_task_and_nothing_more_is_started(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    dify.starts += [Start("run_streaming_failed") for _ in range(40)]
+    result = run_batch(inputs=numbered(40), max_failed_runs=2, max_active_runs=2, output_path=str(output), retries=3)
+    assert result.states["run"] == "failed"
+    (error,) = result.raised["run"]
+    assert isinstance(error, DifyBatchFailed)
+    assert "of 40 runs failed (max_failed_runs is 2). Most frequent errors:" in str(error)
+    assert "rows were not run" in str(error)
+    assert 3 <= len(dify.started) <= 5
+    assert result.tries["run"] == 1
+    assert len(lines_of(output)) == len(dify.started)
+    counts = result.xcoms["run"]["batch"]
+    assert (counts["failed"], counts["output_path"]) == (len(dify.started), str(output))
+
+
+def test_dify_that_has_too_many_runs_gets_fewer_and_no_row_fails(dify: DifyStandIn) -> None:
+    dify.active_runs_limit = 3
+    echo(dify, 20, duration=0.1)
+    result = run_batch(inputs=numbered(20), max_active_runs=10)
+    assert result.state == "success"
+    assert {row["status"] for row in result.received["results"]} == {"succeeded"}
+    assert len(dify.started) == 20
+
+
+@pytest.mark.parametrize("fault", [respond(502, "<html>"), reset()], ids=["502", "reset"])
+def test_a_start_whose_response_gets_lost_is_found_and_not_sent_again(dify: DifyStandIn, fault: Any) -> None:
+    dify.misbehave(lose_response(fault), times=3, only="POST .*/run")
+    result = run_batch(inputs=numbered(6), not_found_grace=5)
+    assert result.state == "success"
+    assert len(dify.started) == 6
+
+
+def test_a_start_that_never_arrived_is_sent_again_after_the_grace(dify: DifyStandIn) -> None:
+    dify.misbehave(respond(502, "<html>"), times=2, only="POST .*/run")
+    result = run_batch(inputs=numbered(4), not_found_grace=0.5)
+    assert result.state == "success"
+    assert {row["status"] for row in result.received["results"]} == {"succeeded"}
+    assert len(dify.started) == 4
+
+
+def test_events_that_break_off_and_polls_that_fail_cost_a_retry(dify: DifyStandIn) -> None:
+    dify.starts += [
+        Start(statuses=("running", "succeeded"), cut="workflow_started", then=then) for then in ("close", "reset") * 3
+    ]
+    dify.misbehave(respond(503), times=4, only="GET .*/workflows/run/")
+    result = run_batch(inputs=numbered(6))
+    assert result.state == "success"
+    assert len(dify.started) == 6
+
+
+@pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
+def test_inputs_that_dify_rejects_fail_the_row_without_a_retry(dify: DifyStandIn, dialect: str) -> None:
+    dify.misbehave(replay("run_streaming_missing_input"), only="POST .*/run")
+    result = run_batch(inputs=numbered(3), max_active_runs=1, max_failed_runs=1, run_retries=2)
+    assert result.state == "success"
+    assert "query is required" in result.received["results"][0]["error"]
+    assert len(dify.started) == 2
+
+
+def test_a_batch_that_takes_too_long_stops_what_runs(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    dify.starts += [Start(), *(Start(statuses=("running",), cut="workflow_started", then="pings") for _ in range(5))]
+    result = run_batch(inputs=numbered(6), max_active_runs=2, timeout=2, output_path=str(output), retries=2)
+    assert result.states["run"] == "failed"
+    (error,) = result.raised["run"]
+    assert isinstance(error, DifyWorkflowRunTimeout)
+    assert "The batch's timeout of 2 seconds is over. 1 of 6 runs are over" in str(error)
+    assert {task_id for task_id, _ in dify.stopped} == {started.task_id for started in dify.started[1:]}
+    assert [row["status"] for row in lines_of(output)] == ["succeeded"]
+
+
+def test_more_rows_than_a_return_value_takes_are_refused_before_anything_is_started(dify: DifyStandIn) -> None:
+    result = run_batch(inputs=numbered(1001))
+    assert result.states["run"] == "failed"
+    (error,) = result.raised["run"]
+    assert isinstance(error, DifyConfigurationError)
+    assert "Set output_path" in str(error)
+    assert dify.requests == []
+
+
+def test_the_key_is_in_no_log_xcom_or_result(
+    dify: DifyStandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "results.jsonl"
+    dify.misbehave(respond(400, json.dumps({"code": "x", "message": f"bad {API_KEY}"})), only="POST .*/run")
+    result = run_batch(inputs=numbered(3), max_failed_runs=3, output_path=str(output))
+    assert result.state == "success"
+    assert "bad ***" in output.read_text()
+    everything = "".join(capfd.readouterr()) + caplog.text + output.read_text() + repr(result.xcoms)
+    assert API_KEY not in everything
+
+
+def test_rows_come_from_an_upstream_task_and_the_link_leads_to_the_log(dify: DifyStandIn) -> None:
+    result = run_dag(
+        """
+        from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
+
+        @task
+        def rows():
+            return [{"n": n} for n in range(3)]
+
+        DifyRunWorkflowBatchOperator(task_id="run", inputs=rows(), user="team {{ dag.dag_id }}")
+        """
+    )
+    assert result.state == "success"
+    assert [started.inputs for started in dify.started] == numbered(3)
+    assert all(started.user.startswith("team dag_") for started in dify.started)
+    assert result.links["run"]["Dify run log"].endswith("/logs")
+
+
+def test_no_rows_are_a_batch_too(dify: DifyStandIn) -> None:
+    result = run_batch(inputs=[])
+    assert result.state == "success"
+    assert result.received["results"] == []
+    assert dify.started == []

@@ -1,0 +1,376 @@
+"""The results of a batch: written in parts, read back after a crash, merged in row order."""
+
+from __future__ import annotations
+
+import json
+import random
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.batch import result_files
+from airflow_provider_dify.batch.result_files import ResultFiles, merge_parts
+from airflow_provider_dify.batch.results import (
+    MAX_RETURNED_ROWS,
+    PART_BYTES,
+    PART_ROWS,
+    PART_SECONDS,
+    UNLOGGED_SECONDS,
+    Checkpoint,
+    Part,
+    PartBuffer,
+    ReturnedResults,
+    RowResult,
+    RowSet,
+)
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
+from tests.unit.memory_storage import attach_memory
+from tests.unit.test_workflow_run import make_run
+
+RESULT = RowResult(7, "succeeded", {"text": "é\n\ud800"}, None, "run-7", 12, 0.5, 2)
+
+
+def results_of(rows: list[int]) -> list[RowResult]:
+    return [RowResult(row, "succeeded", {"n": row}) for row in rows]
+
+
+def write_parts(files: ResultFiles, *parts: list[int], open_since: float = 0.0) -> None:
+    for rows in parts:
+        buffer = PartBuffer(8, open_since)
+        for result in results_of(rows):
+            buffer.add(result, 0)
+        files.write(buffer.take(open_since))
+
+
+def rows_in(path: str | Path) -> list[int]:
+    return [json.loads(line)["index"] for line in Path(path).read_text().splitlines()]
+
+
+# --- a result
+
+
+def test_a_result_is_one_line_with_the_eight_fields() -> None:
+    line = RESULT.to_line()
+    assert line.count("\n") == 1
+    assert list(json.loads(line)) == [
+        "index",
+        "status",
+        "outputs",
+        "error",
+        "workflow_run_id",
+        "total_tokens",
+        "elapsed_time",
+        "attempts",
+    ]
+    assert RowResult.from_line(line) == RESULT
+
+
+def test_a_run_that_is_over_is_a_result() -> None:
+    run = make_run("failed", error="no such model", total_tokens=5, elapsed_time=1.5)
+    result = RowResult.of_run(3, run, 2)
+    assert result == RowResult(3, "failed", run.outputs, "no such model", run.id, 5, 1.5, 2)
+    assert type(result.status) is str
+
+
+@pytest.mark.parametrize("line", ["", "\n", '{"index": 1', RESULT.to_line()[:-1], "[1]\n", '{"a": 1}\n', "null\n"])
+def test_what_is_no_whole_result_is_none(line: str) -> None:
+    assert RowResult.from_line(line) is None
+
+
+# --- the buffer
+
+
+def test_a_part_is_due_when_it_is_full_or_old() -> None:
+    buffer = PartBuffer(8, 0)
+    assert not buffer.is_due(1e9)
+    buffer.add(RESULT, 100)
+    assert not buffer.is_due(100 + PART_SECONDS - 1)
+    assert buffer.is_due(100 + PART_SECONDS)
+    buffer.take(100)
+    assert not buffer.is_due(1e9)
+    for result in results_of(list(range(PART_ROWS))):
+        buffer.add(result, 100)
+    assert buffer.is_due(100)
+    buffer.take(100)
+    buffer.add(replace(RESULT, outputs={"text": "x" * PART_BYTES}), 100)
+    assert buffer.is_due(100)
+
+
+def test_what_the_log_of_dify_does_not_know_is_written_soon() -> None:
+    buffer = PartBuffer(8, 0)
+    buffer.add(RESULT, 100)
+    buffer.add(RowResult(9, "failed", error="Line 10 is no JSON.", attempts=0), 100, is_logged=False)
+    assert buffer.is_due(100 + UNLOGGED_SECONDS)
+
+
+def test_a_part_is_sorted_and_named_for_its_first_row_and_never_as_another() -> None:
+    buffer = PartBuffer(8, 0)
+    for row in (9, 3, 5):
+        buffer.add(RowResult(row, "succeeded"), 0)
+    part = buffer.take(1)
+    assert [row for row, _ in part.lines] == [3, 5, 9]
+    assert part.name.startswith("000000003-")
+    assert part.name != part.name
+
+
+def test_a_checkpoint_tells_since_when_rows_are_open() -> None:
+    buffer = PartBuffer(8, open_since=100)
+    for row, at in ((0, 101), (1, 102), (2, 103)):
+        buffer.open(row, at)
+    buffer.add(RowResult(0, "succeeded"), 110)
+    buffer.add(RowResult(2, "succeeded"), 110)
+    assert buffer.take(110).checkpoint.open_since == 102
+    # A retry of the row doesn't make it younger.
+    buffer.open(1, 120)
+    buffer.open(3, 121)
+    assert buffer.take(122).checkpoint.open_since == 102
+    buffer.add(RowResult(1, "succeeded"), 123)
+    buffer.add(RowResult(3, "succeeded"), 123)
+    assert buffer.take(130).checkpoint == Checkpoint(130, 8)
+
+
+def test_a_checkpoint_names_the_runs_that_were_stopped() -> None:
+    checkpoint = PartBuffer(8, 5).take(9, ["run-1"]).checkpoint
+    assert Checkpoint.from_line(checkpoint.to_line()) == Checkpoint(9, 8, ("run-1",))
+
+
+@pytest.mark.parametrize("line", ["", '{"checkpoint": {}}\n', '{"checkpoint": 1}\n', RESULT.to_line(), "[]\n", "{"])
+def test_what_is_no_checkpoint_is_none(line: str) -> None:
+    assert Checkpoint.from_line(line) is None
+
+
+# --- the set of rows
+
+
+def test_a_set_of_rows_knows_them_in_a_byte_each() -> None:
+    rows = RowSet()
+    assert rows.last == -1
+    assert [rows.add(row) for row in (999_999, 3, 3)] == [True, True, False]
+    assert 3 in rows
+    assert 4 not in rows
+    assert -1 not in rows
+    assert (len(rows), rows.last) == (2, 999_999)
+
+
+# --- the files
+
+
+@pytest.fixture(params=["file", "memory"])
+def output_path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "file":
+        return f"file://{tmp_path}/out/results.jsonl"
+    attach_memory()
+    return "memory://bucket/results.jsonl"
+
+
+def read(path: str) -> str:
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    return str(ObjectStoragePath(path).read_text())
+
+
+def exists(path: str) -> bool:
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    return bool(ObjectStoragePath(path).exists())
+
+
+def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> None:
+    files = ResultFiles(output_path, "batch")
+    files.begin(Checkpoint(0, 8))
+    write_parts(files, [0, 2, 3], [1, 9], [4, 5, 6], [7, 8])
+    files.merge()
+    assert read(output_path) == "".join(result.to_line() for result in results_of(list(range(10))))
+    files.remove_parts()
+    assert not exists(f"{output_path}.parts")
+    assert exists(output_path)
+
+
+def test_a_batch_without_rows_has_an_empty_file(output_path: str) -> None:
+    files = ResultFiles(output_path, "batch")
+    files.begin(Checkpoint(0, 8))
+    files.merge()
+    assert read(output_path) == ""
+
+
+def test_results_that_were_written_are_read_back(output_path: str) -> None:
+    files = ResultFiles(output_path, "batch")
+    assert files.read_written().checkpoint is None
+    files.begin(Checkpoint(1, 4, ("a",)))
+    write_parts(files, [0, 2], [1], open_since=5)
+    files.write(Part([], Checkpoint(3, 2, ("b",))))
+    seen: list[RowResult] = []
+    written = ResultFiles(output_path, "batch").read_written(seen.append)
+    assert sorted(result.index for result in seen) == [0, 1, 2]
+    assert seen[0] == RowResult(seen[0].index, "succeeded", {"n": seen[0].index})
+    assert [row in written.rows for row in range(4)] == [True, True, True, False]
+    assert written.checkpoint is not None
+    assert (written.checkpoint.open_since, written.checkpoint.max_active_runs) == (5, 8)
+    assert set(written.checkpoint.stopped_runs) == {"a", "b"}
+    assert not written.is_complete
+
+
+def test_another_batch_with_the_same_path_has_parts_of_its_own(output_path: str) -> None:
+    write_parts(ResultFiles(output_path, "one"), [0, 1])
+    other = ResultFiles(output_path, "two")
+    assert len(other.read_written().rows) == 0
+    write_parts(other, [0])
+    other.merge()
+    other.remove_parts()
+    assert len(ResultFiles(output_path, "one").read_written().rows) == 2
+
+
+def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    files = ResultFiles(str(output), "batch")
+    files.begin(Checkpoint(1, 8))
+    write_parts(files, [0, 1, 2], open_since=99)
+    (part,) = [path for path in (tmp_path / "results.jsonl.parts" / "batch").iterdir() if path.stat().st_size > 200]
+    whole = part.read_bytes()
+    for length in range(len(whole)):
+        part.write_bytes(whole[:length])
+        lines = whole[:length].count(b"\n")
+        written = files.read_written()
+        assert len(written.rows) == min(lines, 3)
+        # What the cut part would have said of the rest isn't true without its rows.
+        assert written.checkpoint == Checkpoint(1, 8)
+        files.merge()
+        assert rows_in(output) == list(range(min(lines, 3)))
+        (tmp_path / "results.jsonl.parts" / "batch" / "merged").unlink()
+
+
+def test_a_row_that_two_parts_have_is_there_once(output_path: str) -> None:
+    files = ResultFiles(output_path, "batch")
+    write_parts(files, [0, 1, 2], [1, 2, 3], [2])
+    assert len(files.read_written().rows) == 4
+    files.merge()
+    assert [json.loads(line)["index"] for line in read(output_path).splitlines()] == [0, 1, 2, 3]
+
+
+def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = ResultFiles(output_path, "batch")
+    write_parts(files, list(range(50)), list(range(50, 100)))
+    real = merge_parts
+
+    def cut(parts: Any) -> Iterator[tuple[int, str]]:
+        for row, line in real(parts):
+            if row == 60:
+                raise KeyboardInterrupt
+            yield row, line
+
+    monkeypatch.setattr(result_files, "merge_parts", cut)
+    with pytest.raises(KeyboardInterrupt):
+        files.merge()
+    monkeypatch.undo()
+    again = ResultFiles(output_path, "batch")
+    assert len(again.read_written().rows) == 100
+    again.merge()
+    assert [json.loads(line)["index"] for line in read(output_path).splitlines()] == list(range(100))
+
+
+def test_after_the_merge_the_file_counts_and_not_what_is_left_of_the_parts(output_path: str) -> None:
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    files = ResultFiles(output_path, "batch")
+    write_parts(files, [0, 1], [2, 3])
+    files.merge()
+    next(path for path in ObjectStoragePath(f"{output_path}.parts/batch").iterdir() if "-" in path.name).unlink()
+    again = ResultFiles(output_path, "batch")
+    written = again.read_written()
+    assert written.is_complete
+    assert len(written.rows) == 4
+    again.merge()
+    assert len(read(output_path).splitlines()) == 4
+    again.remove_parts()
+    assert not exists(f"{output_path}.parts")
+
+
+def test_a_storage_that_can_not_be_written_is_a_dify_error(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl.parts").write_text("a file where a folder should be")
+    with pytest.raises(DifyError, match="could not be written"):
+        ResultFiles(str(tmp_path / "results.jsonl"), "batch").begin(Checkpoint(0, 8))
+
+
+def test_a_storage_that_is_not_known_fails_without_retry() -> None:
+    with pytest.raises(DifyConfigurationError, match="nosuch"):
+        ResultFiles("nosuch://bucket/results.jsonl", "batch")
+
+
+# --- the merge
+
+
+def test_a_merge_opens_a_part_when_its_first_row_is_due() -> None:
+    opened: list[int] = []
+
+    def part(number: int, rows: list[int]) -> tuple[int, Iterator[str]]:
+        def lines() -> Iterator[str]:
+            opened.append(number)
+            yield from (RowResult(row, "succeeded").to_line() for row in rows)
+
+        return rows[0], lines()
+
+    merged = merge_parts([part(0, [0, 1, 8]), part(1, [2, 3, 4]), part(2, [5, 6, 7]), part(3, [9])])
+    seen = []
+    for row, _ in merged:
+        seen.append(row)
+        if row == 2:
+            assert opened == [0, 1]
+    assert seen == list(range(10))
+    assert opened == [0, 1, 2, 3]
+
+
+def test_any_order_of_ends_is_merged_in_row_order() -> None:
+    shuffled = random.Random(13)
+    for _ in range(50):
+        rows = list(range(300))
+        # At most 20 rows are under way at once; a row's neighbours may end long after it.
+        ends = sorted(rows, key=lambda row: row + shuffled.choice([0, 0, 5, 20, 200]))
+        parts = [sorted(ends[at : at + 17]) for at in range(0, 300, 17)]
+        streams = [(part[0], iter([RowResult(row, "s").to_line() for row in part])) for part in sorted(parts)]
+        assert [row for row, _ in merge_parts(streams)] == rows
+
+
+def test_a_merge_holds_no_more_than_a_few_lines_of_each_part(tmp_path: Path) -> None:
+    files = ResultFiles(str(tmp_path / "results.jsonl"), "batch")
+    for start in range(0, 20_000, 1000):
+        buffer = PartBuffer(8, 0)
+        for row in range(start, start + 1000):
+            buffer.add(RowResult(row, "succeeded", {"text": "x" * 2000}), 0)
+        files.write(buffer.take(0))
+    tracemalloc.start()
+    try:
+        files.merge()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "results.jsonl").stat().st_size > 40_000_000
+    assert peak < 5_000_000
+
+
+# --- the return value
+
+
+def test_a_return_value_has_the_results_in_row_order() -> None:
+    results = ReturnedResults(3)
+    for row in (2, 0, 1):
+        results.add(RowResult(row, "succeeded", {"n": row}))
+    returned = results.in_order()
+    assert [result["index"] for result in returned] == [0, 1, 2]
+    assert json.loads(json.dumps(returned)) == returned
+
+
+def test_too_many_rows_for_a_return_value_are_refused_before_anything_is_started() -> None:
+    ReturnedResults(MAX_RETURNED_ROWS)
+    with pytest.raises(DifyConfigurationError, match=r"1,001 rows.*output_path.*Nothing was started"):
+        ReturnedResults(MAX_RETURNED_ROWS + 1)
+
+
+def test_too_much_for_a_return_value_ends_the_batch_as_soon_as_it_is_known() -> None:
+    results = ReturnedResults(3)
+    results.add(RowResult(0, "succeeded", {"text": "x" * 600_000}))
+    with pytest.raises(DifyOutputsError, match="output_path"):
+        results.add(RowResult(1, "succeeded", {"text": "x" * 600_000}))
