@@ -19,7 +19,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     3: ("base_url", "connection", "verdict", "arguments", "task_clock"),
     4: ("waiting", "xcoms"),
     5: ("links", "api"),
-    6: ("task_xcoms", "stopping", "run_search", "hooks"),
+    6: ("task_xcoms", "stopping", "run_search", "finished_runs", "hooks"),
     7: ("starting", "following"),
     8: ("running_task", "triggers"),
     9: ("sensors", "operators"),
