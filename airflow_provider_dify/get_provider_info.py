@@ -77,7 +77,13 @@ def get_provider_info() -> dict[str, Any]:
             {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.sensors.dify"]},
         ],
         "triggers": [
-            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.triggers.dify"]},
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": [
+                    "airflow_provider_dify.triggers.dify",
+                    "airflow_provider_dify.triggers.dify_events",
+                ],
+            },
         ],
         "extra-links": ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"],
         "connection-types": [

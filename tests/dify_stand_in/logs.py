@@ -78,6 +78,8 @@ def _row(dialect: Dialect, run: Run) -> dict[str, Any]:
     workflow_run = row["workflow_run"]
     workflow_run.update({key: now[key] for key in workflow_run.keys() & now.keys()})
     workflow_run["exceptions_count"] = run.exceptions_count
+    if "triggered_from" in workflow_run:
+        workflow_run["triggered_from"] = run.triggered_from
     row["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, run.id))
     row["created_at"] = now["created_at"]
     row["created_by_end_user"] |= {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.user)), "session_id": run.user}

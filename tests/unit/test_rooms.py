@@ -16,7 +16,7 @@ PACKAGE = Path(airflow_provider_dify.__file__).parent
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("__init__", "models", "excerpts", "closing", "airflow_versions", "get_provider_info", "input_form"),
     2: ("exceptions", "input_fingerprint", "input_check"),
-    3: ("base_url", "connection", "verdict", "arguments", "task_clock"),
+    3: ("base_url", "connection", "verdict", "arguments", "run_filter", "task_clock"),
     4: ("waiting", "xcoms"),
     5: ("links", "api"),
     6: ("task_xcoms", "stopping", "run_search", "finished_runs", "hooks"),
