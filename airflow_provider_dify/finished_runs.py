@@ -91,11 +91,13 @@ class WindowPolicy:
     :param poll_interval: seconds between looks.
     :param run_timeout: seconds after a run's creation from which it is no longer watched.
     :param lookback: seconds before the first look from which runs that have ended count, too.
+    :param user: the ``user`` whose runs are read; ``None`` for all.
     """
 
     poll_interval: float = 30.0
     run_timeout: float = 604_800.0
     lookback: float = 0.0
+    user: str | None = None
 
     def next_look(self, run_created_at: float, now: float) -> float:
         """Return when to look again at a run that goes on: the older, the later."""
@@ -119,6 +121,11 @@ class RunWindow:
     read_until: float | None = None
     seen: Mapping[str, float] = field(default_factory=dict)
     open: Mapping[str, OpenRun] = field(default_factory=dict)
+
+    @classmethod
+    def read_before(cls, moment: float) -> RunWindow:
+        """Return the window to which each run is new whose row is of this moment, in epoch seconds, or later."""
+        return cls(read_until=int(moment) + OVERLAP)
 
     def serialize(self) -> dict[str, Any]:
         """Return the window as JSON-ready values, for :meth:`deserialize`."""
@@ -184,7 +191,7 @@ def look_at_runs(window: RunWindow, policy: WindowPolicy, now: float) -> Steps[L
     reader = _Reader(window, policy, now)
     page = 1
     while True:
-        rows = yield calls.logged_runs(created_after=reader.created_after, page=page, limit=PAGE_SIZE)
+        rows = yield calls.logged_runs(user=policy.user, created_after=reader.created_after, page=page, limit=PAGE_SIZE)
         if not reader.needs_page_after(rows):
             break
         page += 1

@@ -74,7 +74,13 @@ def get_provider_info() -> dict[str, Any]:
             {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.operators.dify"]},
         ],
         "sensors": [
-            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.sensors.dify"]},
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": [
+                    "airflow_provider_dify.sensors.dify",
+                    "airflow_provider_dify.sensors.dify_latest",
+                ],
+            },
         ],
         "triggers": [
             {
@@ -82,6 +88,7 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": [
                     "airflow_provider_dify.triggers.dify",
                     "airflow_provider_dify.triggers.dify_events",
+                    "airflow_provider_dify.triggers.dify_latest",
                 ],
             },
         ],

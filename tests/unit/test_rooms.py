@@ -20,7 +20,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: ("waiting", "xcoms"),
     5: ("links", "api"),
     6: ("task_xcoms", "stopping", "run_search", "finished_runs", "hooks"),
-    7: ("starting", "following"),
+    7: ("starting", "following", "latest_run"),
     8: ("running_task", "triggers"),
     9: ("sensors", "operators"),
 }
