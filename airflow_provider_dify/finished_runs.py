@@ -28,8 +28,8 @@ FIRST_PAGES = 3
 MAX_STALE_PAGES = 3
 # A page costs the server as much as about four details.
 _RUNS_WORTH_A_PAGE = 4
-# Details that one look asks for at most; the others wait for the next one.
-DETAILS_AT_ONCE = 20
+# Details that one look asks for at most, a second or two of the server's time; the others wait for the next one.
+DETAILS_AT_ONCE = 100
 # A run that goes on is looked at again after this share of its age.
 _SHARE_OF_AGE = 0.05
 MAX_DETAIL_INTERVAL = 300.0

@@ -173,7 +173,7 @@ def test_templates_are_rendered(dify: DifyStandIn) -> None:
     result = run_dag(
         """
         DifyLatestWorkflowRunSensor(
-            task_id="wait", created_after="{{ params.since }}", user="{{ params.user }}-*", poke_interval=0.1, timeout=20
+            task_id="wait", created_after="{{ params.since }}", user="{{ params.user }}-*", poke_interval=0.1
         )
         """,
         params={"since": datetime.fromtimestamp(BEGAN, timezone.utc).isoformat(), "user": "nightly"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -427,10 +428,43 @@ def test_each_run_is_news_once_whatever_happens(
     assert not window.open
 
 
-def test_a_look_asks_for_a_few_details_only() -> None:
-    # 100 that go on, each far from the others.
-    dify = SimulatedDify([SimulatedRun(number, NOW + number * 120) for number in range(100)])
-    window, _ = dify.look_until(NOW + 12_000, RunWindow(), WindowPolicy(poll_interval=60))
-    before = len(dify.requests)
-    dify.look(window, WindowPolicy(poll_interval=60))
-    assert len(dify.requests) - before <= DETAILS_AT_ONCE + 2
+def test_a_look_asks_for_so_many_details_and_the_next_one_for_the_others() -> None:
+    # Every tenth goes on.
+    runs = [SimulatedRun(n, NOW - n * 12, NOW - n * 12 + 1 if n % 10 else float("inf")) for n in range(2500)]
+    dify = SimulatedDify(runs)
+    policy = WindowPolicy(poll_interval=30, lookback=40_000)
+    window = dify.look(RunWindow(), policy).window
+    dify.now += 10_000
+    asked = []
+    for _ in range(4):
+        before = len(dify.requests)
+        window = dify.look(window, policy).window
+        asked.append(sum("page=None" in request for request in dify.requests[before:]))
+        dify.now += 30
+    # A few of the newest were in the first page.
+    assert (asked[:2], asked[3]) == ([DETAILS_AT_ONCE, DETAILS_AT_ONCE], 0)
+    assert 45 < asked[2] <= 50
+
+
+def test_many_runs_of_all_lengths_are_news_soon() -> None:
+    # 500 a minute; most last a minute, some much longer.
+    generator = random.Random(1)
+    begins = [NOW + number * 0.12 for number in range(5000)]
+    runs = [SimulatedRun(n, begin, begin + generator.expovariate(1 / 60)) for n, begin in enumerate(begins)]
+    dify = SimulatedDify(runs)
+    window, ended = dify.look_until(NOW + 600, RunWindow())
+    over = [run.id for run in runs if run.ends_at < NOW + 600 - 60]
+    assert len(set(over) - set(ended)) < len(over) / 100
+    _, later = dify.look_until(NOW + 1800, window)
+    assert sorted(ended + later) == ids(*runs)
+
+
+@pytest.mark.parametrize(("runs_an_hour", "most"), [(1, 125), (100, 260), (1000, 650)])
+def test_what_an_hour_of_looks_costs_dify(runs_an_hour: int, most: int) -> None:
+    # docs/reacting-to-runs.md has the figures: a look every 30 seconds, runs of a minute on average.
+    generator = random.Random(1)
+    begins = [NOW + (number + generator.random()) * 3600 / runs_an_hour for number in range(runs_an_hour)]
+    runs = [SimulatedRun(n, begin, begin + generator.expovariate(1 / 60)) for n, begin in enumerate(begins)]
+    dify = SimulatedDify(runs)
+    dify.look_until(NOW + 3600, RunWindow())
+    assert len(dify.requests) <= most
