@@ -98,3 +98,20 @@ def first_reschedule_date(context: Context) -> datetime | None:
         )
         return found
     return asked(context)
+
+
+def asset_state_of(trigger: Any) -> Any:
+    """
+    Return the state store of the asset that an event trigger watches for.
+
+    Airflow 3.3.2 and later have one that an event loop can use. Goes with Airflow 3.3.1.
+
+    :param trigger: the trigger, as the triggerer made it.
+    :return: what has ``aget(key)`` and ``aset(key, value)``; ``None`` where there is none.
+    """
+    stores = getattr(trigger, "asset_state_store", None)
+    if not hasattr(stores, "aget"):
+        return None
+    # One trigger may watch for several assets, with the same arguments; the state stands at the first of them.
+    single = [*getattr(stores, "_by_name", {}).items(), *getattr(stores, "_by_uri", {}).items()]
+    return min(single, key=lambda item: str(item[0]))[1] if len(single) > 1 else stores

@@ -80,10 +80,23 @@ def get_provider_info() -> dict[str, Any]:
             },
         ],
         "sensors": [
-            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.sensors.dify"]},
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": [
+                    "airflow_provider_dify.sensors.dify",
+                    "airflow_provider_dify.sensors.dify_latest",
+                ],
+            },
         ],
         "triggers": [
-            {"integration-name": _INTEGRATION, "python-modules": ["airflow_provider_dify.triggers.dify"]},
+            {
+                "integration-name": _INTEGRATION,
+                "python-modules": [
+                    "airflow_provider_dify.triggers.dify",
+                    "airflow_provider_dify.triggers.dify_events",
+                    "airflow_provider_dify.triggers.dify_latest",
+                ],
+            },
         ],
         "extra-links": ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"],
         "connection-types": [

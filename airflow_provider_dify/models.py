@@ -29,6 +29,17 @@ class WorkflowRunStatus(str, Enum):
 
 
 WAITING_STATUSES = frozenset({WorkflowRunStatus.RUNNING, WorkflowRunStatus.PAUSED, WorkflowRunStatus.SCHEDULED})
+ENDED_STATUSES = frozenset(WorkflowRunStatus) - WAITING_STATUSES
+
+
+def is_over(status: WorkflowRunStatus | str, finished_at: DateTime | None) -> bool:
+    """
+    Return whether a run has ended.
+
+    :param status: the run's status; one that this version does not know may mean either.
+    :param finished_at: when it ended, where Dify says so.
+    """
+    return status in ENDED_STATUSES or (status not in WAITING_STATUSES and finished_at is not None)
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,11 @@ class WorkflowRun:
     created_at: DateTime | None
     finished_at: DateTime | None
     elapsed_time: float | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended."""
+        return is_over(self.status, self.finished_at)
 
     @property
     def app_id(self) -> str | None:
@@ -122,6 +138,8 @@ class LoggedWorkflowRun:
     :param exceptions_count: nodes that failed and whose error handling took over.
     :param triggered_from: what started it: ``app-run``, ``debugging``, ``webhook``, ``schedule``, ...
     :param version: the version of the workflow that ran.
+    :param logged_at: when the row itself was written, in UTC: the log is sorted and filtered by it. Dify before 1.9
+        writes the row when the run ends.
     """
 
     workflow_run_id: str
@@ -136,6 +154,12 @@ class LoggedWorkflowRun:
     exceptions_count: int | None = None
     triggered_from: str | None = None
     version: str | None = None
+    logged_at: DateTime | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run has ended."""
+        return is_over(self.status, self.finished_at)
 
 
 def _storable(value: Any) -> Any:

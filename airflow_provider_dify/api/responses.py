@@ -121,6 +121,7 @@ def _parse_logged_workflow_run(response: HttpResponse, row: Any) -> LoggedWorkfl
         exceptions_count=fields.integer("exceptions_count"),
         triggered_from=fields.text("triggered_from"),
         version=fields.text("version"),
+        logged_at=Fields(response, LOG_SUBJECT, row).time("created_at"),
     )
 
 

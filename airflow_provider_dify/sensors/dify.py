@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_dify.hooks.dify import DifyHook
+    from airflow_provider_dify.models import WorkflowRun
+    from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 
 # A worker that ends a try needs seconds, in which the next one must not begin.
 SHORTEST_RESCHEDULE = 60.0
@@ -205,9 +207,11 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 on_first_run=self._task_xcoms(context).on_run,
             )
         try:
-            run = self.hook.get_workflow_run(self.workflow_run_id)
+            run = self._read_run()
         except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
             self._wait.on_failed_poll(error)
+            return self._not_yet(self._wait)
+        if run is None:
             return self._not_yet(self._wait)
         if self._wait.status is None and self.hook.server_version:
             self.log.info("Dify %s at %s.", self.hook.server_version, self.hook.connection.base_url)
@@ -215,6 +219,10 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait)
         return PokeReturnValue(True, xcom_value=self._task_xcoms(context).push_and_return(run, verdict))
+
+    def _read_run(self) -> WorkflowRun | None:
+        """Return the run; ``None`` where there is none to wait for yet."""
+        return self.hook.get_workflow_run(self.workflow_run_id)
 
     def _task_xcoms(self, context: Context) -> TaskXComs:
         if self._xcoms is None:
@@ -241,20 +249,19 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         return self._defer(wait) if self.deferrable else PokeReturnValue(False)
 
     def _defer(self, wait: RunWait) -> NoReturn:
-        from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
-
         if self._deadline is None:
             self._deadline = time.time() + self.timeout
         self.defer(
-            trigger=DifyWorkflowRunTrigger(
-                self.workflow_run_id,
-                self.dify_conn_id,
-                **self._trigger_wait(self._deadline, wait.first_poll.timestamp()).serialize(),
-            ),
+            trigger=self._trigger(self._trigger_wait(self._deadline, wait.first_poll.timestamp())),
             method_name="execute_complete",
             kwargs={"deadline": self._deadline},
             timeout=timedelta(seconds=max(0.0, self._deadline - time.time()) + TRIGGER_TIMEOUT_MARGIN),
         )
+
+    def _trigger(self, wait: TriggerWait) -> DifyWorkflowRunTrigger:
+        from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
+
+        return DifyWorkflowRunTrigger(self.workflow_run_id, self.dify_conn_id, **wait.serialize())
 
     def _start_from_trigger(self) -> None:
         if not CAN_START_FROM_TRIGGER:

@@ -27,7 +27,7 @@ from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitEnd, delay_a
 from airflow_provider_dify.xcoms import RUN_LOG, check_outputs, run_log_url, xcoms_from_run
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from airflow.providers.common.compat.sdk import Context
 
@@ -102,7 +102,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         """Stop the run, when a user ends the waiting task (Airflow 3.3 and later)."""
         if self.wait.stop_user is None or self.workflow_run_id is None or await self._is_taken_over():
             return
-        hook_type = (await asyncio.to_thread(_load_client)).DifyAsyncHook
+        hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
             report: StopReport = await hook.run_steps(
                 stop_run(self.workflow_run_id, self.wait.stop_task_id, self.wait.stop_user, hook.server_version)
@@ -156,7 +156,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             self.workflow_run_id = parse_workflow_run_id(self.workflow_run_id)
         deadline = self._deadline()
         # Imported in a thread, because the HTTP client takes a while to load and others run on this loop.
-        hook_type = (await asyncio.to_thread(_load_client)).DifyAsyncHook
+        hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
             if self.workflow_run_id is None:
                 self.workflow_run_id = await self._find_run(hook, deadline)
@@ -165,42 +165,58 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     async def _find_run(self, hook: DifyAsyncHook, deadline: float | None) -> str:
         """Look for a queued run in Dify's log, until it is there."""
         search = RunSearch.deserialize(self.wait.search or {})
+        try:
+            run_id = await self._search(
+                lambda: hook.run_steps(find_run(search)),
+                deadline,
+                f"The workflow run of user {search.user!r} is queued at Dify, or not in its log yet",
+            )
+        except DifyConnectionError as error:
+            raise DifyWorkflowRunUncertain(
+                f"{error} The log could not be read, so the run of user {search.user!r} was not found.",
+                user=search.user,
+            ) from None
+        if run_id is None:
+            raise DifyWorkflowRunUncertain(
+                f"The operator's timeout is over, and Dify's log shows no run of user {search.user!r}: it may still be "
+                "queued, and run later. Look for the user in the app's log in Dify's console.",
+                user=search.user,
+            )
+        return run_id
+
+    async def _search(self, find: Callable[[], Awaitable[str | None]], deadline: float | None, what: str) -> str | None:
+        """
+        Look for a run in Dify's log, until one is there.
+
+        :param find: looks once, and returns the run's id if there is one.
+        :param deadline: epoch seconds of the last look; ``None`` for no limit.
+        :param what: what is waited for, for the log.
+        :return: the run's id; ``None`` if the time is over.
+        :raises DifyConnectionError: once more than ``max_consecutive_failures`` looks in a row have failed.
+        """
         failures = 0
         began = time.time()
         next_line = 0.0
         while True:
             delay = self.wait.poll_interval
             try:
-                run_id = await hook.run_steps(find_run(search))
+                run_id = await find()
                 failures = 0
             except DifyConnectionError as error:
                 failures += 1
                 allowed = self.wait.max_consecutive_failures
                 if allowed is not None and failures > allowed:
-                    raise DifyWorkflowRunUncertain(
-                        f"{error} The log could not be read, so the run of user {search.user!r} was not found.",
-                        user=search.user,
-                    ) from None
+                    raise
                 self.log.warning("Dify's log could not be read; looking again: %s", error)
                 run_id, delay = None, max(delay, delay_after(error, failures, self.retry_delay))
             if run_id is not None:
                 self.log.info("Dify's log names the run: workflow run %s.", run_id)
                 return run_id
             if deadline is not None and time.time() >= deadline:
-                raise DifyWorkflowRunUncertain(
-                    f"The operator's timeout is over, and Dify's log shows no run of user {search.user!r}: it may "
-                    "still be "
-                    "queued, and run later. Look for the user in the app's log in Dify's console.",
-                    user=search.user,
-                )
+                return None
             if time.time() >= next_line:
                 next_line = time.time() + 60
-                self.log.info(
-                    "The workflow run of user %r is queued at Dify, or not in its log yet; %.0f seconds in the "
-                    "triggerer.",
-                    search.user,
-                    time.time() - began,
-                )
+                self.log.info("%s; %.0f seconds in the triggerer.", what, time.time() - began)
             await self._sleep_until(asyncio.get_running_loop().time() + delay, deadline)
 
     async def _poll_until_over(self, hook: DifyAsyncHook, run_id: str, deadline: float | None) -> TriggerEvent:
@@ -344,7 +360,8 @@ def _task_success() -> TriggerEvent:
     return TaskSuccessEvent()
 
 
-def _load_client() -> Any:
+def load_client() -> Any:
+    """Return the module of the hook, which takes a while to import."""
     from airflow_provider_dify.hooks import dify_async
 
     return dify_async

@@ -34,6 +34,7 @@ except ImportError:  # Airflow 2
 
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
+from airflow_provider_dify.sensors.dify_latest import DifyLatestWorkflowRunSensor
 from tests.airflow.airflow_runs import received, raised
 
 with DAG({dag_id!r}, schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={params!r}) as dag:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,3 +199,10 @@ def test_every_example_has_a_form_that_can_be_submitted(airflow_db: Path) -> Non
             assert schema["title"]
             assert param.description
             assert schema["type"] == "object" or schema.get("minLength") or schema.get("minItems")
+
+
+def test_the_example_with_the_latest_run_waits_for_a_run_of_difys_schedule(dify: DifyStandIn, run_example: Run) -> None:
+    runs = [dify.add_run("succeeded", user="u", outputs={"text": "hi"}, created_at=int(time.time())) for _ in range(2)]
+    dify.runs[runs[0]].triggered_from = "schedule"
+    said = run_example("example_dify_latest_run", {"since": "2026-01-01T00:00:00Z"})
+    assert f"Run {runs[0]} of Dify's schedule returned ['text']." in said

@@ -74,6 +74,8 @@ def _row(recorded: dict[str, Any], run: Run) -> dict[str, Any]:
     assert now is not None
     workflow_run = recorded["workflow_run"]
     known = {key: now[key] for key in workflow_run.keys() & now.keys()}
+    if "triggered_from" in workflow_run:
+        known["triggered_from"] = run.triggered_from
     user = {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.user)), "session_id": run.user}
     return {
         **recorded,

@@ -44,6 +44,7 @@ class Run:
     start: Start | None = None
     created_at: int = 0
     exceptions_count: int = 0
+    triggered_from: str = "app-run"
     stop_requested: bool = False
     form: Form | None = None
     events: EventLog = field(default_factory=EventLog)

@@ -54,10 +54,30 @@ def test_the_batch_loads_no_http_client_and_none_of_its_rooms() -> None:
         "DifyRunWorkflowBatchOperator(task_id='run', inputs='rows.csv', output_path='results.jsonl')"
     )
     assert not {"requests", "aiohttp", "csv", "fsspec", "airflow_provider_dify.hooks.dify"} & loaded
-    assert not {name for name in loaded if name.startswith(("airflow_provider_dify.batch", "airflow_provider_dify.api"))}
+    assert not {
+        name for name in loaded if name.startswith(("airflow_provider_dify.batch", "airflow_provider_dify.api"))
+    }
 
 
 @pytest.mark.parametrize("module", ["airflow_provider_dify", "airflow_provider_dify.get_provider_info"])
 def test_the_package_and_its_provider_info_load_no_airflow(module: str) -> None:
     loaded = modules_loaded_by(f"import {module}", before="")
     assert not {name for name in loaded if name.split(".")[0] == "airflow"}
+
+
+@pytest.mark.skipif(AIRFLOW_2, reason="Airflow 2 has no event triggers")
+def test_an_event_trigger_in_a_dag_file_loads_nothing_but_airflows_own() -> None:
+    loaded = modules_loaded_by(
+        "from airflow_provider_dify.triggers.dify_events import DifyWorkflowRunsTrigger\n"
+        "DifyWorkflowRunsTrigger(statuses=['succeeded'])",
+        before=f"{BEFORE}; import airflow.triggers.base, airflow.providers.common.compat.sdk",
+    )
+    assert not {"requests", "aiohttp", "airflow_provider_dify.hooks.dify_async"} & loaded
+    others = {name for name in loaded if not name.startswith(("airflow.", "airflow_provider_dify"))}
+    assert len(others) < 15, sorted(others)
+
+
+@pytest.mark.skipif(not AIRFLOW_2, reason="this Airflow has event triggers")
+def test_airflow_2_says_what_the_event_trigger_needs() -> None:
+    with pytest.raises(ImportError, match=r"needs Airflow 3\.0 or later"):
+        import airflow_provider_dify.triggers.dify_events  # noqa: F401

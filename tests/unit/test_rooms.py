@@ -16,11 +16,11 @@ PACKAGE = Path(airflow_provider_dify.__file__).parent
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("__init__", "models", "excerpts", "closing", "airflow_versions", "get_provider_info", "input_form"),
     2: ("exceptions", "input_fingerprint", "input_check"),
-    3: ("base_url", "connection", "verdict", "arguments"),
+    3: ("base_url", "connection", "verdict", "arguments", "run_filter"),
     4: ("waiting", "xcoms"),
     5: ("links", "api"),
-    6: ("task_xcoms", "task_clock", "stopping", "run_search", "following", "whole_run", "hooks"),
-    7: ("starting",),
+    6: ("task_xcoms", "task_clock", "stopping", "run_search", "finished_runs", "following", "whole_run", "hooks"),
+    7: ("starting", "latest_run"),
     8: ("running_task", "triggers", "batch"),
     9: ("sensors", "operators"),
 }

@@ -1,0 +1,109 @@
+"""Which run of an app is the latest that has ended, for those who have no run's id. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.finished_runs import RunWindow, WindowPolicy, look_at_runs
+from airflow_provider_dify.run_filter import RunFilter
+
+
+def parse_time(name: str, value: Any) -> float:
+    """
+    Parse an argument that is a moment.
+
+    :param name: the argument, for the message.
+    :param value: a ``datetime``, or the ISO 8601 text of one; without a time zone it is UTC.
+    :return: epoch seconds.
+    :raises DifyConfigurationError: if it is anything else.
+    """
+    import pendulum  # not for a Dag file that only names the sensor
+
+    moment = value
+    if isinstance(value, str):
+        try:
+            moment = pendulum.parse(value.strip())
+        except (ValueError, OverflowError):
+            moment = None
+    if not isinstance(moment, datetime):
+        raise DifyConfigurationError(f"{name} must be a datetime or the ISO 8601 text of one: {value!r:.100}")
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+@dataclass
+class LatestRunSearch:
+    """
+    A search for the latest run that has ended, over a wait. What one look has read, the next one does not read again.
+
+    :param created_after: epoch seconds, by Dify's clock.
+    :param filter: which runs fit.
+    :param poll_interval: seconds between looks.
+    :param run_timeout: seconds after its creation from which a run is no longer watched; ``None`` for no limit.
+    """
+
+    created_after: float
+    filter: RunFilter = field(default_factory=RunFilter)
+    poll_interval: float = 10.0
+    run_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        self._window = RunWindow.read_before(self.created_after)
+        self._policy = WindowPolicy(
+            poll_interval=self.poll_interval,
+            run_timeout=math.inf if self.run_timeout is None else self.run_timeout,
+            user=self.filter.exact_user,
+        )
+
+    def serialize(self) -> dict[str, Any]:
+        """Return the search as JSON-ready values, for :meth:`deserialize`; without what was read."""
+        return {
+            "created_after": self.created_after,
+            **self.filter.serialize(),
+            "poll_interval": self.poll_interval,
+            "run_timeout": self.run_timeout,
+        }
+
+    @classmethod
+    def deserialize(cls, data: Mapping[str, Any]) -> LatestRunSearch:
+        """Return the search that :meth:`serialize` described."""
+        wanted = {name: data.get(name) for name in ("statuses", "triggered_from", "user")}
+        return cls(data["created_after"], RunFilter.parse(**wanted), data["poll_interval"], data["run_timeout"])
+
+    def look(self, now: float) -> Steps[str | None]:
+        """
+        Look once.
+
+        :param now: epoch seconds of this look.
+        :return: the id of the latest run that fits and has ended; ``None`` if there is none yet.
+        :raises DifyError: if the log can't be read.
+        """
+        look = yield from look_at_runs(self._window, self._policy, now)
+        self._window = look.window
+        fitting = [
+            run
+            for run in look.finished
+            if self.filter.fits(run.status, run.user, run.triggered_from)
+            # Dify before 1.9 writes the row at the run's end.
+            and (run.created_at is None or run.created_at.timestamp() >= int(self.created_after))
+        ]
+        if not fitting:
+            if look.error is not None:
+                raise look.error
+            return None
+        return max(fitting, key=lambda run: run.created_at.timestamp() if run.created_at else 0.0).workflow_run_id
+
+    def describe(self) -> str:
+        """Return which run is waited for, in the middle of a sentence."""
+        wanted = [f"created since {datetime.fromtimestamp(self.created_after, timezone.utc).isoformat()}"]
+        if self.filter.user is not None:
+            wanted.append(f"of user {self.filter.user!r}")
+        if self.filter.triggered_from:
+            wanted.append(f"triggered from {' or '.join(self.filter.triggered_from)}")
+        ends = f" as {' or '.join(self.filter.statuses)}" if self.filter.statuses else ""
+        return f"a run {', '.join(wanted)} that has ended{ends}"

@@ -1,0 +1,217 @@
+"""Runs that others start trigger a Dag, with a real scheduler, Dag processor and triggerer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+import requests
+
+from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses, airflow_processes
+from tests.dify_stand_in import DifyStandIn, Start
+
+pytestmark = [
+    pytest.mark.airflow_processes,
+    pytest.mark.skipif(AIRFLOW_2, reason="Airflow 2 starts no Dag on an event"),
+]
+
+KEY = "app-zQ9-the-key-of-this-test"
+# Seconds for which Dify is away.
+OUTAGE = float(os.environ.get("DIFY_OUTAGE", "20"))
+RUNS_A_MINUTE = 500
+BURST = 60
+
+DAG = """
+import json
+import pendulum
+from airflow.sdk import Asset, AssetWatcher, dag, task
+from airflow_provider_dify.triggers.dify_events import DifyWorkflowRunsTrigger
+
+every = DifyWorkflowRunsTrigger(poll_interval=2, lookback={lookback})
+runs = Asset("runs", watchers=[AssetWatcher(name="all", trigger=every)])
+nightly = DifyWorkflowRunsTrigger(poll_interval=2, user="nightly-*", statuses=["succeeded"], lookback={lookback})
+nights = Asset("nights", watchers=[AssetWatcher(name="nightly", trigger=nightly)])
+
+
+def consumer(asset):
+    @dag(dag_id=f"use_{{asset.name}}", schedule=[asset], start_date=pendulum.datetime(2026, 1, 1), catchup=False)
+    def use():
+        @task
+        def tell(triggering_asset_events=None):
+            with open({told!r}, "a") as file:
+                for events in triggering_asset_events.values():
+                    for event in events:
+                        file.write(json.dumps([asset.name, event.extra["payload"]]) + "\\n")
+
+        tell()
+
+    return use()
+
+
+consumer(runs)
+consumer(nights)
+"""
+
+
+@dataclass
+class Watched:
+    """What was started at Dify, what the Dags were told, and what it took."""
+
+    airflow: AirflowProcesses
+    dify: DifyStandIn
+    started: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def told(self) -> list[tuple[str, dict[str, object]]]:
+        """The events that tasks read: the asset's name, and the payload."""
+        text = (self.airflow.home / "told.jsonl").read_text()
+        return [(name, payload) for name, payload in map(json.loads, text.splitlines())]
+
+    def ids(self, asset: str = "runs") -> list[str]:
+        return [str(payload["workflow_run_id"]) for name, payload in self.told if name == asset]
+
+    def start_runs(self, phase: str, count: int, user: str = "somebody", **start: object) -> list[str]:
+        """Start runs as another program does."""
+        self.dify.starts.extend([Start(**start)] * count)  # type: ignore[arg-type]
+        before = len(self.dify.log)
+        for _ in range(count):
+            threading.Thread(target=self._start, args=(user,), daemon=True).start()
+        until = time.monotonic() + 30
+        while len(self.dify.log) < before + count:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        ids = [run.id for run in self.dify.log[before:]]
+        self.started.setdefault(phase, []).extend(ids)
+        return ids
+
+    def _start(self, user: str) -> None:
+        body = {"inputs": {}, "response_mode": "streaming", "user": user}
+        headers = {"Authorization": f"Bearer {KEY}"}
+        url = f"{self.dify.base_url}/workflows/run"
+        # An outage ends the stream, and not the run.
+        with contextlib.suppress(requests.RequestException):
+            requests.post(url, json=body, headers=headers, timeout=60)
+
+    def wait_until_told(self, seconds: float = 180.0) -> None:
+        expected = {run_id for ids in self.started.values() for run_id in ids}
+        self.airflow.wait_for(lambda: expected <= set(self.ids()), seconds)
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[Watched]:
+    """An Airflow that was told of every run."""
+    with DifyStandIn("1.16.1") as dify:
+        dify.api_keys = {KEY}
+        dify.add_logged_runs(100, ending=time.time() - 3600)
+        environment = {
+            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps({"conn_type": "dify", "host": dify.base_url, "password": KEY}),
+            # How soon another triggerer takes over.
+            "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
+            "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
+        }
+        with airflow_processes(environment) as airflow:
+            result = Watched(airflow, dify)
+            told = airflow.home / "told.jsonl"
+            told.touch()
+            lookback = 0 if keeps_state() else 300
+            (airflow.dags / "dags.py").write_text(DAG.format(told=str(told), lookback=lookback))
+            airflow.wait_for(lambda: looks(dify) >= 2, seconds=180)
+
+            result.start_runs("quick", 3, duration=1.0)
+            result.start_runs("nightly", 2, user="nightly-1", duration=1.0)
+            result.start_runs("failed", 1, recording="run_streaming_failed", duration=1.0)
+            long = result.start_runs("long", 1, duration=3600.0)
+            paused = result.start_runs("paused", 1, recording="run_streaming_paused", duration=1.0)
+            # Three pages of newer ones, as fast as they may come.
+            for _ in range(BURST):
+                result.started.setdefault("burst", []).extend(dify.add_logged_runs(1))
+                time.sleep(60 / RUNS_A_MINUTE)
+            airflow.wait_for(lambda: len(set(result.ids())) >= BURST + 6, seconds=180)
+            assert not {*long, *paused} & set(result.ids())
+
+            # Long enough for what was sent to be stored.
+            time.sleep(8)
+            airflow.stop("triggerer", signal.SIGKILL)
+            result.start_runs("while no triggerer was there", 3, duration=1.0)
+            airflow.start("triggerer")
+            end_run(dify, paused[0], "paused")
+            end_run(dify, long[0], "running")
+            result.wait_until_told()
+
+            looked = looks(dify)
+            airflow.wait_for(lambda: looks(dify) > looked, seconds=60)
+            with dify.refusing_connections():
+                result.started["outage"] = dify.add_logged_runs(5)
+                time.sleep(OUTAGE)
+            result.wait_until_told()
+            # One too many would come now.
+            time.sleep(8)
+            yield result
+
+
+def looks(dify: DifyStandIn) -> int:
+    return sum("page=1&" in request.path for request in list(dify.requests))
+
+
+def keeps_state() -> bool:
+    """Whether an event trigger of this Airflow has a place for its state."""
+    try:
+        from airflow.sdk.execution_time.context import AssetStateStoreAccessors
+    except ImportError:
+        return False
+    return hasattr(AssetStateStoreAccessors, "aget")
+
+
+def end_run(dify: DifyStandIn, run_id: str, status: str) -> None:
+    """Let a run end, a paused one as when a person has sent its form."""
+    run = dify.runs[run_id]
+    detail = run.now
+    assert detail is not None
+    assert detail["status"] == status
+    fields = {"created_at": detail["created_at"], "finished_at": int(time.time())}
+    run.responses = deque([dify.dialect_rules.run_detail("succeeded", run_id, fields)])
+
+
+def test_each_run_that_others_start_triggers_the_dag(watched: Watched) -> None:
+    missing = {
+        phase: [run_id for run_id in ids if run_id not in watched.ids()] for phase, ids in watched.started.items()
+    }
+    assert not any(missing.values()), missing
+
+
+@pytest.mark.skipif(not keeps_state(), reason="this Airflow keeps no state of an event trigger")
+def test_no_run_triggers_it_twice(watched: Watched) -> None:
+    assert [run_id for run_id, count in Counter(watched.ids()).items() if count > 1] == []
+
+
+def test_what_ended_before_the_watch_triggers_nothing(watched: Watched) -> None:
+    started = {run_id for ids in watched.started.values() for run_id in ids}
+    assert set(watched.ids()) <= started
+
+
+def test_filters_choose_which_runs_trigger_it(watched: Watched) -> None:
+    assert sorted(set(watched.ids("nights"))) == sorted(watched.started["nightly"])
+
+
+def test_events_have_no_outputs_and_no_key_is_written_anywhere(watched: Watched) -> None:
+    for _, payload in watched.told:
+        assert payload.keys() == {
+            "workflow_run_id",
+            "status",
+            "user",
+            "triggered_from",
+            "total_tokens",
+            "elapsed_time",
+            "created_at",
+            "finished_at",
+        }
+    for path, content in watched.airflow.everything_written():
+        assert KEY.encode() not in content, path
