@@ -22,6 +22,7 @@ from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch, find_run
 from airflow_provider_dify.stopping import StopReport, stop_run
+from airflow_provider_dify.triggers.takeover import is_waiting_elsewhere
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitEnd, delay_after, next_interval
 from airflow_provider_dify.xcoms import RUN_LOG, check_outputs, run_log_url, xcoms_from_run
@@ -100,7 +101,9 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """Stop the run, when a user ends the waiting task (Airflow 3.3 and later)."""
-        if self.wait.stop_user is None or self.workflow_run_id is None or await self._is_taken_over():
+        if self.wait.stop_user is None or self.workflow_run_id is None:
+            return
+        if await is_waiting_elsewhere(getattr(self, "task_instance", None), self.log):
             return
         hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
@@ -108,27 +111,6 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 stop_run(self.workflow_run_id, self.wait.stop_task_id, self.wait.stop_user, hook.server_version)
             )
         (self.log.warning if report.is_warning else self.log.info)("%s", report.message)
-
-    async def _is_taken_over(self) -> bool:
-        """
-        Return whether the task still waits, on another triggerer.
-
-        Airflow 3.3 calls :meth:`on_kill` also on a triggerer that was silent for so long (a minute under load, say) that
-        another one has taken its triggers over.
-        """
-        ti: Any = getattr(self, "task_instance", None)
-        if ti is None:
-            return False
-        from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
-        from asgiref.sync import sync_to_async
-
-        task = {"dag_id": ti.dag_id, "task_ids": [ti.task_id], "run_ids": [ti.run_id], "map_index": ti.map_index}
-        try:
-            states = await sync_to_async(RuntimeTaskInstance.get_task_states)(**task)
-        except Exception:
-            self.log.warning("Airflow did not say whether the task still waits; its run is stopped.", exc_info=True)
-            return False
-        return "deferred" in states.get(ti.run_id, {}).values()
 
     def _render_templates(self, context: Context) -> None:
         import anyio  # Airflow's triggerer uses it, too, wherever it renders.

@@ -14,8 +14,8 @@ import time
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from airflow_provider_dify.api.calls import Call, Steps
-from airflow_provider_dify.api.steps import Step, run_steps_async
+from airflow_provider_dify.api.calls import Call, Step, Steps
+from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 
