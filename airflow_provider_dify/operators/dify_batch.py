@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import BaseOperator
 
 from airflow_provider_dify.arguments import parse_count, parse_seconds
-from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs
 
@@ -157,7 +157,11 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
 
         self._batch = BatchTask(batch, settings, context, self.log, push)
         with self.hook:
-            return self._batch.run(xcoms.push_link)
+            try:
+                return self._batch.run(xcoms.push_link)
+            except DifyError as error:
+                error.with_address()
+                raise
 
     def on_kill(self) -> None:
         """Stop the active runs, when the task is killed."""

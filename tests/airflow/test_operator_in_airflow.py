@@ -477,8 +477,7 @@ def test_rendered_templates_show_the_default_user(dify: DifyStandIn, way: dict[s
     dify.starts.extend([start("failed"), start("succeeded")])
     assert run_operator(retries=1, retry_delay=0, **way).tries["run"] == 2
     with create_session() as session:
-        rows = session.query(RenderedTaskInstanceFields).filter(RenderedTaskInstanceFields.task_id == "run").all()
-        shown = [row.rendered_fields["user"] for row in rows]
+        shown = [row.rendered_fields.get("user") for row in session.query(RenderedTaskInstanceFields).all()]
     assert dify.started[1].user.endswith("/2")
     assert dify.started[1].user in shown
 
