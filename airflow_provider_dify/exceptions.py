@@ -220,6 +220,7 @@ class DifyBatchFailed(DifyError, AirflowFailException):
     :param summary: the batch's counts, as its XCom ``batch`` has them.
     """
 
+    section = "a-batch"
     attributes = ("summary",)
 
     def __init__(self, message: str = "", *, summary: dict[str, Any] | None = None) -> None:
