@@ -174,6 +174,28 @@ def test_pressing_trigger_with_what_the_form_asks_for_runs_a_dag(
     assert airflow.query(over, run_id) == [("success",)]
 
 
+@pytest.mark.skipif(AIRFLOW_2, reason="one picture is enough")
+def test_a_failing_runs_log_shows_its_cause_at_1400_pixels(
+    ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn, screenshots: Screenshots
+) -> None:
+    cause = "Run failed: the model is overloaded"
+    dify.starts.append(Start(statuses=("failed",), fields={"error": cause}))
+    ui.trigger("answers", "failing")
+    ended = "SELECT task_id FROM task_instance WHERE run_id = 'failing' AND state IN ('failed', 'up_for_retry')"
+    airflow.wait_for(lambda: len(airflow.query(ended)) == 1, seconds=300)
+    ((task_id,),) = airflow.query(ended)
+    ui.page.set_viewport_size({"width": 1400, "height": 900})
+    ui.open_run("answers", "failing")
+    ui.open_task(task_id)
+    # The message as a whole may be longer than its line; its cause has to be there without scrolling.
+    shown = ui.page.get_by_text(cause).first
+    expect(shown).to_be_in_viewport()
+    box = shown.bounding_box()
+    assert box is not None
+    assert box["x"] + 8 * len(cause) < 1400
+    screenshots.take("failed-run-log", height=900)
+
+
 def test_the_key_came_back_in_no_answer_and_stands_in_no_file(
     airflow: AirflowProcesses, told_the_key: list[str]
 ) -> None:
