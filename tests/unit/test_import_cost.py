@@ -54,7 +54,9 @@ def test_the_batch_loads_no_http_client_and_none_of_its_rooms() -> None:
         "DifyRunWorkflowBatchOperator(task_id='run', inputs='rows.csv', output_path='results.jsonl')"
     )
     assert not {"requests", "aiohttp", "csv", "fsspec", "airflow_provider_dify.hooks.dify"} & loaded
-    assert not {name for name in loaded if name.startswith(("airflow_provider_dify.batch", "airflow_provider_dify.api"))}
+    assert not {
+        name for name in loaded if name.startswith(("airflow_provider_dify.batch", "airflow_provider_dify.api"))
+    }
 
 
 @pytest.mark.parametrize("module", ["airflow_provider_dify", "airflow_provider_dify.get_provider_info"])
