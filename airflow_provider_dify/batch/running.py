@@ -163,7 +163,7 @@ class BatchRun:
         if settings.row.workflow_id is None:
             await self._hook.run_steps(self._check.read_form())
         found: dict[int, list[FoundRun]] = {}
-        if not self._output.is_fresh:
+        if self._output.reads_log:
             self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
             found = await self._read_log()
         await self._output.begin()
@@ -175,7 +175,7 @@ class BatchRun:
             run_retries=settings.row.run_retries,
             checkpoint=self._output.checkpoint,
             last_written=self._output.last_written,
-            is_fresh=self._output.is_fresh,
+            is_fresh=self._output.is_first_try and not found,
         )
         # Later than the batch's own, which ends all rows at once.
         clock = TaskClock(self._clock.deadline + 60.0, math.inf)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException
 
-from airflow_provider_dify.batch.output import FileOutput, Output, ReturnedOutput
+from airflow_provider_dify.batch.output import EarlierTries, FileOutput, Output, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.resuming import RowUsers
 from airflow_provider_dify.batch.rows import count_rows
@@ -121,10 +121,12 @@ class BatchTask:
         return bool(self._ti.try_number <= (self._ti.max_tries or 0))
 
     def _output(self, users: RowUsers, total: int, progress: BatchProgress) -> Output:
-        if self._settings.output_path is not None:
-            return FileOutput(self._settings.output_path, users.batch_id, self._batch.max_active_runs, progress)
         began = getattr(self._dag_run, "start_date", None)
         since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
         # After a task was cleared its tries go on counting, but what came before was to be done anew.
         first_try = (self._ti.max_tries or 0) - self._settings.retries + 1
-        return ReturnedOutput(total, since=since, is_fresh=self._ti.try_number == first_try)
+        earlier = EarlierTries(since, self._ti.try_number > 1, self._ti.try_number == first_try)
+        path = self._settings.output_path
+        if path is None:
+            return ReturnedOutput(total, earlier)
+        return FileOutput(path, users.batch_id, self._batch.max_active_runs, progress, earlier)

@@ -297,3 +297,37 @@ def test_a_batch_that_is_killed_stops_its_runs_and_starts_no_more(dify: DifyStan
     assert time.monotonic() - began < 12
     assert len(dify.started) == 4
     assert sorted(dify.stopped) == sorted((started.task_id, started.user) for started in dify.started)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_retry_that_finds_no_parts_finds_the_runs_in_the_log(
+    dify: DifyStandIn, tmp_path: Path, has_file: bool
+) -> None:
+    echo(dify, 12)
+    output = str(tmp_path / "results.jsonl") if has_file else None
+    result = run_dag(
+        f"""
+        from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
+
+        def fail_once(context, result=None):
+            # The worker dies when all is done, and before Airflow knows.
+            if context["ti"].try_number == 1:
+                raise RuntimeError("The worker is gone.")
+
+        DifyRunWorkflowBatchOperator(
+            task_id="run",
+            inputs={numbered(6)!r},
+            output_path={output!r},
+            not_found_grace=0.2,
+            retries=1,
+            retry_delay=datetime.timedelta(0),
+            post_execute=fail_once,
+        )
+        """
+    )
+    assert result.state == "success"
+    assert result.tries["run"] == 2
+    assert [started.inputs["n"] for started in dify.started] == list(range(6))
+    results = lines_of(Path(output)) if output else result.xcoms["run"]["return_value"]
+    assert sorted(row["outputs"]["answer"] for row in results) == list(range(6))
+    assert result.xcoms["run"]["batch"]["succeeded"] == 6
