@@ -18,7 +18,7 @@ from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log_patiently
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
@@ -31,7 +31,6 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
 from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.waiting import delay_after
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -165,7 +164,10 @@ class BatchRun:
         found: dict[int, list[FoundRun]] = {}
         if self._output.reads_log:
             self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
-            found = await self._read_log()
+            failures = settings.row.max_consecutive_failures
+            found = await self._hook.run_steps(
+                read_log_patiently(self._users, self._output.since, self._clock, failures, self._log)
+            )
         await self._output.begin()
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
@@ -182,19 +184,6 @@ class BatchRun:
         return BatchClient(
             self._hook, clock, self._users, resumption, settings.row, self, self._log, self._output.since
         )
-
-    async def _read_log(self) -> dict[int, list[FoundRun]]:
-        failures = 0
-        while True:
-            try:
-                return await self._hook.run_steps(read_log(self._users, self._output.since))
-            except DifyConnectionError as error:  # noqa: PERF203
-                # Survived as a failed poll is: without the log, runs would be paid twice.
-                failures += 1
-                if failures > self._settings.row.max_consecutive_failures or self._clock.is_over:
-                    raise
-                self._log.warning("Dify's log could not be read; looking again: %s", error)
-                await asyncio.sleep(delay_after(error, failures, 1.0))
 
     async def _run_rows(self, client: BatchClient) -> None:
         rows = RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
@@ -217,7 +206,7 @@ class BatchRun:
                 if not self.starts_more:
                     # Who waits for a place gets none any more.
                     self._cancel([task for task, run in self._tasks.items() if not self._places.holds(run.row)])
-                await self._output.write_if_due()
+                await self._write()
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + self._settings.progress_interval
                     self._log.info("%s", self._progress.line(self._places.taken, time.time()))
@@ -234,6 +223,12 @@ class BatchRun:
             # Of the storage. What runs is followed to its end.
             self._failure = self._failure or error
             return None
+
+    async def _write(self) -> None:
+        try:
+            await self._output.write_if_due()
+        except DifyError as error:
+            self._failure = self._failure or error
 
     @staticmethod
     def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -276,7 +271,11 @@ class BatchRun:
 
     def _on_result(self, result: RowResult) -> None:
         is_failure = self._progress.add(result)
-        self._output.add(result)
+        try:
+            self._output.add(result)
+        except DifyError as error:
+            # Too much for a return value. What runs is followed to its end.
+            self._failure = self._failure or error
         if is_failure:
             self._log.warning(
                 "Row %d failed: %s (workflow run %s, status %s)",
