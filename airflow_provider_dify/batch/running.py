@@ -86,7 +86,8 @@ class BatchRun:
         self._log = log
         self._will_be_retried = will_be_retried
         self._clock = TaskClock(deadline, math.inf)
-        self._hook = DifyAsyncHook(settings.dify_conn_id)
+        # A start that gets lost with its connection is looked for in the log, and no row is lost with it.
+        self._hook = DifyAsyncHook(settings.dify_conn_id, keeps_connections=True)
         self._messages: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._thread = threading.Thread(target=self._run_loop, name="dify-batch", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
