@@ -25,17 +25,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
 from airflow_provider_dify.batch.results import Checkpoint
+from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.models import WAITING_STATUSES, LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE
 from airflow_provider_dify.starting import shorten_user, task_name
+from airflow_provider_dify.task_clock import TaskClock
+from airflow_provider_dify.waiting import delay_after
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
 
 _PAGE_SIZE = 100
+# Seconds after the first failure; doubled with each further one.
+RETRY_DELAY = 1.0
 # Room for the row and the attempt: "/999999999.999".
 _ROW_LENGTH = 20
 _ROW = re.compile(r"(\d{1,12})\.(\d{1,6})")
@@ -152,6 +160,32 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
         if len(rows) < _PAGE_SIZE or is_before or not new:
             return found
         page += 1
+
+
+def read_log_patiently(
+    users: RowUsers, since: float, clock: TaskClock, log: Logger, max_failures: int
+) -> Steps[dict[int, list[FoundRun]]]:
+    """
+    Read which runs of a batch Dify's log shows, again if it can't be read: without it, runs would be paid twice.
+
+    :param users: the batch's users.
+    :param since: as for :func:`read_log`.
+    :param clock: the task's deadline.
+    :param log: the task's log.
+    :param max_failures: how often in a row it may fail for a passing reason.
+    :return: runs by row.
+    :raises DifyError: if the log can't be read.
+    """
+    failures = 0
+    while True:
+        try:
+            return (yield from read_log(users, since))
+        except DifyConnectionError as error:  # noqa: PERF203
+            failures += 1
+            if failures > max_failures or clock.is_over:
+                raise
+            log.warning("Dify's log could not be read; looking again: %s", error)
+            yield from clock.pause(delay_after(error, failures, RETRY_DELAY))
 
 
 def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[FoundRun | None]:

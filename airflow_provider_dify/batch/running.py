@@ -18,7 +18,7 @@ from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log_patiently
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
@@ -31,7 +31,6 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
 from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.waiting import delay_after
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -166,7 +165,10 @@ class BatchRun:
         found: dict[int, list[FoundRun]] = {}
         if self._output.reads_log:
             self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
-            found = await self._read_log()
+            steps = read_log_patiently(
+                self._users, self._output.since, self._clock, self._log, settings.row.max_consecutive_failures
+            )
+            found = await self._hook.run_steps(steps)
         await self._output.begin()
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
@@ -183,19 +185,6 @@ class BatchRun:
         return BatchClient(
             self._hook, clock, self._users, resumption, settings.row, self, self._log, self._output.since
         )
-
-    async def _read_log(self) -> dict[int, list[FoundRun]]:
-        failures = 0
-        while True:
-            try:
-                return await self._hook.run_steps(read_log(self._users, self._output.since))
-            except DifyConnectionError as error:  # noqa: PERF203
-                # Survived as a failed poll is: without the log, runs would be paid twice.
-                failures += 1
-                if failures > self._settings.row.max_consecutive_failures or self._clock.is_over:
-                    raise
-                self._log.warning("Dify's log could not be read; looking again: %s", error)
-                await asyncio.sleep(delay_after(error, failures, 1.0))
 
     async def _run_rows(self, client: BatchClient) -> None:
         rows = RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
@@ -264,6 +253,8 @@ class BatchRun:
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
+        # Short runs may be over before anyone looks.
+        self._note_app([run])
         run.close()
         self._places.give_back(run.row)
         if task.cancelled():
@@ -295,11 +286,16 @@ class BatchRun:
         await self._changed.wait()
         timer.cancel()
         self._changed.clear()
-        if not self._has_link:
-            app_id = next((run.app_id for run in self._tasks.values() if run.app_id), None)
-            if app_id is not None:
-                self._has_link = True
-                self._messages.put(("app", app_id))
+        self._note_app(self._tasks.values())
+
+    def _note_app(self, runs: Iterable[RowRun]) -> None:
+        """Let the main thread push the link, as soon as the events of a run name the app."""
+        if self._has_link:
+            return
+        app_id = next((run.app_id for run in runs if run.app_id), None)
+        if app_id is not None:
+            self._has_link = True
+            self._messages.put(("app", app_id))
 
     def _timed_out(self) -> DifyWorkflowRunTimeout:
         return DifyWorkflowRunTimeout(
