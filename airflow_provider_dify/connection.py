@@ -100,7 +100,6 @@ class DifyConnection:
         url = urlsplit(self.base_url)
         return CLOUD_CONSOLE_URL if url.hostname == CLOUD_API_HOST else f"{url.scheme}://{url.netloc}"
 
-    # Each response asks for it, and the environment is long.
     @cached_property
     def secrets(self) -> tuple[str, ...]:
         """What no message may show: the API key, and the passwords of the proxies here and in the environment."""

@@ -112,6 +112,7 @@ class FileOutput:
             self.since = written.checkpoint.open_since
         self._buffer = PartBuffer(max_active_runs, self.since)
         self._writing: asyncio.Task[None] | None = None
+        self._is_broken = False
 
     def has(self, row: int) -> bool:
         """Return whether a row's result is there already."""
@@ -138,18 +139,32 @@ class FileOutput:
         :raises DifyError: if the storage failed.
         """
         if self._writing is not None and self._writing.done():
-            writing, self._writing = self._writing, None
-            await writing
-        if self._writing is None and self._buffer.is_due(time.time()):
+            await self._end_writing()
+        if self._writing is None and not self._is_broken and self._buffer.is_due(time.time()):
             part = self._buffer.take(time.time())
             self._writing = asyncio.get_running_loop().create_task(asyncio.to_thread(self._files.write, part))
 
     async def flush(self, stopped_runs: tuple[str, ...]) -> None:
-        """Write what is not written yet, at the end of a try."""
+        """
+        Write what is not written yet, at the end of a try.
+
+        :raises DifyError: if the storage failed.
+        """
         if self._writing is not None:
-            await self._writing
-            self._writing = None
+            await self._end_writing()
+        if self._is_broken:
+            # A further part would say that the one that is missing is there.
+            return
         await asyncio.to_thread(self._files.write, self._buffer.take(time.time(), stopped_runs))
+
+    async def _end_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        assert writing is not None  # noqa: S101
+        try:
+            await writing
+        except BaseException:
+            self._is_broken = True
+            raise
 
     def finish(self) -> Any:
         """Merge the parts into the file, and return its path."""

@@ -32,6 +32,7 @@ from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
 from airflow_provider_dify.batch.results import Checkpoint
 from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.following import RETRY_DELAY
 from airflow_provider_dify.models import WAITING_STATUSES, LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE
 from airflow_provider_dify.starting import shorten_user, task_name
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from airflow.sdk.types import Logger
 
 _PAGE_SIZE = 100
-# Seconds after the first failure; doubled with each further one.
-RETRY_DELAY = 1.0
 # Room for the row and the attempt: "/999999999.999".
 _ROW_LENGTH = 20
 _ROW = re.compile(r"(\d{1,12})\.(\d{1,6})")
@@ -163,29 +162,29 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
 
 
 def read_log_patiently(
-    users: RowUsers, since: float, clock: TaskClock, log: Logger, max_failures: int
+    users: RowUsers, since: float, clock: TaskClock, max_failures: int, log: Logger
 ) -> Steps[dict[int, list[FoundRun]]]:
     """
-    Read which runs of a batch Dify's log shows, again if it can't be read: without it, runs would be paid twice.
+    Read the log as :func:`read_log`, again where that fails for a passing reason.
 
-    :param users: the batch's users.
-    :param since: as for :func:`read_log`.
-    :param clock: the task's deadline.
+    :param users: as there.
+    :param since: as there.
+    :param clock: the try's deadline.
+    :param max_failures: how often in a row it may fail: without the log, runs would be paid twice.
     :param log: the task's log.
-    :param max_failures: how often in a row it may fail for a passing reason.
-    :return: runs by row.
-    :raises DifyError: if the log can't be read.
+    :raises DifyError: as there.
     """
     failures = 0
     while True:
         try:
             return (yield from read_log(users, since))
-        except DifyConnectionError as error:  # noqa: PERF203
+        except DifyConnectionError as error:
             failures += 1
             if failures > max_failures or clock.is_over:
                 raise
             log.warning("Dify's log could not be read; looking again: %s", error)
-            yield from clock.pause(delay_after(error, failures, RETRY_DELAY))
+            delay = delay_after(error, failures, RETRY_DELAY)
+        yield from clock.pause(delay)
 
 
 def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[FoundRun | None]:

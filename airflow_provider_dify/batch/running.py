@@ -165,10 +165,10 @@ class BatchRun:
         found: dict[int, list[FoundRun]] = {}
         if self._output.reads_log:
             self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
-            steps = read_log_patiently(
-                self._users, self._output.since, self._clock, self._log, settings.row.max_consecutive_failures
+            failures = settings.row.max_consecutive_failures
+            found = await self._hook.run_steps(
+                read_log_patiently(self._users, self._output.since, self._clock, failures, self._log)
             )
-            found = await self._hook.run_steps(steps)
         await self._output.begin()
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
@@ -207,7 +207,7 @@ class BatchRun:
                 if not self.starts_more:
                     # Who waits for a place gets none any more.
                     self._cancel([task for task, run in self._tasks.items() if not self._places.holds(run.row)])
-                await self._output.write_if_due()
+                await self._write()
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + self._settings.progress_interval
                     self._log.info("%s", self._progress.line(self._places.taken, time.time()))
@@ -224,6 +224,12 @@ class BatchRun:
             # Of the storage. What runs is followed to its end.
             self._failure = self._failure or error
             return None
+
+    async def _write(self) -> None:
+        try:
+            await self._output.write_if_due()
+        except DifyError as error:
+            self._failure = self._failure or error
 
     @staticmethod
     def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -253,8 +259,6 @@ class BatchRun:
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
-        # Short runs may be over before anyone looks.
-        self._note_app([run])
         run.close()
         self._places.give_back(run.row)
         if task.cancelled():
@@ -268,7 +272,11 @@ class BatchRun:
 
     def _on_result(self, result: RowResult) -> None:
         is_failure = self._progress.add(result)
-        self._output.add(result)
+        try:
+            self._output.add(result)
+        except DifyError as error:
+            # Too much for a return value. What runs is followed to its end.
+            self._failure = self._failure or error
         if is_failure:
             self._log.warning(
                 "Row %d failed: %s (workflow run %s, status %s)",
@@ -286,16 +294,6 @@ class BatchRun:
         await self._changed.wait()
         timer.cancel()
         self._changed.clear()
-        self._note_app(self._tasks.values())
-
-    def _note_app(self, runs: Iterable[RowRun]) -> None:
-        """Let the main thread push the link, as soon as the events of a run name the app."""
-        if self._has_link:
-            return
-        app_id = next((run.app_id for run in runs if run.app_id), None)
-        if app_id is not None:
-            self._has_link = True
-            self._messages.put(("app", app_id))
 
     def _timed_out(self) -> DifyWorkflowRunTimeout:
         return DifyWorkflowRunTimeout(
@@ -328,9 +326,12 @@ class BatchRun:
         """Give the place back, because Dify has too many runs, and wait for another one."""
         await self._places.after_refusal(row, sent_at, error)
 
-    def on_started(self) -> None:
-        """Take note that Dify took a start."""
+    def on_started(self, app_id: str | None) -> None:
+        """Take note that Dify took a start, and let the main thread push the link to the app."""
         self._places.on_started()
+        if app_id is not None and not self._has_link:
+            self._has_link = True
+            self._messages.put(("app", app_id))
 
     # --- the end
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.resuming import RowUsers
 from airflow_provider_dify.batch.rows import count_rows
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
-from airflow_provider_dify.exceptions import DifyTaskKilled
+from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -97,8 +98,10 @@ class BatchTask:
                 self._run.run(on_app)
         except AirflowFailException:
             # No other try comes, so what is there is written all the same.
-            output.finish()
-            output.remove_parts()
+            if progress.over:
+                with contextlib.suppress(DifyError):
+                    output.finish()
+                    output.remove_parts()
             raise
         finally:
             self._push(progress.summary(time.time()))

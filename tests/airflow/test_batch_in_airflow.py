@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +249,54 @@ def test_no_rows_are_a_batch_too(dify: DifyStandIn) -> None:
     assert result.state == "success"
     assert result.received["results"] == []
     assert dify.started == []
+
+
+# --- retries and kills
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+@pytest.mark.usefixtures("dialect")
+def test_a_retry_goes_on_with_what_the_first_try_has_started(
+    dify: DifyStandIn, tmp_path: Path, with_file: bool
+) -> None:
+    output = tmp_path / "results.jsonl"
+    # Two rows are over, the third is alive when Dify can't be asked about it.
+    dify.starts += [
+        Start(fields={"outputs": {"n": 0}}),
+        Start(fields={"outputs": {"n": 1}}),
+        Start(statuses=("running", "running", "succeeded"), fields={"outputs": {"n": 2}}, cut="workflow_started"),
+    ]
+    dify.misbehave(respond(503), times=2, only="GET .*/workflows/run/")
+    result = run_batch(
+        inputs=numbered(8),
+        max_active_runs=1,
+        max_consecutive_failures=0,
+        retries=2,
+        retry_delay=0.0,
+        output_path=str(output) if with_file else None,
+    )
+    assert result.state == "success"
+    assert result.tries["run"] > 1
+    # Each once; a row that may have been under way is looked for first, while others start.
+    assert sorted(started.inputs["n"] for started in dify.started) == list(range(8))
+    results = lines_of(output) if with_file else result.received["results"]
+    assert [row["index"] for row in results] == list(range(8))
+    assert {row["status"] for row in results} == {"succeeded"}
+
+
+def test_a_batch_that_is_killed_stops_its_runs_and_starts_no_more(dify: DifyStandIn) -> None:
+    dify.starts += [Start(statuses=("running",), cut="workflow_started", then="pings") for _ in range(10)]
+    began = time.monotonic()
+    try:
+        # Airflow kills a task whose execution_timeout is over.
+        result = run_batch(inputs=numbered(10), max_active_runs=4, execution_timeout=timedelta(seconds=2))
+        assert result.states["run"] == "failed"
+    except BaseException as error:
+        # Airflow 2 lets it out of dag.test().
+        assert type(error).__name__ == "AirflowTaskTimeout"  # noqa: PT017
+    assert time.monotonic() - began < 12
+    assert len(dify.started) == 4
+    assert sorted(dify.stopped) == sorted((started.task_id, started.user) for started in dify.started)
 
 
 @pytest.mark.parametrize("has_file", [True, False])

@@ -196,7 +196,7 @@ def test_a_log_that_can_not_be_read_is_asked_for_again(
     dify.misbehave(respond(503), times=failures)
     clock = TaskClock(time.time() + 60, 1.0)
     with DifyHook(retry_limit=0) as hook:
-        steps = read_log_patiently(USERS, SINCE, clock, logging.getLogger(__name__), 2)
+        steps = read_log_patiently(USERS, SINCE, clock, 2, logging.getLogger(__name__))
         if is_read:
             assert list(hook.run_steps(steps)) == [7]
         else:
