@@ -85,7 +85,8 @@ class BatchRun:
         self._log = log
         self._will_be_retried = will_be_retried
         self._clock = TaskClock(deadline, math.inf)
-        self._hook = DifyAsyncHook(settings.dify_conn_id)
+        # A start that gets lost with its connection is looked for in the log, and no row is lost with it.
+        self._hook = DifyAsyncHook(settings.dify_conn_id, keeps_connections=True)
         self._messages: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._thread = threading.Thread(target=self._run_loop, name="dify-batch", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -293,11 +294,6 @@ class BatchRun:
         await self._changed.wait()
         timer.cancel()
         self._changed.clear()
-        if not self._has_link:
-            app_id = next((run.app_id for run in self._tasks.values() if run.app_id), None)
-            if app_id is not None:
-                self._has_link = True
-                self._messages.put(("app", app_id))
 
     def _timed_out(self) -> DifyWorkflowRunTimeout:
         return DifyWorkflowRunTimeout(
@@ -330,9 +326,12 @@ class BatchRun:
         """Give the place back, because Dify has too many runs, and wait for another one."""
         await self._places.after_refusal(row, sent_at, error)
 
-    def on_started(self) -> None:
-        """Take note that Dify took a start."""
+    def on_started(self, app_id: str | None) -> None:
+        """Take note that Dify took a start, and let the main thread push the link to the app."""
         self._places.on_started()
+        if app_id is not None and not self._has_link:
+            self._has_link = True
+            self._messages.put(("app", app_id))
 
     # --- the end
 

@@ -331,3 +331,16 @@ def test_a_retry_that_finds_no_parts_finds_the_runs_in_the_log(
     results = lines_of(Path(output)) if output else result.xcoms["run"]["return_value"]
     assert sorted(row["outputs"]["answer"] for row in results) == list(range(6))
     assert result.xcoms["run"]["batch"]["succeeded"] == 6
+
+
+@pytest.mark.usefixtures("dialect")
+def test_a_run_that_succeeded_costs_dify_one_request(dify: DifyStandIn) -> None:
+    echo(dify, 5)
+    dify.starts.append(Start("run_streaming_failed"))
+    result = run_batch(inputs=numbered(6), max_active_runs=2, max_failed_runs=1)
+    assert sorted(row["outputs"]["answer"] for row in result.received["results"][:5]) == list(range(5))
+    assert [row["total_tokens"] for row in result.received["results"][:5]] == [10] * 5
+    assert result.received["results"][5]["status"] == "failed"
+    details = [request.path for request in dify.requests if "/workflows/run/" in request.path]
+    # Only that of the run that failed.
+    assert details == [f"/v1/workflows/run/{result.received['results'][5]['workflow_run_id']}"]
