@@ -73,9 +73,8 @@ class SharedSession:
             del sessions[self.connection]
         clients = [client for client in (self.client, *self.starters.values()) if client is not None]
         self.client, self.starters = None, {}
-        for client in clients:
-            # Shielded, because a cancelled trigger must not leave its sockets behind.
-            await asyncio.shield(client.close())
+        # Shielded, because a cancelled trigger must not leave its sockets behind.
+        await asyncio.shield(asyncio.gather(*(client.close() for client in clients)))
 
     async def send(
         self,

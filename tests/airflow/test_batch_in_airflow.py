@@ -427,7 +427,8 @@ def test_a_key_that_is_rotated_meanwhile_is_read_again(dify: DifyStandIn, monkey
 
     dify.starts += [Start(duration=0.5) for _ in range(12)]
     with once(lambda: len(dify.started) >= 4, rotate):
-        result = run_batch(inputs=numbered(30), max_active_runs=2)
+        # No poll comes in between: starts have to notice.
+        result = run_batch(inputs=numbered(30), max_active_runs=2, poll_interval=10)
     assert result.state == "success"
     assert dify.api_keys == {new_key}
     assert len(dify.started) == 30
