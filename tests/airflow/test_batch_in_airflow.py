@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from airflow_provider_dify.exceptions import DifyBatchFailed, DifyConfigurationError, DifyWorkflowRunTimeout
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyBatchFailed,
+    DifyConfigurationError,
+    DifyWorkflowRunTimeout,
+)
 from tests.airflow.airflow_runs import DagRunResult, run_dag
-from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond, stall
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -41,6 +49,26 @@ def run_batch(**arguments: Any) -> DagRunResult:
         use(run.output, run.output["batch"])
         """
     )
+
+
+@contextlib.contextmanager
+def once(is_met: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Do something as soon as something is so, while a batch runs."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.02):
+            if is_met():
+                act()
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -344,3 +372,75 @@ def test_a_run_that_succeeded_costs_dify_one_request(dify: DifyStandIn) -> None:
     details = [request.path for request in dify.requests if "/workflows/run/" in request.path]
     # Only that of the run that failed.
     assert details == [f"/v1/workflows/run/{result.received['results'][5]['workflow_run_id']}"]
+
+
+# --- Dify that queues, stalls, or refuses the key
+
+
+def test_runs_that_dify_queues_are_waited_for(dify: DifyStandIn, dialect: str) -> None:
+    if not dify.dialect_rules.queues_starts:
+        pytest.skip("this Dify queues no runs")
+    dify.slots = 2
+    dify.run_duration = 0.2
+    result = run_batch(inputs=numbered(10), max_active_runs=6)
+    assert result.state == "success"
+    assert len(dify.started) == 10
+
+
+@pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
+def test_a_lost_start_is_not_sent_again_while_dify_has_a_queue(
+    dify: DifyStandIn, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.batch.row_run._SECONDS_BEFORE_QUEUED", 0.2)
+    dify.slots = 0
+    dify.misbehave(lose_response(reset()), only="POST .*/run")
+
+    def open_late() -> None:
+        time.sleep(3)
+        dify.slots = 4
+
+    with once(lambda: len(dify.started) == 4, open_late):
+        result = run_batch(inputs=numbered(4), max_active_runs=4, not_found_grace=0.5)
+    assert result.state == "success"
+    assert len(dify.started) == 4
+
+
+def test_a_server_that_says_nothing_costs_a_retry_and_not_the_batch(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 1}}
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
+    dify.misbehave(stall(30), times=2, only="POST .*/run")
+    result = run_batch(inputs=numbered(4), not_found_grace=0.5)
+    assert result.state == "success"
+    assert sorted(row["attempts"] for row in result.received["results"]) == [1, 1, 2, 2]
+    assert len(dify.started) == 4
+
+
+def test_a_key_that_is_rotated_meanwhile_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_key = f"{API_KEY}-new"
+
+    def rotate() -> None:
+        fields = {"conn_type": "dify", "host": dify.base_url, "password": new_key}
+        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
+        dify.api_keys = {new_key}
+
+    dify.starts += [Start(duration=0.5) for _ in range(12)]
+    with once(lambda: len(dify.started) >= 4, rotate):
+        result = run_batch(inputs=numbered(30), max_active_runs=2)
+    assert result.state == "success"
+    assert dify.api_keys == {new_key}
+    assert len(dify.started) == 30
+
+
+def test_a_key_that_is_revoked_ends_the_batch_without_a_retry(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    dify.run_duration = 0.2
+    with once(lambda: len(dify.started) >= 8, dify.api_keys.clear):
+        result = run_batch(
+            inputs=numbered(500), max_active_runs=2, output_path=str(output), retries=3, max_failed_runs=9
+        )
+    assert result.states["run"] == "failed"
+    assert result.tries["run"] == 1
+    assert isinstance(result.raised["run"][0], DifyAuthenticationError)
+    assert 0 < len(lines_of(output)) <= len(dify.started) < 500
