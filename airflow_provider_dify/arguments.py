@@ -23,6 +23,24 @@ def parse_count(name: str, value: Any) -> int:
     return value
 
 
+def parse_limit(name: str, value: Any) -> float:
+    """
+    Parse an argument that is a number of rows, or a share of them.
+
+    :param name: the argument, for the message.
+    :param value: a whole number from 0 on, or a share from 0.0 to 1.0.
+    :return: the same.
+    :raises DifyConfigurationError: if it is anything else.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
+        raise DifyConfigurationError(
+            f"{name} must be a whole number, not below 0, or a share of the rows from 0.0 to 1.0: {value!r:.100}"
+        )
+    number: float = value
+    return number
+
+
 def parse_seconds(name: str, value: Any) -> float:
     """
     Parse an argument that is a length of time.

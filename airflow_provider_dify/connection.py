@@ -12,6 +12,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
@@ -99,7 +100,7 @@ class DifyConnection:
         url = urlsplit(self.base_url)
         return CLOUD_CONSOLE_URL if url.hostname == CLOUD_API_HOST else f"{url.scheme}://{url.netloc}"
 
-    @property
+    @cached_property
     def secrets(self) -> tuple[str, ...]:
         """What no message may show: the API key, and the passwords of the proxies here and in the environment."""
         environment = (value for name, value in os.environ.items() if name.lower().endswith("_proxy"))

@@ -33,7 +33,7 @@ PARTS = (
     Part(
         "Tests of the package's parts, and Dags with dag.test()",
         5,
-        ("--dist=worksteal", "-m", "not airflow_processes"),
+        ("--dist=worksteal", "-m", "not airflow_processes and not slow"),
     ),
     Part(
         "Dags on real Airflow processes: scheduler, triggerer, API server",

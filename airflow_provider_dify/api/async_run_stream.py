@@ -36,12 +36,17 @@ class AsyncWorkflowRunStream(StartedRun):
     :param url: where to send the start.
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
+    :param keeps_connection: as for :meth:`SharedSession.open_for_starts`.
     """
 
-    def __init__(self, connection: DifyConnection, url: str, body: bytes, user: str) -> None:
+    def __init__(
+        self, connection: DifyConnection, url: str, body: bytes, user: str, *, keeps_connection: bool = False
+    ) -> None:
         super().__init__(connection, url, user)
+        self._keeps_connection = keeps_connection
         # Set by the session once the start has a connection, from when on its bytes may go out.
         self.may_have_been_sent = False
+        self.is_on_kept_connection = False
         self._items: deque[StreamItem] = deque()
         self._end: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -126,7 +131,7 @@ class AsyncWorkflowRunStream(StartedRun):
         # A share of its own: the hook may open another session meanwhile, with a key that was rotated.
         session = SharedSession.join(self._connection)
         try:
-            client = await session.open_for_starts()
+            client = await session.open_for_starts(self._keeps_connection)
             async with client.post(
                 self._url,
                 data=body,
@@ -146,6 +151,9 @@ class AsyncWorkflowRunStream(StartedRun):
                         self._put(event)
                 raise EOFError("the stream ended before the run did")
         except Exception as error:
+            if self.is_on_kept_connection and self.server_version is None:
+                # One that closes its connections like this may do so each time.
+                session.has_lost_start = True
             self._put(error)
         finally:
             await session.leave()

@@ -28,6 +28,8 @@ from airflow_provider_dify.connection import HEADERS, DifyConnection
 MAX_REQUESTS_AT_ONCE = 100
 # Longer than polls are usually apart; most servers and proxies close earlier, which costs nothing.
 KEEPALIVE_SECONDS = 75.0
+# Shorter than any server's: gunicorn, which Dify runs on, closes an idle connection after two seconds.
+KEEPALIVE_OF_STARTS = 1.0
 MAX_REDIRECTS = 5
 
 
@@ -47,7 +49,10 @@ class SharedSession:
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     proxy: str | None = None
     tls: ssl.SSLContext | bool = True
-    starter: aiohttp.ClientSession | None = None
+    # By whether they keep their connections.
+    starters: dict[bool, aiohttp.ClientSession] = field(default_factory=dict)
+    # Whether the server has closed a kept connection in front of a start.
+    has_lost_start: bool = False
 
     @classmethod
     def join(cls, connection: DifyConnection) -> SharedSession:
@@ -66,11 +71,10 @@ class SharedSession:
         # Out of reach before the first await: who comes now opens a session of its own.
         if sessions.get(self.connection) is self:
             del sessions[self.connection]
-        clients = [client for client in (self.client, self.starter) if client is not None]
-        self.client = self.starter = None
-        for client in clients:
-            # Shielded, because a cancelled trigger must not leave its sockets behind.
-            await asyncio.shield(client.close())
+        clients = [client for client in (self.client, *self.starters.values()) if client is not None]
+        self.client, self.starters = None, {}
+        # Shielded, because a cancelled trigger must not leave its sockets behind.
+        await asyncio.shield(asyncio.gather(*(client.close() for client in clients)))
 
     async def send(
         self,
@@ -167,27 +171,33 @@ class SharedSession:
                 )
             return self.client
 
-    async def open_for_starts(self) -> aiohttp.ClientSession:
+    async def open_for_starts(self, keeps_connections: bool) -> aiohttp.ClientSession:
         """
-        Return the client that starts go through, each over a connection of its own.
+        Return the client that starts go through.
 
-        On a kept-alive connection that the server has just closed, nobody could tell whether a start arrived. A request
-        says by ``trace_request_ctx``, whose ``may_have_been_sent`` is set, when it has its connection.
+        A request says by ``trace_request_ctx``, whose ``may_have_been_sent`` is set, when it has its connection.
 
+        :param keeps_connections: whether a start may go over the connection of one that has just ended, which saves a
+            TLS handshake. If the server closes that connection at this very moment, nobody can tell whether the start
+            arrived, and it has to be looked for in Dify's log; later starts then have a connection each. So have all
+            where this is not set.
         :raises DifyConfigurationError: as :meth:`open` does.
         """
         await self.open()
-        if self.starter is None:
+        keeps_connections = keeps_connections and not self.has_lost_start
+        if keeps_connections not in self.starters:
             trace = aiohttp.TraceConfig()
             trace.on_connection_create_end.append(_note_connection)
-            self.starter = self._new_client(
+            trace.on_connection_reuseconn.append(_note_kept_connection)
+            kept: dict[str, Any] = {"keepalive_timeout": KEEPALIVE_OF_STARTS}
+            self.starters[keeps_connections] = self._new_client(
                 # Who starts runs limits how many, and a run that waits for a socket would look like a queued one.
-                aiohttp.TCPConnector(limit=0, force_close=True, ssl=self.tls),
+                aiohttp.TCPConnector(limit=0, ssl=self.tls, **(kept if keeps_connections else {"force_close": True})),
                 # No timer for the response: a queued run is silent for as long as it is queued.
                 aiohttp.ClientTimeout(total=None, connect=self.connection.timeouts()[0]),
                 trace_configs=[trace],
             )
-        return self.starter
+        return self.starters[keeps_connections]
 
     def _new_client(
         self, connector: aiohttp.TCPConnector, timeout: aiohttp.ClientTimeout, **settings: Any
@@ -207,6 +217,10 @@ _sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[DifyConnection, Sha
 
 async def _note_connection(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
     context.trace_request_ctx.may_have_been_sent = True
+
+
+async def _note_kept_connection(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
+    context.trace_request_ctx.may_have_been_sent = context.trace_request_ctx.is_on_kept_connection = True
 
 
 def _proxy_and_tls(connection: DifyConnection) -> tuple[str | None, ssl.SSLContext | bool]:

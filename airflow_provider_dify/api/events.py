@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.models import app_id_from
+from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus, app_id_from
 
 STARTED = "workflow_started"
 FINISHED = "workflow_finished"
@@ -49,6 +49,37 @@ class WorkflowEvent:
     def is_ending(self) -> bool:
         """Whether the stream has no more events after this one."""
         return self.name in ENDINGS
+
+    @property
+    def succeeded_run(self) -> WorkflowRun | None:
+        """
+        The run that this event says has succeeded, without inputs and times; ``None`` for any other event.
+
+        Dify (1.12.1 to 1.16.1) makes event and detail of the same outputs and counts, and cuts neither. Of a run that
+        did not succeed they may differ, so its detail has to be read.
+        """
+        data = self.data
+        if self.name != FINISHED or data.get("status") != WorkflowRunStatus.SUCCEEDED or not self.workflow_run_id:
+            return None
+        outputs, tokens, steps = (data.get(name) for name in ("outputs", "total_tokens", "total_steps"))
+        seconds = data.get("elapsed_time")
+        # What has another shape is left to the detail's parser, which says what is wrong with it.
+        are_whole = all(type(number) is int for number in (tokens, steps))
+        if not isinstance(outputs, dict) or not are_whole or type(seconds) not in (int, float):
+            return None
+        return WorkflowRun(
+            id=self.workflow_run_id,
+            workflow_id=None,
+            status=WorkflowRunStatus.SUCCEEDED,
+            inputs=None,
+            outputs=outputs,
+            error=None,
+            total_steps=steps,
+            total_tokens=tokens,
+            created_at=None,
+            finished_at=None,
+            elapsed_time=seconds,
+        )
 
     @property
     def starts_a_rejected_run(self) -> bool:

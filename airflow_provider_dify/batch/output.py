@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from airflow_provider_dify.batch.progress import BatchProgress
@@ -11,13 +12,28 @@ from airflow_provider_dify.batch.result_files import ResultFiles
 from airflow_provider_dify.batch.results import Checkpoint, PartBuffer, ReturnedResults, RowResult, RowSet
 
 
+@dataclass(frozen=True)
+class EarlierTries:
+    """
+    What earlier tries of a task may have started, as far as Airflow knows.
+
+    :param since: epoch seconds from which on Dify's log may have runs of the batch.
+    :param can_be: whether this is no task's first try.
+    :param is_first_try: whether this seems to be the first one since the task was cleared; a Dag whose ``retries`` were
+        lowered may mislead.
+    """
+
+    since: float
+    can_be: bool
+    is_first_try: bool
+
+
 class ReturnedOutput:
     """
     Results that are the task's return value. An earlier try's are read from Dify again.
 
     :param total: rows of the batch.
-    :param since: epoch seconds from which on Dify's log may have runs of the batch.
-    :param is_fresh: whether no earlier try can have started anything.
+    :param earlier: what earlier tries may have started.
     :ivar remembers_stops: whether a retry knows which runs were stopped, whatever their records say.
     """
 
@@ -26,9 +42,10 @@ class ReturnedOutput:
     checkpoint: Checkpoint | None = None
     last_written = -1
 
-    def __init__(self, total: int, *, since: float, is_fresh: bool) -> None:
-        self.since = since
-        self.is_fresh = is_fresh
+    def __init__(self, total: int, earlier: EarlierTries) -> None:
+        self.since = earlier.since
+        self.reads_log = earlier.can_be
+        self.is_first_try = earlier.is_first_try
         self._results = ReturnedResults(total)
 
     def has(self, row: int) -> bool:
@@ -71,11 +88,14 @@ class FileOutput:
     :param batch_id: names the batch, for its parts.
     :param max_active_runs: how many rows may be under way at once.
     :param progress: counts the results of earlier tries.
+    :param earlier: what earlier tries may have started.
     """
 
     remembers_stops = True
 
-    def __init__(self, output_path: str, batch_id: str, max_active_runs: int, progress: BatchProgress) -> None:
+    def __init__(
+        self, output_path: str, batch_id: str, max_active_runs: int, progress: BatchProgress, earlier: EarlierTries
+    ) -> None:
         self._output_path = output_path
         self._files = ResultFiles(output_path, batch_id)
         written = self._files.read_written(progress.add)
@@ -83,11 +103,16 @@ class FileOutput:
         self.checkpoint = written.checkpoint
         self.last_written = written.rows.last
         self.is_complete = written.is_complete
-        # The first part is written before anything is started.
-        self.is_fresh = written.checkpoint is None
-        self.since = time.time() if written.checkpoint is None else written.checkpoint.open_since
+        # The first part is written before anything is started. Without it an earlier try may have started all the same:
+        # it may have removed the parts at its end, or written them on another worker's disk.
+        self.reads_log = written.checkpoint is not None or earlier.can_be
+        self.is_first_try = written.checkpoint is None and earlier.is_first_try
+        self.since = earlier.since if self.reads_log else time.time()
+        if written.checkpoint is not None:
+            self.since = written.checkpoint.open_since
         self._buffer = PartBuffer(max_active_runs, self.since)
         self._writing: asyncio.Task[None] | None = None
+        self._is_broken = False
 
     def has(self, row: int) -> bool:
         """Return whether a row's result is there already."""
@@ -95,7 +120,7 @@ class FileOutput:
 
     async def begin(self) -> None:
         """Write the first part, before anything is started."""
-        if self.is_fresh:
+        if self.checkpoint is None:
             checkpoint = Checkpoint(self.since, self._buffer.max_active_runs)
             await asyncio.to_thread(self._files.begin, checkpoint)
 
@@ -114,18 +139,32 @@ class FileOutput:
         :raises DifyError: if the storage failed.
         """
         if self._writing is not None and self._writing.done():
-            writing, self._writing = self._writing, None
-            await writing
-        if self._writing is None and self._buffer.is_due(time.time()):
+            await self._end_writing()
+        if self._writing is None and not self._is_broken and self._buffer.is_due(time.time()):
             part = self._buffer.take(time.time())
             self._writing = asyncio.get_running_loop().create_task(asyncio.to_thread(self._files.write, part))
 
     async def flush(self, stopped_runs: tuple[str, ...]) -> None:
-        """Write what is not written yet, at the end of a try."""
+        """
+        Write what is not written yet, at the end of a try.
+
+        :raises DifyError: if the storage failed.
+        """
         if self._writing is not None:
-            await self._writing
-            self._writing = None
+            await self._end_writing()
+        if self._is_broken:
+            # A further part would say that the one that is missing is there.
+            return
         await asyncio.to_thread(self._files.write, self._buffer.take(time.time(), stopped_runs))
+
+    async def _end_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        assert writing is not None  # noqa: S101
+        try:
+            await writing
+        except BaseException:
+            self._is_broken = True
+            raise
 
     def finish(self) -> Any:
         """Merge the parts into the file, and return its path."""

@@ -8,8 +8,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from airflow_provider_dify.arguments import parse_limit
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.exceptions import DifyBatchFailed, DifyConfigurationError
+from airflow_provider_dify.exceptions import DifyBatchFailed
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.models import WorkflowRunStatus
 
@@ -40,13 +41,7 @@ class FailureLimit:
     max_failed_runs: float
 
     def __post_init__(self) -> None:
-        value = self.max_failed_runs
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
-            raise DifyConfigurationError(
-                "max_failed_runs must be a whole number, not below 0, or a share of the rows from 0.0 to 1.0: "
-                f"{value!r:.100}"
-            )
+        parse_limit("max_failed_runs", self.max_failed_runs)
 
     def allowed(self, total: int) -> int:
         """Return how many of so many runs may fail."""

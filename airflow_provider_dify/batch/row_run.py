@@ -83,8 +83,8 @@ class Places(Protocol):
     async def on_refused(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
         """Give the place back, because Dify has too many runs, and wait for another one."""
 
-    def on_started(self) -> None:
-        """Take note that Dify took a start."""
+    def on_started(self, app_id: str | None) -> None:
+        """Take note that Dify took a start, for a run of this app."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,6 @@ class RowRun:
     def task_id(self) -> str | None:
         stream = self._follower.stream if self._follower is not None else None
         return stream.task_id if stream is not None and stream.is_named else None
-
-    @property
-    def app_id(self) -> str | None:
-        """The UUID of the app, as the run's events name it."""
-        return self._follower.stream.app_id if self._follower is not None and self._follower.stream else None
 
     @property
     def is_starting(self) -> bool:
@@ -246,7 +241,7 @@ class RowRun:
             used = client.hook.connection
             try:
                 run_id = await self._name(follower)
-                client.places.on_started()
+                client.places.on_started(follower.stream.app_id if follower.stream is not None else None)
             except DifyAuthenticationError:
                 if not await client.hook.connection_has_changed(used):
                     raise

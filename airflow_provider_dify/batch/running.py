@@ -18,7 +18,7 @@ from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log_patiently
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
@@ -31,7 +31,6 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
 from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.waiting import delay_after
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -86,7 +85,8 @@ class BatchRun:
         self._log = log
         self._will_be_retried = will_be_retried
         self._clock = TaskClock(deadline, math.inf)
-        self._hook = DifyAsyncHook(settings.dify_conn_id)
+        # A start that gets lost with its connection is looked for in the log, and no row is lost with it.
+        self._hook = DifyAsyncHook(settings.dify_conn_id, keeps_connections=True)
         self._messages: SimpleQueue[tuple[str, Any]] = SimpleQueue()
         self._thread = threading.Thread(target=self._run_loop, name="dify-batch", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -163,9 +163,12 @@ class BatchRun:
         if settings.row.workflow_id is None:
             await self._hook.run_steps(self._check.read_form())
         found: dict[int, list[FoundRun]] = {}
-        if not self._output.is_fresh:
+        if self._output.reads_log:
             self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
-            found = await self._read_log()
+            failures = settings.row.max_consecutive_failures
+            found = await self._hook.run_steps(
+                read_log_patiently(self._users, self._output.since, self._clock, failures, self._log)
+            )
         await self._output.begin()
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
@@ -175,26 +178,13 @@ class BatchRun:
             run_retries=settings.row.run_retries,
             checkpoint=self._output.checkpoint,
             last_written=self._output.last_written,
-            is_fresh=self._output.is_fresh,
+            is_fresh=self._output.is_first_try and not found,
         )
         # Later than the batch's own, which ends all rows at once.
         clock = TaskClock(self._clock.deadline + 60.0, math.inf)
         return BatchClient(
             self._hook, clock, self._users, resumption, settings.row, self, self._log, self._output.since
         )
-
-    async def _read_log(self) -> dict[int, list[FoundRun]]:
-        failures = 0
-        while True:
-            try:
-                return await self._hook.run_steps(read_log(self._users, self._output.since))
-            except DifyConnectionError as error:  # noqa: PERF203
-                # Survived as a failed poll is: without the log, runs would be paid twice.
-                failures += 1
-                if failures > self._settings.row.max_consecutive_failures or self._clock.is_over:
-                    raise
-                self._log.warning("Dify's log could not be read; looking again: %s", error)
-                await asyncio.sleep(delay_after(error, failures, 1.0))
 
     async def _run_rows(self, client: BatchClient) -> None:
         rows = RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
@@ -217,7 +207,7 @@ class BatchRun:
                 if not self.starts_more:
                     # Who waits for a place gets none any more.
                     self._cancel([task for task, run in self._tasks.items() if not self._places.holds(run.row)])
-                await self._output.write_if_due()
+                await self._write()
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + self._settings.progress_interval
                     self._log.info("%s", self._progress.line(self._places.taken, time.time()))
@@ -234,6 +224,12 @@ class BatchRun:
             # Of the storage. What runs is followed to its end.
             self._failure = self._failure or error
             return None
+
+    async def _write(self) -> None:
+        try:
+            await self._output.write_if_due()
+        except DifyError as error:
+            self._failure = self._failure or error
 
     @staticmethod
     def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
@@ -276,7 +272,11 @@ class BatchRun:
 
     def _on_result(self, result: RowResult) -> None:
         is_failure = self._progress.add(result)
-        self._output.add(result)
+        try:
+            self._output.add(result)
+        except DifyError as error:
+            # Too much for a return value. What runs is followed to its end.
+            self._failure = self._failure or error
         if is_failure:
             self._log.warning(
                 "Row %d failed: %s (workflow run %s, status %s)",
@@ -294,11 +294,6 @@ class BatchRun:
         await self._changed.wait()
         timer.cancel()
         self._changed.clear()
-        if not self._has_link:
-            app_id = next((run.app_id for run in self._tasks.values() if run.app_id), None)
-            if app_id is not None:
-                self._has_link = True
-                self._messages.put(("app", app_id))
 
     def _timed_out(self) -> DifyWorkflowRunTimeout:
         return DifyWorkflowRunTimeout(
@@ -331,9 +326,12 @@ class BatchRun:
         """Give the place back, because Dify has too many runs, and wait for another one."""
         await self._places.after_refusal(row, sent_at, error)
 
-    def on_started(self) -> None:
-        """Take note that Dify took a start."""
+    def on_started(self, app_id: str | None) -> None:
+        """Take note that Dify took a start, and let the main thread push the link to the app."""
         self._places.on_started()
+        if app_id is not None and not self._has_link:
+            self._has_link = True
+            self._messages.put(("app", app_id))
 
     # --- the end
 

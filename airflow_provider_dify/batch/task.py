@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException
 
-from airflow_provider_dify.batch.output import FileOutput, Output, ReturnedOutput
+from airflow_provider_dify.batch.output import EarlierTries, FileOutput, Output, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.resuming import RowUsers
 from airflow_provider_dify.batch.rows import count_rows
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
-from airflow_provider_dify.exceptions import DifyTaskKilled
+from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -97,8 +98,10 @@ class BatchTask:
                 self._run.run(on_app)
         except AirflowFailException:
             # No other try comes, so what is there is written all the same.
-            output.finish()
-            output.remove_parts()
+            if progress.over:
+                with contextlib.suppress(DifyError):
+                    output.finish()
+                    output.remove_parts()
             raise
         finally:
             self._push(progress.summary(time.time()))
@@ -121,10 +124,12 @@ class BatchTask:
         return bool(self._ti.try_number <= (self._ti.max_tries or 0))
 
     def _output(self, users: RowUsers, total: int, progress: BatchProgress) -> Output:
-        if self._settings.output_path is not None:
-            return FileOutput(self._settings.output_path, users.batch_id, self._batch.max_active_runs, progress)
         began = getattr(self._dag_run, "start_date", None)
         since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
         # After a task was cleared its tries go on counting, but what came before was to be done anew.
         first_try = (self._ti.max_tries or 0) - self._settings.retries + 1
-        return ReturnedOutput(total, since=since, is_fresh=self._ti.try_number == first_try)
+        earlier = EarlierTries(since, self._ti.try_number > 1, self._ti.try_number == first_try)
+        path = self._settings.output_path
+        if path is None:
+            return ReturnedOutput(total, earlier)
+        return FileOutput(path, users.batch_id, self._batch.max_active_runs, progress, earlier)

@@ -46,12 +46,15 @@ class DifyAsyncHook:
     To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and returns its share of the session.
 
     :param dify_conn_id: the Airflow connection, as for :class:`airflow_provider_dify.hooks.dify.DifyHook`.
+    :param keeps_connections: whether starts share connections, for many starts one after another. A start that breaks
+        off when the server closes its connection may have arrived then: :class:`DifyWorkflowRunUncertain`.
     :ivar connection: the connection's settings, as last read; ``None`` until then.
     :ivar server_version: Dify's version, as its last response named it; ``None`` until then.
     """
 
-    def __init__(self, dify_conn_id: str = "dify_default") -> None:
+    def __init__(self, dify_conn_id: str = "dify_default", *, keeps_connections: bool = False) -> None:
         self.dify_conn_id = dify_conn_id
+        self._keeps_connections = keeps_connections
         self.connection: DifyConnection | None = None
         self.server_version: str | None = None
         self._session: SharedSession | None = None
@@ -234,7 +237,8 @@ class DifyAsyncHook:
         path = routes.start_path(start.workflow_id)
         body = encode_start(start.inputs, start.user)
         assert self.connection is not None  # noqa: S101
-        return AsyncWorkflowRunStream(self.connection, f"{self.connection.base_url}{path}", body, start.user)
+        url = f"{self.connection.base_url}{path}"
+        return AsyncWorkflowRunStream(self.connection, url, body, start.user, keeps_connection=self._keeps_connections)
 
     def _parse(self, call: Call[T], response: HttpResponse) -> T:
         self.server_version = response.server_version or self.server_version

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import BaseOperator
 
-from airflow_provider_dify.arguments import parse_count, parse_seconds
+from airflow_provider_dify.arguments import parse_count, parse_limit, parse_seconds
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs
@@ -102,7 +102,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         if self.max_active_runs == 0:
             raise DifyConfigurationError("max_active_runs must be a whole number from 1 on, but it is 0.")
         self.output_path = output_path
-        self.max_failed_runs = max_failed_runs
+        self.max_failed_runs = parse_limit("max_failed_runs", max_failed_runs)
         self.run_retries = parse_count("run_retries", run_retries)
         self.user = user
         self.dify_conn_id = dify_conn_id

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from airflow_provider_dify.exceptions import DifyBatchFailed, DifyConfigurationError, DifyWorkflowRunTimeout
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyBatchFailed,
+    DifyConfigurationError,
+    DifyWorkflowRunTimeout,
+)
 from tests.airflow.airflow_runs import DagRunResult, run_dag
-from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond, stall
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -39,6 +49,26 @@ def run_batch(**arguments: Any) -> DagRunResult:
         use(run.output, run.output["batch"])
         """
     )
+
+
+@contextlib.contextmanager
+def once(is_met: Callable[[], bool], act: Callable[[], None]) -> Iterator[None]:
+    """Do something as soon as something is so, while a batch runs."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(0.02):
+            if is_met():
+                act()
+                return
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        watcher.join()
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -247,3 +277,171 @@ def test_no_rows_are_a_batch_too(dify: DifyStandIn) -> None:
     assert result.state == "success"
     assert result.received["results"] == []
     assert dify.started == []
+
+
+# --- retries and kills
+
+
+@pytest.mark.parametrize("with_file", [True, False])
+@pytest.mark.usefixtures("dialect")
+def test_a_retry_goes_on_with_what_the_first_try_has_started(
+    dify: DifyStandIn, tmp_path: Path, with_file: bool
+) -> None:
+    output = tmp_path / "results.jsonl"
+    # Two rows are over, the third is alive when Dify can't be asked about it.
+    dify.starts += [
+        Start(fields={"outputs": {"n": 0}}),
+        Start(fields={"outputs": {"n": 1}}),
+        Start(statuses=("running", "running", "succeeded"), fields={"outputs": {"n": 2}}, cut="workflow_started"),
+    ]
+    dify.misbehave(respond(503), times=2, only="GET .*/workflows/run/")
+    result = run_batch(
+        inputs=numbered(8),
+        max_active_runs=1,
+        max_consecutive_failures=0,
+        retries=2,
+        retry_delay=0.0,
+        output_path=str(output) if with_file else None,
+    )
+    assert result.state == "success"
+    assert result.tries["run"] > 1
+    # Each once; a row that may have been under way is looked for first, while others start.
+    assert sorted(started.inputs["n"] for started in dify.started) == list(range(8))
+    results = lines_of(output) if with_file else result.received["results"]
+    assert [row["index"] for row in results] == list(range(8))
+    assert {row["status"] for row in results} == {"succeeded"}
+
+
+def test_a_batch_that_is_killed_stops_its_runs_and_starts_no_more(dify: DifyStandIn) -> None:
+    dify.starts += [Start(statuses=("running",), cut="workflow_started", then="pings") for _ in range(10)]
+    began = time.monotonic()
+    try:
+        # Airflow kills a task whose execution_timeout is over.
+        result = run_batch(inputs=numbered(10), max_active_runs=4, execution_timeout=timedelta(seconds=2))
+        assert result.states["run"] == "failed"
+    except BaseException as error:
+        # Airflow 2 lets it out of dag.test().
+        assert type(error).__name__ == "AirflowTaskTimeout"  # noqa: PT017
+    assert time.monotonic() - began < 12
+    assert len(dify.started) == 4
+    assert sorted(dify.stopped) == sorted((started.task_id, started.user) for started in dify.started)
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_a_retry_that_finds_no_parts_finds_the_runs_in_the_log(
+    dify: DifyStandIn, tmp_path: Path, has_file: bool
+) -> None:
+    echo(dify, 12)
+    output = str(tmp_path / "results.jsonl") if has_file else None
+    result = run_dag(
+        f"""
+        from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
+
+        def fail_once(context, result=None):
+            # The worker dies when all is done, and before Airflow knows.
+            if context["ti"].try_number == 1:
+                raise RuntimeError("The worker is gone.")
+
+        DifyRunWorkflowBatchOperator(
+            task_id="run",
+            inputs={numbered(6)!r},
+            output_path={output!r},
+            not_found_grace=0.2,
+            retries=1,
+            retry_delay=datetime.timedelta(0),
+            post_execute=fail_once,
+        )
+        """
+    )
+    assert result.state == "success"
+    assert result.tries["run"] == 2
+    assert [started.inputs["n"] for started in dify.started] == list(range(6))
+    results = lines_of(Path(output)) if output else result.xcoms["run"]["return_value"]
+    assert sorted(row["outputs"]["answer"] for row in results) == list(range(6))
+    assert result.xcoms["run"]["batch"]["succeeded"] == 6
+
+
+@pytest.mark.usefixtures("dialect")
+def test_a_run_that_succeeded_costs_dify_one_request(dify: DifyStandIn) -> None:
+    echo(dify, 5)
+    dify.starts.append(Start("run_streaming_failed"))
+    result = run_batch(inputs=numbered(6), max_active_runs=2, max_failed_runs=1)
+    assert sorted(row["outputs"]["answer"] for row in result.received["results"][:5]) == list(range(5))
+    assert [row["total_tokens"] for row in result.received["results"][:5]] == [10] * 5
+    assert result.received["results"][5]["status"] == "failed"
+    details = [request.path for request in dify.requests if "/workflows/run/" in request.path]
+    # Only that of the run that failed.
+    assert details == [f"/v1/workflows/run/{result.received['results'][5]['workflow_run_id']}"]
+
+
+# --- Dify that queues, stalls, or refuses the key
+
+
+def test_runs_that_dify_queues_are_waited_for(dify: DifyStandIn, dialect: str) -> None:
+    if not dify.dialect_rules.queues_starts:
+        pytest.skip("this Dify queues no runs")
+    dify.slots = 2
+    dify.run_duration = 0.2
+    result = run_batch(inputs=numbered(10), max_active_runs=6)
+    assert result.state == "success"
+    assert len(dify.started) == 10
+
+
+@pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
+def test_a_lost_start_is_not_sent_again_while_dify_has_a_queue(
+    dify: DifyStandIn, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.batch.row_run._SECONDS_BEFORE_QUEUED", 0.2)
+    dify.slots = 0
+    dify.misbehave(lose_response(reset()), only="POST .*/run")
+
+    def open_late() -> None:
+        time.sleep(3)
+        dify.slots = 4
+
+    with once(lambda: len(dify.started) == 4, open_late):
+        result = run_batch(inputs=numbered(4), max_active_runs=4, not_found_grace=0.5)
+    assert result.state == "success"
+    assert len(dify.started) == 4
+
+
+def test_a_server_that_says_nothing_costs_a_retry_and_not_the_batch(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 1}}
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
+    dify.misbehave(stall(30), times=2, only="POST .*/run")
+    result = run_batch(inputs=numbered(4), not_found_grace=0.5)
+    assert result.state == "success"
+    assert sorted(row["attempts"] for row in result.received["results"]) == [1, 1, 2, 2]
+    assert len(dify.started) == 4
+
+
+def test_a_key_that_is_rotated_meanwhile_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    new_key = f"{API_KEY}-new"
+
+    def rotate() -> None:
+        fields = {"conn_type": "dify", "host": dify.base_url, "password": new_key}
+        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
+        dify.api_keys = {new_key}
+
+    dify.starts += [Start(duration=0.5) for _ in range(12)]
+    with once(lambda: len(dify.started) >= 4, rotate):
+        # No poll comes in between: starts have to notice.
+        result = run_batch(inputs=numbered(30), max_active_runs=2, poll_interval=10)
+    assert result.state == "success"
+    assert dify.api_keys == {new_key}
+    assert len(dify.started) == 30
+
+
+def test_a_key_that_is_revoked_ends_the_batch_without_a_retry(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    dify.run_duration = 0.2
+    with once(lambda: len(dify.started) >= 8, dify.api_keys.clear):
+        result = run_batch(
+            inputs=numbered(500), max_active_runs=2, output_path=str(output), retries=3, max_failed_runs=9
+        )
+    assert result.states["run"] == "failed"
+    assert result.tries["run"] == 1
+    assert isinstance(result.raised["run"][0], DifyAuthenticationError)
+    assert 0 < len(lines_of(output)) <= len(dify.started) < 500

@@ -139,6 +139,17 @@ def finished(run_id: str, task_id: str, detail: dict[str, Any], user: str) -> di
     }
 
 
+def with_fields(events: bytes, fields: dict[str, Any]) -> bytes:
+    """Return events whose ``workflow_finished`` says what the run's detail says: these fields, where it has them."""
+    *others, last = split(events)
+    event = parse(last)
+    if event.get("event") != "workflow_finished" or not fields:
+        return events
+    data = event["data"]
+    known = {name: fields[name] for name in fields.keys() & data.keys()}
+    return b"".join([*others, dump({**event, "data": {**data, **known}})])
+
+
 def snapshot(data: bytes, task_id: str) -> bytes:
     """
     Return the events so far, as the events route repeats them: without texts, pings and the nodes' payloads.

@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from tests.dify_stand_in.dialects import FINISHED, RESUMED_ON_1_16, Dialect
-from tests.dify_stand_in.events import RecordedStream, dump, finished, parse, split
+from tests.dify_stand_in.events import RecordedStream, dump, finished, parse, split, with_fields
 from tests.dify_stand_in.recordings import Recording
 from tests.dify_stand_in.runs import Form, Run
 
@@ -97,15 +97,16 @@ class Execution:
             run.exceptions_count = 1
         self.stand_in.runs[run.id] = run
         self.stand_in.log.append(run)
+        rest = with_fields(stream.rest, start.fields) if statuses[-1] == stream.status else stream.rest
         if duration:
             run.events.publish(stream.beginning)
             if await self._stopped_within(run, duration):
                 await self._end_stopped(run)
                 return
             run.responses = deque([self._detail(str(statuses[-1]), run, start.fields)])
-            run.events.publish(self._with_form(run, stream.rest))
+            run.events.publish(self._with_form(run, rest))
         else:
-            run.events.publish(self._with_form(run, stream.beginning + stream.rest))
+            run.events.publish(self._with_form(run, stream.beginning + rest))
         run.events.close()
 
     def _detail(self, status: str, run: Run, fields: dict[str, Any]) -> dict[str, Any]:

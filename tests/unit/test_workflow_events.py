@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -124,3 +125,39 @@ def test_a_price_that_makes_no_sense_does_not_become_a_megabyte(price: object) -
         progress.on_event(WorkflowEvent("node_finished", None, None, {"execution_metadata": metadata}))
     progress.on_event(WorkflowEvent("workflow_finished", None, None, {"status": "succeeded"}))
     assert progress.price == {"total_price": "0.5", "currency": "USD"}
+
+
+def finished_event(**data: Any) -> WorkflowEvent:
+    known = {"status": "succeeded", "outputs": {"a": 1}, "total_tokens": 3, "total_steps": 2, "elapsed_time": 0.5}
+    return WorkflowEvent("workflow_finished", "run", "task", {**known, **data})
+
+
+def test_a_run_that_succeeded_is_in_its_last_event() -> None:
+    run = finished_event().succeeded_run
+    assert run is not None
+    assert (run.id, run.status, run.outputs, run.error) == ("run", "succeeded", {"a": 1}, None)
+    assert (run.total_tokens, run.total_steps, run.elapsed_time) == (3, 2, 0.5)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"status": "failed"},
+        {"status": "stopped"},
+        {"status": "partial-succeeded"},
+        {"status": None},
+        {"outputs": None},
+        {"outputs": '{"a": 1}'},
+        {"total_tokens": "3"},
+        {"total_steps": True},
+        {"elapsed_time": None},
+    ],
+)
+def test_of_any_other_run_the_detail_has_to_be_read(data: dict[str, Any]) -> None:
+    assert finished_event(**data).succeeded_run is None
+
+
+def test_no_other_event_says_that_a_run_succeeded() -> None:
+    event = finished_event()
+    assert WorkflowEvent("node_finished", "run", "task", event.data).succeeded_run is None
+    assert WorkflowEvent("workflow_finished", None, "task", event.data).succeeded_run is None
