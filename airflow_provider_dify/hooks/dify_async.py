@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow.providers.common.compat.connection import get_async_connection
-
 from airflow_provider_dify.api import calls, routes
 from airflow_provider_dify.api.async_session import SharedSession
 from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, Steps
@@ -15,6 +13,7 @@ from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.steps import Step, run_steps_async
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError
+from airflow_provider_dify.hooks.shared_connection import read_connection
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
 
 if TYPE_CHECKING:
@@ -113,7 +112,7 @@ class DifyAsyncHook:
             return self._parse(call, await self._send(call))
         except DifyAuthenticationError:
             refused = self.connection
-            await self._connect()
+            await self._connect(refused)
             if self.connection == refused:
                 raise
             return self._parse(call, await self._send(call))
@@ -149,9 +148,9 @@ class DifyAsyncHook:
             self._last_run = (call.path, response.body, result) if keep else None
         return result
 
-    async def _connect(self) -> None:
+    async def _connect(self, refused: DifyConnection | None = None) -> None:
         """Read the connection, and take a share of the session that goes with it."""
-        connection = DifyConnection.from_airflow(await get_async_connection(self.dify_conn_id))
+        connection = await read_connection(self.dify_conn_id, refused=refused)
         if self._session is None or connection != self.connection:
             await self.close()
             self._session = SharedSession.join(connection)
