@@ -18,7 +18,9 @@ from airflow_provider_dify.sensors.dify_latest import DifyLatestWorkflowRunSenso
     start_date=pendulum.datetime(2026, 1, 1, tz="UTC"),
     params={
         # Without a default: the form asks for it. In a Dag with a schedule: "{{ data_interval_start }}".
-        "since": Param(type="string", format="date-time", title="Since", description="Runs from here on count")
+        "since": Param(
+            type="string", format="date-time", minLength=20, title="Since", description="Runs from here on count"
+        )
     },
     doc_md=__doc__,
     tags=["example", "dify"],

@@ -36,15 +36,15 @@ def example_dify_runs_as_events():
         return [event.extra["payload"]["workflow_run_id"] for event in events]
 
     @task
-    def use(run_id: str) -> dict:
+    def use(workflow_run_id: str) -> dict:
         from airflow_provider_dify.hooks.dify import DifyHook
 
         with DifyHook() as hook:
-            run = hook.get_workflow_run(run_id)
+            run = hook.get_workflow_run(workflow_run_id)
         print(f"Run {run.id} {run.status} and used {run.total_tokens} tokens: {run.outputs}")
         return {"run": run.id, "total_tokens": run.total_tokens}
 
-    use.expand(run_id=list_runs())
+    use.expand(workflow_run_id=list_runs())
 
 
 example_dify_runs_as_events()

@@ -9,8 +9,6 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow.providers.common.compat.connection import get_async_connection
-
 from airflow_provider_dify.api import calls, routes
 from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.api.async_session import SharedSession
@@ -22,6 +20,7 @@ from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError
 from airflow_provider_dify.following import Follower
+from airflow_provider_dify.hooks.shared_connection import read_connection
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
 from airflow_provider_dify.task_clock import WEEK, TaskClock
 from airflow_provider_dify.whole_run import run_workflow
@@ -229,7 +228,7 @@ class DifyAsyncHook:
         """
         async with self._reading:
             if self.connection == refused:
-                await self._connect()
+                await self._connect(refused)
         return self.connection != refused
 
     def _send_start(self, start: SendStart) -> AsyncWorkflowRunStream:
@@ -252,9 +251,9 @@ class DifyAsyncHook:
             self._last_run = (call.path, response.body, result) if keep else None
         return result
 
-    async def _connect(self) -> None:
+    async def _connect(self, refused: DifyConnection | None = None) -> None:
         """Read the connection, and take a share of the session that goes with it."""
-        connection = DifyConnection.from_airflow(await get_async_connection(self.dify_conn_id))
+        connection = await read_connection(self.dify_conn_id, refused=refused)
         if self._session is None or connection != self.connection:
             await self.close()
             self._session = SharedSession.join(connection)

@@ -88,6 +88,8 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
     retry_delay = 1.0
     # Seconds that Airflow gets to store events before the trigger stores that it has sent them.
     settle_delay = 3.0
+    # Seconds from an event to the last one of a look: the scheduler gets them to make a Dag run of those before.
+    scheduler_delay = 10.0
 
     def __init__(
         self,
@@ -112,6 +114,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         self._failures = 0
         self._next_complaint = 0.0
         self._is_checked = False
+        self._last_event: float | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the class and its arguments: JSON-ready values only, and no secret."""
@@ -145,8 +148,11 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
                     delay = self._on_look(look)
                     window = look.window
                     sent = [run for run in look.finished if self._is_wanted(run)]
-                    for run in sent:
+                    for number, run in enumerate(sent, start=1):
+                        if number == len(sent):
+                            await asyncio.sleep(self._delay_of_last_event(number))
                         yield TriggerEvent(run.as_event())  # type: ignore[no-untyped-call]
+                        self._last_event = time.monotonic()
                     if window != stored:
                         # What has been sent may only be forgotten once Airflow has it.
                         await asyncio.sleep(self.settle_delay if sent else 0)
@@ -180,6 +186,20 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
                 f"The API key of connection {self.dify_conn_id!r} belongs to an app of the mode {app.mode!r:.50}. Dify "
                 "keeps a log of runs for apps of the mode 'workflow' only."
             )
+
+    def _delay_of_last_event(self, count: int) -> float:
+        """
+        Return the seconds before the last event of a look may be sent.
+
+        A Dag run takes events up to the moment at which Airflow queued it, which is that of the first event. One that
+        comes after, and before the scheduler has made the Dag run, waits until another one comes (Airflow 3.0 to
+        3.3.2). So the last one must come when the scheduler is done with the first, and takes the others along.
+
+        :param count: events of the look; Airflow stores some 50 a second.
+        """
+        if self._last_event is None:
+            return 0.0
+        return max(0.0, self._last_event + self.scheduler_delay + count / 50 - time.monotonic())
 
     def _is_wanted(self, run: Any) -> bool:
         return self.filter.fits(run.status, run.user, run.triggered_from)

@@ -11,6 +11,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import requests
@@ -49,7 +50,7 @@ def consumer(asset):
             with open({told!r}, "a") as file:
                 for events in triggering_asset_events.values():
                     for event in events:
-                        file.write(json.dumps([asset.name, event.extra["payload"]]) + "\\n")
+                        file.write(json.dumps([asset.name, event.extra.get("payload", event.extra)]) + "\\n")
 
         tell()
 
@@ -58,7 +59,10 @@ def consumer(asset):
 
 consumer(runs)
 consumer(nights)
+# One that an HTTP node in Dify creates events of.
+consumer(Asset("called"))
 """
+EXAMPLE = Path(__file__).parent.parent.parent / "example_dags" / "example_dify_runs_as_events.py"
 
 
 @dataclass
@@ -100,9 +104,20 @@ class Watched:
         with contextlib.suppress(requests.RequestException):
             requests.post(url, json=body, headers=headers, timeout=60)
 
-    def wait_until_told(self, seconds: float = 180.0) -> None:
-        expected = {run_id for ids in self.started.values() for run_id in ids}
-        self.airflow.wait_for(lambda: expected <= set(self.ids()), seconds)
+    def wait_until_told(self, *but: str, seconds: float = 180.0) -> None:
+        """Wait until the Dag has been told of every run, but those of some phases."""
+
+        def missing() -> dict[str, list[str]]:
+            told = set(self.ids())
+            found = {phase: [run_id for run_id in ids if run_id not in told] for phase, ids in self.started.items()}
+            return {phase: ids for phase, ids in found.items() if ids and phase not in but}
+
+        try:
+            self.airflow.wait_for(lambda: not missing(), seconds)
+        except AssertionError as error:
+            stored = self.airflow.query("SELECT extra FROM asset_event")
+            events = {run_id: run_id in str(stored) for ids in missing().values() for run_id in ids}
+            raise AssertionError(f"Not told: {missing()}; whether Airflow has an event of it: {events}") from error
 
 
 @pytest.fixture(scope="module")
@@ -123,10 +138,16 @@ def watched() -> Iterator[Watched]:
             told.touch()
             lookback = 0 if keeps_state() else 300
             (airflow.dags / "dags.py").write_text(DAG.format(told=str(told), lookback=lookback))
-            airflow.wait_for(lambda: looks(dify) >= 2, seconds=180)
+            example = EXAMPLE.read_text(encoding="utf-8").replace("poll_interval=30", "poll_interval=2")
+            (airflow.dags / EXAMPLE.name).write_text(example)
+            three = "SELECT count(*) FROM trigger WHERE triggerer_id IS NOT NULL"
+            airflow.wait_for(lambda: airflow.query(three) == [(3,)] and looks(dify) >= 2, seconds=240)
+            time.sleep(4)
 
             result.start_runs("quick", 3, duration=1.0)
             result.start_runs("nightly", 2, user="nightly-1", duration=1.0)
+            for run_id in result.start_runs("scheduled", 2, duration=3.0):
+                dify.runs[run_id].triggered_from = "schedule"
             result.start_runs("failed", 1, recording="run_streaming_failed", duration=1.0)
             long = result.start_runs("long", 1, duration=3600.0)
             paused = result.start_runs("paused", 1, recording="run_streaming_paused", duration=1.0)
@@ -134,7 +155,7 @@ def watched() -> Iterator[Watched]:
             for _ in range(BURST):
                 result.started.setdefault("burst", []).extend(dify.add_logged_runs(1))
                 time.sleep(60 / RUNS_A_MINUTE)
-            airflow.wait_for(lambda: len(set(result.ids())) >= BURST + 6, seconds=180)
+            result.wait_until_told("long", "paused")
             assert not {*long, *paused} & set(result.ids())
 
             # Long enough for what was sent to be stored.
@@ -152,9 +173,20 @@ def watched() -> Iterator[Watched]:
                 result.started["outage"] = dify.add_logged_runs(5)
                 time.sleep(OUTAGE)
             result.wait_until_told()
+            # As an HTTP node at the end of a workflow does.
+            call_airflow(airflow, "called", {"workflow_run_id": long[0]})
+            airflow.wait_for(lambda: bool(result.ids("called")), seconds=120)
             # One too many would come now.
             time.sleep(8)
             yield result
+
+
+def call_airflow(airflow: AirflowProcesses, asset: str, extra: dict[str, str]) -> None:
+    """Create an event of an asset, with the requests that docs/reacting-to-runs.md describes."""
+    token = requests.get(f"{airflow.api}/auth/token", timeout=30).json()["access_token"]
+    headers = {"Authorization": f"Bearer {token}"}
+    found = requests.get(f"{airflow.api}/api/v2/assets?name_pattern={asset}", headers=headers, timeout=30).json()
+    airflow.ask_api("POST", "/assets/events", {"asset_id": found["assets"][0]["id"], "extra": extra})
 
 
 def looks(dify: DifyStandIn) -> int:
@@ -201,8 +233,21 @@ def test_filters_choose_which_runs_trigger_it(watched: Watched) -> None:
     assert sorted(set(watched.ids("nights"))) == sorted(watched.started["nightly"])
 
 
+def test_the_example_reads_the_runs_that_started_it(watched: Watched) -> None:
+    rows = watched.airflow.query(
+        "SELECT value FROM xcom WHERE dag_id = ? AND task_id = 'use' AND key = 'return_value'", EXAMPLE.stem
+    )
+    assert {json.loads(value)["run"] for (value,) in rows} == set(watched.started["scheduled"])
+
+
+def test_an_event_that_dify_itself_creates_has_the_runs_id(watched: Watched) -> None:
+    assert watched.ids("called") == watched.started["long"]
+
+
 def test_events_have_no_outputs_and_no_key_is_written_anywhere(watched: Watched) -> None:
-    for _, payload in watched.told:
+    for asset, payload in watched.told:
+        if asset == "called":
+            continue
         assert payload.keys() == {
             "workflow_run_id",
             "status",

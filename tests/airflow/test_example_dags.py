@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.airflow.airflow_processes import AIRFLOW_2
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
 from tests.conftest import AIRFLOW_SETTINGS
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start, respond
@@ -190,6 +191,10 @@ def test_the_example_with_a_knowledge_file_waits_until_it_is_indexed(
 def test_every_example_has_a_form_that_can_be_submitted(airflow_db: Path) -> None:
     for path in EXAMPLES.glob("*.py"):
         bag = dag_bag(path)
+        if AIRFLOW_2 and path.stem == "example_dify_runs_as_events":
+            # Airflow 2 starts no Dag on an event.
+            assert bag.import_errors
+            continue
         assert not bag.import_errors
         (dag,) = bag.dags.values()
         assert dag.doc_md

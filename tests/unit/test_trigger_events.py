@@ -16,6 +16,7 @@ import requests
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.hooks import shared_connection
 from tests.dify_stand_in import API_KEY, DifyStandIn, respond
 from tests.unit.test_trigger import run as run_on_loop
 
@@ -32,8 +33,10 @@ pytestmark = pytest.mark.usefixtures("dify_connection")
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "retry_delay", 0.01)
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "settle_delay", 0.0)
+    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 0.0)
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "_until_next_look", lambda self, now: 0.05)
     monkeypatch.setattr(shared_reading, "SHARED_SECONDS", 0.02)
+    monkeypatch.setattr(shared_connection, "FRESH_SECONDS", 0.2)
     monkeypatch.setattr(dify_events, "_windows", {})
 
 
@@ -225,6 +228,33 @@ def test_what_was_sent_is_stored_only_after_airflow_had_time_to_keep_it(
         trigger = trigger_of()
         act = (lambda: add_ended(dify, *RUNS[0])) if not dify.log else (lambda: None)
         assert len(events_of(trigger, act, 1)) == 1
+
+
+def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 1.0)
+    moments: list[float] = []
+
+    async def collect() -> None:
+        async for _ in trigger_of(lookback=4).run():
+            moments.append(time.monotonic())
+            if len(moments) == 4:
+                # A single one later need not wait.
+                asyncio.get_running_loop().call_later(1.5, add_ended, dify, *RUNS[0])
+
+    async def collect_for(seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(collect(), seconds)
+
+    now = time.time()
+    for second in range(4):
+        dify.add_logged_runs(1, ending=now - 3 + second)
+    run_on_loop(collect_for(4.5))
+    assert len(moments) == 5
+    assert moments[2] - moments[0] < 0.5
+    assert 1.0 <= moments[3] - moments[2] < 1.5
+    assert 1.4 <= moments[4] - moments[3] < 2.2
 
 
 def test_lookback_sends_what_ended_before_the_first_look(dify: DifyStandIn) -> None:
