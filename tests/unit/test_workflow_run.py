@@ -476,6 +476,17 @@ def test_a_failure_names_its_node_and_says_the_nodes_error_once(status: str, nod
     assert (named.outcome, named.can_be_repeated) == (verdict.outcome, verdict.can_be_repeated)
 
 
+@pytest.mark.parametrize(
+    ("error", "node", "reason"),
+    [
+        ("HTTP 404!", "Node 'A' (llm) failed: HTTP 404.", "Node 'A' (llm) failed: HTTP 404! Dify"),
+        ("a failed: b", "Node 'A' (llm) failed: a failed: b.", "Node 'A' (llm) failed: a failed: b. Dify"),
+    ],
+)
+def test_a_nodes_error_is_told_from_its_name(error: str, node: str, reason: str) -> None:
+    assert judge(make_run("failed", error=error), now=NOW).because_of(node).reason.startswith(reason)
+
+
 def test_a_run_is_overdue_only_after_its_time() -> None:
     run = make_run("running", finished_at=None)
     assert run.created_at is not None
