@@ -113,7 +113,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         """
         Return whether the task still waits, on another triggerer.
 
-        Airflow 3.3 calls :meth:`on_kill` also on a triggerer that was silent for so long (a minute under load, say) that
+        Airflow 3.3 calls :meth:`on_kill` also on a triggerer that was silent, under load for example, for so long that
         another one has taken its triggers over.
         """
         ti: Any = getattr(self, "task_instance", None)

@@ -34,9 +34,7 @@ from tests.dify_stand_in import (
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 
-STARTED = (
-    f'data: {{"event": "workflow_started", "task_id": "{UUID}", "workflow_run_id": "{UUID}", "data": {{}}}}\n\n'
-)
+STARTED = f'data: {{"event": "workflow_started", "task_id": "{UUID}", "workflow_run_id": "{UUID}", "data": {{}}}}\n\n'
 
 
 @pytest.fixture
