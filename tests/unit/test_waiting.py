@@ -252,4 +252,5 @@ def test_a_pause_after_failures_doubles_up_to_a_minute(failures: int, least: flo
 def test_a_pause_is_as_long_as_the_server_asks_at_least() -> None:
     assert delay_after(DifyConnectionError("busy", retry_after=500.0), 1, 1.0) == 500
     assert 1 <= delay_after(DifyConnectionError("busy", retry_after=0.5), 1, 1.0) <= 1.5
+    assert delay_after(DifyConnectionError("away"), 1, 0.01) < 0.1
     assert delay_after(DifyWorkflowRunNotFound("not known"), 5, 1.0) == 0
