@@ -7,10 +7,11 @@ import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from airflow_cluster import AirflowCluster
+from airflow_cluster import AirflowCluster  # noqa: TC002
 from soak_tasks import DAG_ID, STARTS, task_id_of
 
 from tests.dify_stand_in import DifyStandIn, Started
@@ -175,7 +176,7 @@ class Ledger:
         return [
             (first, second)
             for runs in self.runs_of_tasks.values()
-            for first, second in zip(runs, runs[1:], strict=False)
+            for first, second in pairwise(runs)
             if first.went_on_to_its_end or first.ended_at > second.started_at
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -11,8 +12,10 @@ from typing import Any
 import pendulum
 import pytest
 
+from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunNotFound
+from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import LoggedWorkflowRun
 from airflow_provider_dify.starting import (
     STATE_KEY,
@@ -21,6 +24,7 @@ from airflow_provider_dify.starting import (
     TaskStart,
     default_user,
     find_earlier_start,
+    installation_id,
     new_start,
     stop_start,
 )
@@ -246,6 +250,132 @@ def test_two_airflows_with_the_same_dag_have_different_users(monkeypatch: pytest
         users.append(default_user(ti, 1))
     assert users[0] != users[1]
     assert all(key not in user for key, user in zip(("one", "two"), users, strict=True))
+
+
+def test_a_user_names_installation_dag_task_map_index_dag_run_and_try() -> None:
+    ti = context_of(1, 2)["ti"]
+    assert default_user(ti, 7) == f"airflow/{installation_id()}/d/t/r/7"
+    ti.map_index = 0
+    assert default_user(ti, 7) == f"airflow/{installation_id()}/d/t[0]/r/7"
+    ti.map_index = None
+    assert default_user(ti, 7) == f"airflow/{installation_id()}/d/t/r/7"
+    assert re.fullmatch("[0-9a-f]{8}", installation_id())
+
+
+def test_two_airflows_with_different_addresses_have_different_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for url in ("https://one.example.com", "https://two.example.com"):
+        monkeypatch.setenv(f"AIRFLOW__{UI_SECTION.upper()}__BASE_URL", url)
+        names |= {installation_id(), installation_id()}
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("excess", [0, 1, 100])
+def test_a_long_user_is_cut_at_255_characters_and_stays_one_of_its_own(excess: int) -> None:
+    ti = context_of(1, 2)["ti"]
+    ti.run_id = "r" * (256 - len(default_user(ti, 1)) + excess)
+    users = [default_user(ti, number) for number in (1, 2)]
+    assert [len(user) for user in users] == [255, 255]
+    assert users[0] != users[1]
+    assert users == [default_user(ti, number) for number in (1, 2)]
+    is_cut = re.fullmatch(f"airflow/{installation_id()}/d/t/r+~[0-9a-f]{{16}}", users[0])
+    assert bool(is_cut) == (excess > 0)
+
+
+def test_a_start_has_what_its_run_is_found_by() -> None:
+    ti = context_of(2, 5)["ti"]
+    inputs = {"q": "1"}
+    ours = new_start(ti, None, inputs, (), 12.5)
+    assert (ours.user, ours.search.user) == (default_user(ti, 2),) * 2
+    assert (ours.search.sent_at, ours.search.user_is_unique) == (12.5, True)
+    assert ours.search.fingerprint == fingerprint(inputs)
+    assert ours.search.skips_failed is False
+    assert (ours.try_number, ours.max_tries) == (2, 5)
+    assert (ours.was_accepted, ours.workflow_run_id, ours.task_id, ours.stop_was_asked) == (False, None, None, False)
+    shared = new_start(ti, "us", inputs, ("a", "b"), 12.5)
+    assert (shared.user, shared.search.user_is_unique, shared.search.known_runs) == ("us", False, ("a", "b"))
+    ti.max_tries = None
+    assert new_start(ti, None, inputs, (), 12.5).max_tries == 0
+
+
+def test_a_start_that_was_under_way_and_stands_in_the_log_by_now_is_continued() -> None:
+    store = Store()
+    remembered(store, context_of(1, 2), was_accepted=True)
+    context = context_of(2, 2, store)
+    (start, run), _ = play(context, settings_of(), [row_of(context, 1)])
+    assert (start.workflow_run_id, start.try_number, run) == (RUN_ID, 1, RUNNING)
+
+
+def test_a_run_that_was_found_in_the_log_is_taken_as_one_of_its_try() -> None:
+    context = context_of(3, 3)
+    (start, run), _ = play(context, settings_of(), [row_of(context, 2)])
+    assert run is RUNNING
+    assert (start.user, start.search.user) == (default_user(context["ti"], 2),) * 2
+    assert (start.try_number, start.max_tries) == (2, 3)
+    assert (start.was_accepted, start.workflow_run_id, start.task_id) == (True, RUN_ID, None)
+    assert start.search.user_is_unique
+    assert start.search.skips_failed
+    assert start.search.fingerprint == fingerprint({"q": "1"})
+
+
+def test_a_log_that_cannot_be_read_keeps_a_retry_from_its_start() -> None:
+    steps = find_earlier_start(context_of(2, 2), settings_of())
+    next(steps)
+    # Of this try there may be nothing, but of the one before.
+    steps.throw(DifyConnectionError("away"))
+    with pytest.raises(DifyConnectionError):
+        steps.throw(DifyConnectionError("away"))
+
+
+def test_a_shared_users_run_of_an_earlier_try_is_told_by_its_inputs() -> None:
+    context = context_of(2, 2)
+    row = replace(row_of(context, 1), user="us")
+    ours = make_run("running", finished_at=None, inputs={"q": "1"})
+    (start, _), asked = play(context, settings_of(user="us"), [row], ours)
+    assert (start.workflow_run_id, start.try_number, start.user) == (RUN_ID, 1, "us")
+    assert asked == ["us"]
+    theirs = make_run("running", finished_at=None, inputs={"q": "2"})
+    assert play(context, settings_of(user="us"), [row], theirs)[0] is None
+
+
+def test_a_first_try_with_a_shared_user_looks_for_nothing() -> None:
+    context = context_of(1, 2)
+    row = replace(row_of(context, 1), user="us")
+    assert play(context, settings_of(user="us"), [row]) == (None, [])
+
+
+@pytest.mark.parametrize(("age", "is_found"), [(290, True), (310, False)])
+def test_a_shared_users_run_is_one_of_this_dag_run(age: float, is_found: bool) -> None:
+    # The Dag run began 300 seconds ago; a minute's tolerance would let another one's run in.
+    context = context_of(2, 2)
+    row = replace(row_of(context, 1, age=age), user="us")
+    ours = make_run("running", finished_at=None, inputs={"q": "1"})
+    assert (play(context, settings_of(user="us"), [row], ours)[0] is not None) == is_found
+
+
+@pytest.mark.parametrize(("days", "is_found"), [(6, True), (8, False)])
+def test_without_a_start_of_the_dag_run_a_week_is_looked_at(days: float, is_found: bool) -> None:
+    context = context_of(2, 2)
+    context["dag_run"].start_date = None
+    found, _ = play(context, settings_of(), [row_of(context, 1, age=days * 86400)])
+    assert (found is not None) == is_found
+    del context["dag_run"]
+    assert (play(context, settings_of(), [row_of(context, 1, age=days * 86400)])[0] is not None) == is_found
+
+
+def test_a_memory_of_a_task_without_retries_is_its_own() -> None:
+    store = Store()
+    context = context_of(1, 0, store)
+    context["ti"].max_tries = None
+    memory = StartMemory(context)
+    assert memory.is_kept
+    assert memory.load() is None
+    start = new_start(context["ti"], None, {}, (), 1.0)
+    memory.save(start)
+    assert memory.load() == start
+    nothing = StartMemory(context_of(1, 0))
+    nothing.save(start)
+    assert (nothing.is_kept, nothing.load()) == (False, None)
 
 
 def test_a_failed_run_of_a_shared_user_is_no_reason_to_doubt() -> None:

@@ -19,11 +19,12 @@ import warnings
 from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from airflow_provider_dify.api import async_session
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
@@ -363,8 +364,9 @@ def test_failed_looks_for_a_queued_run_that_do_not_follow_each_other_never_add_u
     async def work() -> list[Any]:
         trigger = trigger_of(None, search=search.serialize(), max_consecutive_failures=1)
         wait = asyncio.create_task(events_of(trigger))
-        while len(dify.requests) < 6:
-            await asyncio.sleep(0.05)
+        # Every other look fails; at least three do before the run is there.
+        await asyncio.sleep(0.7)
+        assert len(dify.requests) > 5
         dify.add_run("running", "succeeded", user="us")
         return await wait
 
@@ -542,6 +544,106 @@ def test_a_killed_wait_stops_the_run_that_its_operator_started(dify: DifyStandIn
 def test_a_killed_wait_of_a_sensor_stops_nothing(dify: DifyStandIn) -> None:
     run(trigger_of(dify.add_run("running")).on_kill())
     assert dify.requests == []
+
+
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="no task starts on the triggerer before Airflow 3.3")
+@pytest.mark.parametrize(
+    ("limit", "execution_timeout", "margin"),
+    [
+        (None, None, 120),
+        (None, timedelta(hours=1), 120),
+        (timedelta(hours=1), None, 120),
+        # Airflow's limit is the shorter one.
+        (timedelta(hours=1), timedelta(hours=2), 120),
+        (timedelta(hours=1), timedelta(hours=1), 120),
+        (timedelta(hours=1), timedelta(minutes=59), 60),
+        (timedelta(hours=1), timedelta(minutes=50), -480),
+    ],
+)
+@pytest.mark.parametrize("zone", [timezone.utc, timezone(timedelta(hours=5)), None])
+def test_a_wait_that_started_on_the_triggerer_ends_before_airflows_limit(
+    limit: timedelta | None, execution_timeout: timedelta | None, margin: float, zone: timezone | None
+) -> None:
+    # What the triggerer sets, from what the task and its sensor say; it has no zone in the database's own time.
+    trigger = trigger_of(str(uuid.uuid4()))
+    task = SimpleNamespace(
+        start_trigger_args=SimpleNamespace(timeout=limit, trigger_kwargs={}),
+        execution_timeout=execution_timeout,
+        template_ext=(),
+        template_fields=(),
+    )
+    trigger.task_instance = SimpleNamespace(task_id="wait", task=task)
+    assert trigger._deadline() is None
+    trigger.timeout_after = datetime.fromtimestamp(100_000, zone or timezone.utc)
+    if zone is None:
+        trigger.timeout_after = trigger.timeout_after.replace(tzinfo=None)
+    assert trigger._deadline() == 100_000 - margin
+    # What the task itself said on a worker comes first.
+    ours = trigger_of(str(uuid.uuid4()), deadline=5.0)
+    ours.timeout_after = trigger.timeout_after
+    assert ours._deadline() == 5.0
+
+
+def test_the_last_poll_is_at_the_deadline(dify: DifyStandIn) -> None:
+    run_id = dify.add_run("running")
+    deadline = time.time() + 1
+    payload = payload_of(trigger_of(run_id, poll_interval=60.0, deadline=deadline))
+    assert payload["end"] == "timed_out"
+    assert deadline - 0.05 <= time.time() < deadline + 5
+    assert len(dify.runs[run_id].polls) == 1
+
+
+def test_the_last_look_for_a_queued_run_is_at_the_deadline(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "wait")
+    deadline = time.time() + 1
+    search = RunSearch("us", time.time(), True).serialize()
+    payload = payload_of(trigger_of(None, search=search, poll_interval=0.6, deadline=deadline))
+    assert deadline - 0.05 <= time.time() < deadline + 5
+    assert len(dify.requests) == 3
+    assert (payload["workflow_run_id"], payload["end"]) == (None, "failed")
+    error = DifyError.from_event(payload["error"])
+    assert type(error) is DifyWorkflowRunUncertain
+    assert error.user == "us"
+    assert "Dify's log shows no run of user 'us': it may still be queued" in str(error)
+    # Once a minute, not once a look.
+    lines = [record.getMessage() for record in caplog.records if record.name == "wait"]
+    assert lines == [
+        "The workflow run of user 'us' is queued at Dify, or not in its log yet; 0 seconds in the triggerer."
+    ]
+
+
+def test_a_run_that_was_found_in_the_log_is_named_in_log_and_event(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "wait")
+    run_id = dify.add_run("running", "succeeded", user="us")
+    payload = payload_of(trigger_of(None, search=RunSearch("us", time.time(), True).serialize()))
+    assert (payload["workflow_run_id"], payload["status"]) == (run_id, "succeeded")
+    lines = [record.getMessage() for record in caplog.records if record.name == "wait"]
+    assert lines[0] == f"Dify's log names the run: workflow run {run_id}."
+
+
+def test_a_killed_wait_for_a_queued_run_stops_nothing(dify: DifyStandIn) -> None:
+    search = RunSearch("us", time.time(), True).serialize()
+    run(trigger_of(None, search=search, stop_task_id="t", stop_user="us").on_kill())
+    assert dify.requests == []
+
+
+def test_a_wait_that_breaks_says_what_broke(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("x" * 1000)
+
+    monkeypatch.setattr("airflow_provider_dify.waiting.judge", broken)
+    run_id = dify.add_run("running")
+    payload = payload_of(trigger_of(run_id))
+    assert (payload["end"], payload["status"]) == ("failed", None)
+    assert payload["message"].startswith(f"The wait on Dify workflow run {run_id} broke: KeyError: 'xxx")
+    assert len(payload["message"]) < 450
+    assert str(DifyError.from_event(payload["error"])) == payload["message"]
+    (record,) = [record for record in caplog.records if record.exc_info]
+    assert record.getMessage() == f"The wait on Dify workflow run {run_id} broke."
 
 
 # --- the event loop

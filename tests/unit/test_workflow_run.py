@@ -400,6 +400,8 @@ def test_what_a_run_means_for_a_task(
         assert caught.value.run is run
         assert str(caught.value) == verdict.reason
         assert isinstance(caught.value, DifyWorkflowRunTimeout) == (outcome is Outcome.TIMED_OUT)
+        # A sensor, which starts nothing again, is not retried.
+        assert isinstance(caught.value, DifyWorkflowRunCannotSucceed) == (outcome is Outcome.FAILED)
     else:
         verdict.raise_if_failed(run)
 
@@ -432,6 +434,47 @@ def test_a_run_that_1_16_1_ends_after_a_form_may_have_its_outputs() -> None:
     advice = "Its outputs may be complete: see the exception's run"
     assert advice in judge(make_run("stopped", error=error), now=NOW).reason
     assert judge(make_run("stopped", error="Stopped."), now=NOW).reason.endswith("2 steps.")
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (
+            make_run("partial-succeeded"),
+            "At least one node failed and its error handling (default value or fail branch) took over: Dify workflow "
+            f"run {RUN_ID} is partial-succeeded after 0.1 seconds and 2 steps. fail_on_partial_success is set.",
+        ),
+        (
+            make_run("stopped", error=None),
+            f"Dify gave no error text. Dify workflow run {RUN_ID} was stopped after 0.1 seconds and 2 steps.",
+        ),
+        (
+            make_run("stopped", error="Client response stream closed before app execution completed"),
+            "Client response stream closed before app execution completed. "
+            f"Dify workflow run {RUN_ID} was stopped after 0.1 seconds and 2 steps. Dify 1.16.1 is known to end a run "
+            "like this after it was paused for a person, although its nodes ran to the end. Its outputs may be "
+            "complete: see the exception's run, or the run in Dify's console.",
+        ),
+        (
+            make_run("paused", finished_at=None),
+            f"Dify workflow run {RUN_ID} is still paused 2336 seconds after it was created (run_timeout is 60 "
+            "seconds). It waits for a person at a Human Input node.",
+        ),
+        (
+            make_run("running", finished_at=None),
+            f"Dify workflow run {RUN_ID} is still running 2336 seconds after it was created (run_timeout is 60 "
+            "seconds). Such a record is usually orphaned: the server that ran it was killed, or it was stopped and "
+            "Dify did not write that down. Look at the run in Dify's log and start a new one.",
+        ),
+        (
+            make_run("cancelled", error="e"),
+            f"e. Dify workflow run {RUN_ID} finished with the status 'cancelled', which this version of "
+            "airflow-provider-dify does not know after 0.1 seconds and 2 steps.",
+        ),
+    ],
+)
+def test_a_failure_is_told_in_whole_sentences(run: WorkflowRun, reason: str) -> None:
+    assert judge(run, now=NOW, fail_on_partial_success=True, run_timeout=60).reason == reason
 
 
 @pytest.mark.parametrize("end", ["!", "?", "…", "."])
@@ -474,6 +517,17 @@ def test_a_failure_names_its_node_and_says_the_nodes_error_once(status: str, nod
     named = verdict.because_of(node)
     assert named.reason.startswith(reason)
     assert (named.outcome, named.can_be_repeated) == (verdict.outcome, verdict.can_be_repeated)
+
+
+@pytest.mark.parametrize(
+    ("error", "node", "reason"),
+    [
+        ("HTTP 404!", "Node 'A' (llm) failed: HTTP 404.", "Node 'A' (llm) failed: HTTP 404! Dify"),
+        ("a failed: b", "Node 'A' (llm) failed: a failed: b.", "Node 'A' (llm) failed: a failed: b. Dify"),
+    ],
+)
+def test_a_nodes_error_is_told_from_its_name(error: str, node: str, reason: str) -> None:
+    assert judge(make_run("failed", error=error), now=NOW).because_of(node).reason.startswith(reason)
 
 
 def test_a_run_is_overdue_only_after_its_time() -> None:
