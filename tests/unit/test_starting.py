@@ -81,10 +81,9 @@ def play(
                 assert step.params is not None
                 asked.append(step.params["created_by_end_user_session_id"])
                 step = steps.send([row for row in log if row.user == asked[-1]])
-            elif isinstance(run, Exception):
-                step = steps.throw(run)
-            else:
-                step = steps.send(run)
+                continue
+            assert step.path == f"/workflows/run/{RUN_ID}"
+            step = steps.throw(run) if isinstance(run, Exception) else steps.send(run)
     except StopIteration as done:
         return done.value, asked
 
@@ -184,6 +183,13 @@ def test_a_log_that_cannot_be_read_does_not_keep_a_first_try_from_its_start() ->
 
 def test_a_first_try_with_a_memory_asks_dify_for_nothing() -> None:
     assert play(context_of(1, 2, Store()), settings_of(), []) == (None, [])
+
+
+def test_a_retry_whose_memory_was_lost_looks_for_the_earlier_tries() -> None:
+    context = context_of(3, 2, Store())
+    (start, _), asked = play(context, settings_of(), [row_of(context, 1)])
+    assert start.workflow_run_id == RUN_ID
+    assert asked == [default_user(context["ti"], number) for number in (2, 1)]
 
 
 def test_a_cleared_task_starts_anew() -> None:
