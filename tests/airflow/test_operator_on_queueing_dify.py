@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +18,7 @@ from airflow_provider_dify.exceptions import (
 )
 from tests.airflow.airflow_runs import DagRunResult, run_operator
 from tests.dify_stand_in import (
+    API_KEY,
     DifyStandIn,
     Fault,
     Start,
@@ -204,3 +207,36 @@ def test_inputs_from_mapped_tasks_become_lists(dify: DifyStandIn) -> None:
     )
     assert result.state == "success"
     assert dify.started[0].inputs == {"items": [1, 4, 9]}
+
+
+@pytest.mark.parametrize("version", ["1.14.2", "1.15.0", "1.16.1"])
+def test_a_run_that_waited_for_a_person_goes_on_and_1_16_1_s_fault_is_named(
+    version: str, way: dict[str, Any], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    with DifyStandIn(version) as dify:
+        dify.starts.append(Start("run_streaming_paused"))
+        connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+
+            def answer() -> None:
+                while not dify.started:
+                    time.sleep(0.05)
+                # Time for the run to get to its form, and for the task to see it there.
+                time.sleep(2)
+                dify.submit_form(dify.started[0].workflow_run_id, comment="fine")
+
+            person = threading.Thread(target=answer)
+            person.start()
+            result = run_operator(**way)
+            person.join()
+    printed = capfd.readouterr()
+    assert "waits for a person" in printed.out + printed.err + caplog.text
+    if version == "1.16.1":
+        error = error_of(result)
+        assert "Client response stream closed before app execution completed" in str(error)
+        assert "1.16" in str(error)
+    else:
+        assert result.states["run"] == "success"
+        assert result.received["outputs"]["comment"] == "fine"
