@@ -13,10 +13,12 @@ pin() {
 # The latest patch of each Airflow that is tested with.
 all=(--group test --group lint --group build)
 pin 2.11 3.10 "${all[@]}" <<< "apache-airflow==2.11.2"
-# Its Cadwyn imports what FastAPI 0.118 no longer has, and PyJWT 2.11 refuses its tokens, which name no issuer.
+# Its Cadwyn imports what FastAPI 0.118 no longer has, PyJWT 2.11 refuses its tokens, which name no issuer, and
+# universal-pathlib 0.3 refuses its object storage.
 pin 3.0 3.10 "${all[@]}" <<< "apache-airflow==3.0.6
 fastapi<0.118
-pyjwt<2.11"
+pyjwt<2.11
+universal-pathlib<0.3"
 pin 3.1 3.10 "${all[@]}" <<< "apache-airflow==3.1.8"
 # FastAPI 0.137 refuses its API's unions that a function tells apart, as Airflow 3.3 says itself. svcs 26.2 takes its
 # registry from the API of dag.test(), which is told of its end too early.
@@ -30,7 +32,8 @@ pin 3.4-beta 3.11 --group test <<< "apache-airflow==3.4.0b2
 apache-airflow-core==3.4.0b2
 apache-airflow-task-sdk==1.4.0b2"
 
-pin 2.11-lowest-direct 3.10 --group test --resolution lowest-direct <<< "apache-airflow"
+pin 2.11-lowest-direct 3.10 --group test --resolution lowest-direct <<< "apache-airflow
+universal-pathlib<0.3"
 pin 3.3-lowest-direct 3.13 --group test --resolution lowest-direct <<< "apache-airflow==3.3.2"
 
 # What the documentation is made with.
