@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urljoin
-from weakref import WeakKeyDictionary
 
 import aiohttp
 
@@ -23,6 +22,7 @@ from airflow_provider_dify.api.http_response import HttpResponse, no_response
 from airflow_provider_dify.api.live_task_id import task_id_from
 from airflow_provider_dify.api.routes import events_path
 from airflow_provider_dify.connection import HEADERS, DifyConnection
+from airflow_provider_dify.sharing import Shared
 
 # More at once gain nothing, and a server that stalls must not be given all the sockets of a triggerer.
 MAX_REQUESTS_AT_ONCE = 100
@@ -34,16 +34,10 @@ MAX_REDIRECTS = 5
 
 
 @dataclass(eq=False)
-class SharedSession:
-    """
-    A client session, and how many share it. It is opened at the first request and closed when the last one leaves.
-
-    Joining and leaving count without an ``await`` in between, so that no cancellation can fall between the count and
-    what it stands for.
-    """
+class SharedSession(Shared):
+    """A client session that all share who use a connection on an event loop. It is opened at the first request."""
 
     connection: DifyConnection
-    users: int = 0
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_REQUESTS_AT_ONCE))
     client: aiohttp.ClientSession | None = None
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -54,27 +48,10 @@ class SharedSession:
     # Whether the server has closed a kept connection in front of a start.
     has_lost_start: bool = False
 
-    @classmethod
-    def join(cls, connection: DifyConnection) -> SharedSession:
-        """Return the session of this event loop for a connection, and count one more who uses it."""
-        sessions = _sessions.setdefault(asyncio.get_running_loop(), {})
-        shared = sessions.setdefault(connection, cls(connection))
-        shared.users += 1
-        return shared
-
-    async def leave(self) -> None:
-        """Count one less, and close the session after the last one."""
-        self.users -= 1
-        if self.users:
-            return
-        sessions = _sessions.get(asyncio.get_running_loop(), {})
-        # Out of reach before the first await: who comes now opens a session of its own.
-        if sessions.get(self.connection) is self:
-            del sessions[self.connection]
+    def _close(self) -> Awaitable[Any]:
         clients = [client for client in (self.client, *self.starters.values()) if client is not None]
         self.client, self.starters = None, {}
-        # Shielded, because a cancelled trigger must not leave its sockets behind.
-        await asyncio.shield(asyncio.gather(*(client.close() for client in clients)))
+        return asyncio.gather(*(client.close() for client in clients))
 
     async def send(
         self,
@@ -210,9 +187,6 @@ class SharedSession:
             cookie_jar=aiohttp.DummyCookieJar(),
             **settings,
         )
-
-
-_sessions: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[DifyConnection, SharedSession]] = WeakKeyDictionary()
 
 
 async def _note_connection(session: aiohttp.ClientSession, context: Any, params: Any) -> None:

@@ -12,12 +12,12 @@ import asyncio
 import math
 import time
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 from airflow_provider_dify.api.calls import Call, Step, Steps
 from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.sharing import Shared
 
 T = TypeVar("T")
 
@@ -27,40 +27,15 @@ SHARED_SECONDS = 1.0
 CONNECTION_SECONDS = 600.0
 
 
-class SharedReading:
-    """
-    What reads one app's log, one request after another; opened at the first request, closed when the last one leaves.
-
-    Joining and leaving count without an ``await`` in between, as for
-    :class:`airflow_provider_dify.api.async_session.SharedSession`.
-    """
+class SharedReading(Shared):
+    """What reads one app's log for all who watch it, one request after another. It is opened at the first request."""
 
     def __init__(self, dify_conn_id: str) -> None:
         self.dify_conn_id = dify_conn_id
-        self.users = 0
         self._hook: DifyAsyncHook | None = None
         self._opened_at = 0.0
         self._lock = asyncio.Lock()
         self._responses: dict[tuple[Any, ...], tuple[float, asyncio.Task[Any]]] = {}
-
-    @classmethod
-    def join(cls, dify_conn_id: str) -> SharedReading:
-        """Return the reading of this event loop for a connection, and count one more who uses it."""
-        readings = _readings.setdefault(asyncio.get_running_loop(), {})
-        shared = readings.setdefault(dify_conn_id, cls(dify_conn_id))
-        shared.users += 1
-        return shared
-
-    async def leave(self) -> None:
-        """Count one less, and close the connection after the last one."""
-        self.users -= 1
-        if self.users:
-            return
-        readings = _readings.get(asyncio.get_running_loop(), {})
-        # Out of reach before the first await: who comes now opens one of its own.
-        if readings.get(self.dify_conn_id) is self:
-            del readings[self.dify_conn_id]
-        await asyncio.shield(self._close())
 
     async def run_steps(self, steps: Steps[T]) -> T:
         """
@@ -117,6 +92,3 @@ class SharedReading:
         hook, self._hook = self._hook, None
         if hook is not None:
             await hook.close()
-
-
-_readings: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, SharedReading]] = WeakKeyDictionary()

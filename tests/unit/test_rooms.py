@@ -14,7 +14,7 @@ PACKAGE = Path(airflow_provider_dify.__file__).parent
 
 # From the ground up; a module imports its own floor and those below, never a floor above.
 FLOORS: dict[int, tuple[str, ...]] = {
-    1: ("__init__", "models", "excerpts", "closing", "airflow_versions", "get_provider_info", "input_form"),
+    1: ("__init__", "models", "excerpts", "closing", "sharing", "airflow_versions", "get_provider_info", "input_form"),
     2: ("exceptions", "input_fingerprint", "input_check"),
     3: ("base_url", "connection", "verdict", "arguments", "run_filter"),
     4: ("waiting", "xcoms"),

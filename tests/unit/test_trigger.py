@@ -60,7 +60,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         await asyncio.sleep(0.05)
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, left
-        assert not async_session._sessions.get(asyncio.get_running_loop())
+        assert not async_session.SharedSession.on_loops.get(asyncio.get_running_loop())
         return result
 
     with warnings.catch_warnings():
@@ -285,9 +285,9 @@ def test_the_session_lives_as_long_as_someone_uses_it(dify: DifyStandIn) -> None
             await first.get_workflow_run(run_id)
             async with DifyAsyncHook() as second:
                 await second.get_workflow_run(run_id)
-                assert len(async_session._sessions[loop]) == 1
+                assert len(async_session.SharedSession.on_loops[loop]) == 1
             await first.get_workflow_run(run_id)
-        assert not async_session._sessions[loop]
+        assert not async_session.SharedSession.on_loops[loop]
 
     run(work())
     assert dify.connections_opened == 1
