@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api.calls import SendStart, Step, Steps
@@ -303,16 +303,11 @@ class RowRun:
         return await self._client.hook.take_step(step)
 
     def _result(self, outcome: _Outcome, attempts: int) -> RowResult:
-        run = outcome.run
+        if outcome.run is not None:
+            result = RowResult.of_run(self.row, outcome.run, attempts)
+            return replace(result, status=outcome.status, error=outcome.error)
         return RowResult(
-            self.row,
-            outcome.status,
-            outputs=run.outputs if run is not None else None,
-            error=outcome.error,
-            workflow_run_id=outcome.run_id,
-            total_tokens=run.total_tokens if run is not None else None,
-            elapsed_time=run.elapsed_time if run is not None else None,
-            attempts=attempts,
+            self.row, outcome.status, error=outcome.error, workflow_run_id=outcome.run_id, attempts=attempts
         )
 
 
