@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 import requests
 from urllib3.exceptions import NewConnectionError
 
 from airflow_provider_dify.api.events import WorkflowEvent
+from airflow_provider_dify.api.mailbox import Mailbox
 from airflow_provider_dify.api.session import DifySession
 from airflow_provider_dify.api.started_run import (
     START_HEADERS,
@@ -48,7 +49,7 @@ class WorkflowRunStream(StartedRun, Closing):
         self._session = session
         self._response: Response | None = None
         # A response or its events in turn, then why there are no more.
-        self._items: SimpleQueue[StreamItem] = SimpleQueue()
+        self._items: Mailbox[StreamItem] = Mailbox()
         self._end: Exception | None = None
         threading.Thread(target=self._read, args=(body,), name="dify-start", daemon=True).start()
 

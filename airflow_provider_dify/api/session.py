@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from http.cookiejar import DefaultCookiePolicy
-from queue import Empty, SimpleQueue
+from queue import Empty
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin
 from weakref import WeakSet
@@ -20,6 +20,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 
 from airflow_provider_dify.api.environment import route_to
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
+from airflow_provider_dify.api.mailbox import Mailbox
 from airflow_provider_dify.connection import HEADERS, DifyConnection
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def call_within(seconds: float, call: Callable[[], T], abort: Callable[[], None]
     :param abort: ends the call as soon as possible, once nobody waits for it any more.
     :raises TimeoutError: if the limit is over.
     """
-    results: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
+    results: Mailbox[tuple[bool, Any]] = Mailbox()
 
     def work() -> None:
         try:
