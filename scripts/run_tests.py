@@ -32,12 +32,12 @@ class Part:
 PARTS = (
     Part(
         "Tests of the package's parts, and Dags with dag.test()",
-        5,
+        8,
         ("--dist=worksteal", "-m", "not airflow_processes and not slow"),
     ),
     Part(
         "Dags on real Airflow processes: scheduler, triggerer, API server",
-        4,
+        10,
         ("--dist=loadfile", "-m", "airflow_processes"),
     ),
 )
