@@ -68,18 +68,23 @@ class RunSearch:
         )
 
 
-def find_run(search: RunSearch) -> Steps[str | None]:
+def find_run(search: RunSearch, others: set[str] | None = None) -> Steps[str | None]:
     """
     Look for the run of a start in Dify's log.
 
     :param search: what is known of it.
+    :param others: ids of runs that were started with other inputs; a look adds those that it meets, and the next one
+        does not ask for them again.
     :return: the run's id; ``None`` if no run fits yet: it may be queued.
     :raises DifyWorkflowRunUncertain: if several fit, or one can't be compared.
     :raises DifyError: if the log can't be read.
     """
+    others = set() if others is None else others
     candidates = yield from _candidates(search)
     fitting = []
     for run in candidates:
+        if run.workflow_run_id in others:
+            continue
         if search.user_is_unique:
             fitting.append(run.workflow_run_id)
             continue
@@ -89,6 +94,8 @@ def find_run(search: RunSearch) -> Steps[str | None]:
             raise _uncertain(search, [run.workflow_run_id], "has no inputs that could be compared")
         if is_equal:
             fitting.append(run.workflow_run_id)
+        else:
+            others.add(run.workflow_run_id)
     if len(fitting) > 1:
         raise _uncertain(search, fitting, "each may be it")
     return fitting[0] if fitting else None

@@ -25,22 +25,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
 from airflow_provider_dify.batch.results import Checkpoint
-from airflow_provider_dify.exceptions import DifyConnectionError
-from airflow_provider_dify.following import RETRY_DELAY
 from airflow_provider_dify.models import WAITING_STATUSES, LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE
 from airflow_provider_dify.starting import shorten_user, task_name
-from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.waiting import delay_after
-
-if TYPE_CHECKING:
-    from airflow.sdk.types import Logger
 
 _PAGE_SIZE = 100
 # Room for the row and the attempt: "/999999999.999".
@@ -159,32 +152,6 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
         if len(rows) < _PAGE_SIZE or is_before or not new:
             return found
         page += 1
-
-
-def read_log_patiently(
-    users: RowUsers, since: float, clock: TaskClock, max_failures: int, log: Logger
-) -> Steps[dict[int, list[FoundRun]]]:
-    """
-    Read the log as :func:`read_log`, again where that fails for a passing reason.
-
-    :param users: as there.
-    :param since: as there.
-    :param clock: the try's deadline.
-    :param max_failures: how often in a row it may fail: without the log, runs would be paid twice.
-    :param log: the task's log.
-    :raises DifyError: as there.
-    """
-    failures = 0
-    while True:
-        try:
-            return (yield from read_log(users, since))
-        except DifyConnectionError as error:
-            failures += 1
-            if failures > max_failures or clock.is_over:
-                raise
-            log.warning("Dify's log could not be read; looking again: %s", error)
-            delay = delay_after(error, failures, RETRY_DELAY)
-        yield from clock.pause(delay)
 
 
 def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[FoundRun | None]:

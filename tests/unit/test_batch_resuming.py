@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -21,14 +20,11 @@ from airflow_provider_dify.batch.resuming import (
     look_for,
     plan_row,
     read_log,
-    read_log_patiently,
 )
-from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.starting import default_user
-from airflow_provider_dify.task_clock import TaskClock
-from tests.dify_stand_in import DifyStandIn, respond
+from tests.dify_stand_in import DifyStandIn
 
 SINCE = time.time()
 USERS = RowUsers("airflow/1234/dag/task/run/2")
@@ -185,24 +181,6 @@ def test_one_run_is_looked_for_by_its_user() -> None:
     assert (run.attempt, run.status) == (1, RUNNING)
     assert calls[0]["created_by_end_user_session_id"] == USERS.user_of(3, 1)
     assert play(look_for(USERS, 4, 0, SINCE), [logged(3)])[0] is None
-
-
-@pytest.mark.parametrize(("failures", "is_read"), [(0, True), (2, True), (3, False)])
-def test_a_log_that_can_not_be_read_is_asked_for_again(
-    dify: DifyStandIn, dify_connection: str, monkeypatch: pytest.MonkeyPatch, failures: int, is_read: bool
-) -> None:
-    monkeypatch.setattr("airflow_provider_dify.batch.resuming.RETRY_DELAY", 0.01)
-    dify.add_run("running", user=USERS.user_of(7, 0))
-    dify.misbehave(respond(503), times=failures)
-    clock = TaskClock(time.time() + 60, 1.0)
-    with DifyHook(retry_limit=0) as hook:
-        steps = read_log_patiently(USERS, SINCE, clock, 2, logging.getLogger(__name__))
-        if is_read:
-            assert list(hook.run_steps(steps)) == [7]
-        else:
-            with pytest.raises(DifyConnectionError):
-                hook.run_steps(steps)
-    assert len(dify.requests) == min(failures + 1, 3)
 
 
 # --- a row
