@@ -84,8 +84,7 @@ class FileOutput:
     """
     Results that are written into a file, in parts first.
 
-    :param output_path: where they are to be.
-    :param batch_id: names the batch, for its parts.
+    :param files: where they are to be.
     :param max_active_runs: how many rows may be under way at once.
     :param progress: counts the results of earlier tries.
     :param earlier: what earlier tries may have started.
@@ -94,10 +93,9 @@ class FileOutput:
     remembers_stops = True
 
     def __init__(
-        self, output_path: str, batch_id: str, max_active_runs: int, progress: BatchProgress, earlier: EarlierTries
+        self, files: ResultFiles, max_active_runs: int, progress: BatchProgress, earlier: EarlierTries
     ) -> None:
-        self._output_path = output_path
-        self._files = ResultFiles(output_path, batch_id)
+        self._files = files
         written = self._files.read_written(progress.add)
         self._rows: RowSet = written.rows
         self.checkpoint = written.checkpoint
@@ -169,7 +167,7 @@ class FileOutput:
     def finish(self) -> Any:
         """Merge the parts into the file, and return its path."""
         self._files.merge()
-        return self._output_path
+        return self._files.output_path
 
     def remove_parts(self) -> None:
         """Remove what only a further try needs."""

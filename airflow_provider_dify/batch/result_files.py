@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult, RowSet
 from airflow_provider_dify.batch.storage import open_stream, storage_errors, storage_path
 
@@ -52,16 +53,18 @@ class ResultFiles:
     """
     The files of a batch's results. Each method blocks: an event loop calls it in a thread, one call after another.
 
-    The parts lie in ``OUTPUT_PATH.parts/BATCH_ID/``. :meth:`remove_parts` removes them when ``OUTPUT_PATH`` is
+    The parts lie in ``OUTPUT_PATH.parts/NAME/``. :meth:`remove_parts` removes them when ``OUTPUT_PATH`` is
     complete.
 
     :param output_path: where the results are to be; any path or URL that Airflow's object storage takes.
-    :param batch_id: names the batch, so that no other Dag run's parts are taken for its own.
+    :param name: the batch's name, so that no other Dag run's parts are taken for its own.
     """
 
-    def __init__(self, output_path: Any, batch_id: str) -> None:
+    def __init__(self, output_path: str, name: BatchName) -> None:
+        self.output_path = output_path
+        self._name = name
         self._file = storage_path(output_path)
-        self._folder = self._file.parent / f"{self._file.name}.parts" / batch_id
+        self._folder = self._file.parent / f"{self._file.name}.parts" / name.folder
 
     def read_written(self, on_result: Callable[[RowResult], object] = lambda result: None) -> WrittenResults:
         """
@@ -111,16 +114,26 @@ class ResultFiles:
         """
         Remove the parts, after the merge, as the last thing that the batch does.
 
+        What the same task has left from before it was cleared goes with them.
+
         :raises DifyError: if the storage fails.
         """
-        with storage_errors(self._folder, "removed"):
-            for path in self._parts():
-                path.unlink(missing_ok=True)
-            (self._folder / _MERGED).unlink(missing_ok=True)
-            # The outer folder may have another batch's parts.
+        outer = self._folder.parent
+        with storage_errors(outer, "removed"):
+            names = [BatchName.parse(path.name) for path in outer.iterdir()] if outer.exists() else []
+            for name in [self._name, *(name for name in names if name is not None and name.is_before(self._name))]:
+                self._remove(outer / name.folder)
+            # It may have another batch's parts.
             with contextlib.suppress(OSError, NotImplementedError):
-                self._folder.fs.rmdir(self._folder.path)
-                self._folder.parent.fs.rmdir(self._folder.parent.path)
+                outer.fs.rmdir(outer.path)
+
+    @staticmethod
+    def _remove(folder: Any) -> None:
+        for path in _parts_in(folder):
+            path.unlink(missing_ok=True)
+        (folder / _MERGED).unlink(missing_ok=True)
+        with contextlib.suppress(OSError, NotImplementedError):
+            folder.fs.rmdir(folder.path)
 
     @property
     def is_merged(self) -> bool:
@@ -131,9 +144,7 @@ class ResultFiles:
     def _parts(self) -> list[Any]:
         """Return the parts, sorted by their first row."""
         with storage_errors(self._folder, "read"):
-            if not self._folder.exists():
-                return []
-            found = [path for path in self._folder.iterdir() if _PART_NAME.fullmatch(path.name)]
+            found = _parts_in(self._folder)
         return sorted(found, key=lambda path: (int(path.name.partition("-")[0]), path.name))
 
     def _streams(self) -> list[tuple[int, Iterator[str]]]:
@@ -158,6 +169,10 @@ class ResultFiles:
                 file = open_stream(path, "w", newline="\n")
             with file:
                 file.writelines(lines)
+
+
+def _parts_in(folder: Any) -> list[Any]:
+    return [path for path in folder.iterdir() if _PART_NAME.fullmatch(path.name)] if folder.exists() else []
 
 
 def merge_parts(parts: Iterable[tuple[int, Iterator[str]]]) -> Iterator[tuple[int, str]]:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.batch.concurrency import RunLimit
 from airflow_provider_dify.batch.form_check import FormCheck
+from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log_patiently
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log_patiently
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.batch import result_files
+from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.result_files import ResultFiles, merge_parts
 from airflow_provider_dify.batch.results import (
     MAX_RETURNED_ROWS,
@@ -31,6 +32,7 @@ from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, 
 from tests.unit.memory_storage import attach_memory
 from tests.unit.test_workflow_run import make_run
 
+BATCH = BatchName("0" * 16)
 RESULT = RowResult(7, "succeeded", {"text": "é\n\ud800"}, None, "run-7", 12, 0.5, 2)
 
 
@@ -180,7 +182,7 @@ def exists(path: str) -> bool:
 
 
 def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     files.begin(Checkpoint(0, 8))
     write_parts(files, [0, 2, 3], [1, 9], [4, 5, 6], [7, 8])
     files.merge()
@@ -191,20 +193,20 @@ def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> No
 
 
 def test_a_batch_without_rows_has_an_empty_file(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     files.begin(Checkpoint(0, 8))
     files.merge()
     assert read(output_path) == ""
 
 
 def test_results_that_were_written_are_read_back(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     assert files.read_written().checkpoint is None
     files.begin(Checkpoint(1, 4, ("a",)))
     write_parts(files, [0, 2], [1], open_since=5)
     files.write(Part([], Checkpoint(3, 2, ("b",))))
     seen: list[RowResult] = []
-    written = ResultFiles(output_path, "batch").read_written(seen.append)
+    written = ResultFiles(output_path, BATCH).read_written(seen.append)
     assert sorted(result.index for result in seen) == [0, 1, 2]
     assert seen[0] == RowResult(seen[0].index, "succeeded", {"n": seen[0].index})
     assert [row in written.rows for row in range(4)] == [True, True, True, False]
@@ -215,21 +217,36 @@ def test_results_that_were_written_are_read_back(output_path: str) -> None:
 
 
 def test_another_batch_with_the_same_path_has_parts_of_its_own(output_path: str) -> None:
-    write_parts(ResultFiles(output_path, "one"), [0, 1])
-    other = ResultFiles(output_path, "two")
+    write_parts(ResultFiles(output_path, BATCH), [0, 1])
+    other = ResultFiles(output_path, BatchName("1" * 16))
     assert len(other.read_written().rows) == 0
     write_parts(other, [0])
     other.merge()
     other.remove_parts()
-    assert len(ResultFiles(output_path, "one").read_written().rows) == 2
+    assert len(ResultFiles(output_path, BATCH).read_written().rows) == 2
+
+
+def test_parts_of_before_the_task_was_cleared_are_removed_in_the_end(output_path: str) -> None:
+    before = [ResultFiles(output_path, replace(BATCH, generation=generation)) for generation in (0, 2)]
+    others = [ResultFiles(output_path, name) for name in (replace(BATCH, generation=11), BatchName("1" * 16, 0))]
+    for files in (*before, *others):
+        write_parts(files, [0, 1])
+    cleared = ResultFiles(output_path, replace(BATCH, generation=10))
+    assert len(cleared.read_written().rows) == 0
+    write_parts(cleared, [0])
+    cleared.merge()
+    cleared.remove_parts()
+    assert [len(files.read_written().rows) for files in before] == [0, 0]
+    assert [len(files.read_written().rows) for files in others] == [2, 2]
 
 
 def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
-    files = ResultFiles(str(output), "batch")
+    files = ResultFiles(str(output), BATCH)
     files.begin(Checkpoint(1, 8))
     write_parts(files, [0, 1, 2], open_since=99)
-    (part,) = [path for path in (tmp_path / "results.jsonl.parts" / "batch").iterdir() if path.stat().st_size > 200]
+    folder = tmp_path / "results.jsonl.parts" / BATCH.folder
+    (part,) = [path for path in folder.iterdir() if path.stat().st_size > 200]
     whole = part.read_bytes()
     for length in range(len(whole)):
         part.write_bytes(whole[:length])
@@ -240,11 +257,11 @@ def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) ->
         assert written.checkpoint == Checkpoint(1, 8)
         files.merge()
         assert rows_in(output) == list(range(min(lines, 3)))
-        (tmp_path / "results.jsonl.parts" / "batch" / "merged").unlink()
+        (folder / "merged").unlink()
 
 
 def test_a_row_that_two_parts_have_is_there_once(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     write_parts(files, [0, 1, 2], [1, 2, 3], [2])
     assert len(files.read_written().rows) == 4
     files.merge()
@@ -252,7 +269,7 @@ def test_a_row_that_two_parts_have_is_there_once(output_path: str) -> None:
 
 
 def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     write_parts(files, list(range(50)), list(range(50, 100)))
     real = merge_parts
 
@@ -266,7 +283,7 @@ def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytes
     with pytest.raises(KeyboardInterrupt):
         files.merge()
     monkeypatch.undo()
-    again = ResultFiles(output_path, "batch")
+    again = ResultFiles(output_path, BATCH)
     assert len(again.read_written().rows) == 100
     again.merge()
     assert [json.loads(line)["index"] for line in read(output_path).splitlines()] == list(range(100))
@@ -275,11 +292,13 @@ def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytes
 def test_after_the_merge_the_file_counts_and_not_what_is_left_of_the_parts(output_path: str) -> None:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     write_parts(files, [0, 1], [2, 3])
     files.merge()
-    next(path for path in ObjectStoragePath(f"{output_path}.parts/batch").iterdir() if "-" in path.name).unlink()
-    again = ResultFiles(output_path, "batch")
+    next(
+        path for path in ObjectStoragePath(f"{output_path}.parts/{BATCH.folder}").iterdir() if "-" in path.name
+    ).unlink()
+    again = ResultFiles(output_path, BATCH)
     written = again.read_written()
     assert written.is_complete
     assert len(written.rows) == 4
@@ -292,12 +311,12 @@ def test_after_the_merge_the_file_counts_and_not_what_is_left_of_the_parts(outpu
 def test_a_storage_that_can_not_be_written_is_a_dify_error(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl.parts").write_text("a file where a folder should be")
     with pytest.raises(DifyError, match="could not be written"):
-        ResultFiles(str(tmp_path / "results.jsonl"), "batch").begin(Checkpoint(0, 8))
+        ResultFiles(str(tmp_path / "results.jsonl"), BATCH).begin(Checkpoint(0, 8))
 
 
 def test_a_storage_that_is_not_known_fails_without_retry() -> None:
     with pytest.raises(DifyConfigurationError, match="nosuch"):
-        ResultFiles("nosuch://bucket/results.jsonl", "batch")
+        ResultFiles("nosuch://bucket/results.jsonl", BATCH)
 
 
 # --- the merge
@@ -335,7 +354,7 @@ def test_any_order_of_ends_is_merged_in_row_order() -> None:
 
 
 def test_a_merge_holds_no_more_than_a_few_lines_of_each_part(tmp_path: Path) -> None:
-    files = ResultFiles(str(tmp_path / "results.jsonl"), "batch")
+    files = ResultFiles(str(tmp_path / "results.jsonl"), BATCH)
     for start in range(0, 20_000, 1000):
         buffer = PartBuffer(8, 0)
         for row in range(start, start + 1000):
