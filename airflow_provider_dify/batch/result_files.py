@@ -5,7 +5,8 @@ Runs end out of order, an early one maybe hours after its neighbours. So results
 they are written in parts as they come, beside the file that they are for, and merged at the end. That suits every
 storage. An object store can't append to an object, and shows a new one only when it is complete; a local file that is
 being written may be cut by a crash. So a part is a file of its own, written at once and never changed, and ends with a
-line that says so: without it the part counts as cut, and its whole lines still count. A crash loses the results since
+line that says so: without it the part counts as cut, and its whole lines still count. That line also counts the rows
+of all parts so far, so that a part that was removed or cut is missed. A crash loses the results since
 the last part. Their runs are in Dify's log, so they are read again and not paid again.
 
 Each part is sorted and has its first row in its name, and runs start in row order. So the merge reads the parts as
@@ -25,6 +26,8 @@ from typing import Any
 from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult, RowSet
 from airflow_provider_dify.batch.storage import open_stream, storage_errors, storage_path
+from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.excerpts import one_line, redact
 
 # A merge has many parts open, each with a buffer of this size.
 _MERGE_BUFFER = 262_144
@@ -47,6 +50,11 @@ class WrittenResults:
     rows: RowSet = field(default_factory=RowSet)
     checkpoint: Checkpoint | None = None
     is_complete: bool = False
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether a part is gone or cut that a later one counts: its rows may have been started at any time."""
+        return self.checkpoint is not None and len(self.rows) < self.checkpoint.rows
 
 
 class ResultFiles:
@@ -96,17 +104,33 @@ class ResultFiles:
         """
         self._write(self._folder / part.name, [*(line for _, line in part.lines), part.checkpoint.to_line()])
 
-    def merge(self) -> None:
+    def merge(self, expected: int) -> None:
         """
         Write all results into the output file, in row order.
 
         Interrupted at any moment, it can be called again: the parts are still there.
 
-        :raises DifyError: if the storage fails.
+        :param expected: how many rows the parts should have.
+        :raises DifyError: if they have fewer, or if the storage fails.
         """
         if self.is_merged:
             return
-        self._write(self._file, (line for _, line in merge_parts(self._streams())))
+        merged = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal merged
+            for _, line in merge_parts(self._streams()):
+                merged += 1
+                yield line
+
+        self._write(self._file, lines())
+        if merged < expected:
+            raise DifyError(
+                f"{expected - merged:,} of {expected:,} results are missing: parts in "
+                f"{one_line(redact(str(self._folder), ()), 300)} were removed or cut while the batch ran. "
+                f"{one_line(redact(self.output_path, ()), 300)} has the others. A retry reads the missing ones from "
+                "Dify's log."
+            )
         # From now on the parts may go: which of them are left says nothing any more.
         self._write(self._folder / _MERGED, [""])
 
@@ -218,4 +242,5 @@ def _join(first: Checkpoint | None, second: Checkpoint | None) -> Checkpoint | N
         max(first.open_since, second.open_since),
         max(first.max_active_runs, second.max_active_runs),
         first.stopped_runs + second.stopped_runs,
+        max(first.rows, second.rows),
     )

@@ -183,6 +183,7 @@ class Resumption:
     :param checkpoint: the earlier tries' checkpoint, if there is one.
     :param last_written: the last row whose result is written; -1 for none.
     :param is_fresh: whether no earlier try can have started anything.
+    :ivar last_uncertain: the last row that an earlier try may have started; -1 for none.
     """
 
     def __init__(
@@ -203,6 +204,7 @@ class Resumption:
         alive = sum(any(map(self._is_alive, runs)) for runs in found.values())
         self._uncertain_left = 0 if is_fresh else max(0, in_hand - alive)
         self._last_known = max([last_written, *found])
+        self.last_uncertain = -1 if is_fresh else self._last_known + in_hand
 
     def plan(self, row: int) -> RowPlan:
         """

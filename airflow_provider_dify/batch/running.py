@@ -170,7 +170,6 @@ class BatchRun:
             found = await self._hook.run_steps(
                 read_log_patiently(self._users, self._output.since, self._clock, failures, self._log)
             )
-        await self._output.begin()
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
         resumption = Resumption(
@@ -181,6 +180,7 @@ class BatchRun:
             last_written=self._output.last_written,
             is_fresh=self._output.is_first_try and not found,
         )
+        await self._output.begin(resumption.last_uncertain)
         # Later than the batch's own, which ends all rows at once.
         clock = TaskClock(self._clock.deadline + 60.0, math.inf)
         return BatchClient(
