@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.api.routes import MAX_USER_LENGTH
+from airflow_provider_dify.api.routes import MAX_USER_LENGTH, check_user
 from airflow_provider_dify.starting import shorten_user, task_name
 
 # Room for the row and the attempt: "/999999999.999".
@@ -33,9 +33,11 @@ class RowUsers:
 
         :param ti: the task instance.
         :param user: a name of one's own, which takes the place of Airflow's in front; the rest becomes a digest.
+        :raises DifyConfigurationError: if the name is empty, or no text.
         """
         name = f"{task_name(ti)}/{generation_of(ti)}"
         if user is not None:
+            check_user(user[:MAX_USER_LENGTH] if isinstance(user, str) else user)
             name = f"{user}/{_digest(name)}" if len(user) + 17 <= MAX_USER_LENGTH - _ROW_LENGTH else f"{user}/{name}"
         return cls(shorten_user(name, MAX_USER_LENGTH - _ROW_LENGTH))
 

@@ -25,8 +25,9 @@ from typing import Any
 
 from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult, RowSet
-from airflow_provider_dify.batch.storage import open_stream, storage_errors, storage_path
-from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.batch.rows import is_file
+from airflow_provider_dify.batch.storage import is_same_file, open_stream, storage_errors, storage_path
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
 from airflow_provider_dify.excerpts import one_line, redact
 
 # A merge has many parts open, each with a buffer of this size.
@@ -73,6 +74,23 @@ class ResultFiles:
         self._name = name
         self._file = storage_path(output_path)
         self._folder = self._file.parent / f"{self._file.name}.parts" / name.folder
+
+    def check(self, inputs: Any) -> None:
+        """
+        Check that the results can be written where they are to be, before anything is started.
+
+        :param inputs: the batch's inputs.
+        :raises DifyConfigurationError: if the path names no file, or a folder, or the file of the inputs.
+        """
+        shown = repr(one_line(redact(self.output_path, ()), 300))
+        if not self.output_path.strip() or not self._file.name:
+            raise DifyConfigurationError(f"output_path must name a file, but it is {shown}.")
+        with storage_errors(self._file, "read"):
+            is_folder = self._file.is_dir()
+        if is_folder:
+            raise DifyConfigurationError(f"output_path must name a file, but {shown} is a folder.")
+        if is_file(inputs) and is_same_file(storage_path(inputs), self._file):
+            raise DifyConfigurationError(f"output_path is {shown}, so the results would replace the inputs.")
 
     def read_written(self, on_result: Callable[[RowResult], object] = lambda result: None) -> WrittenResults:
         """

@@ -10,6 +10,7 @@ from typing import Any
 
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyOutputsError
 from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.xcoms import xcom_problem
 
 # A part is written as soon as it has so many rows or bytes, or its first result is so many seconds old.
 PART_ROWS = 1_000
@@ -271,9 +272,16 @@ class ReturnedResults:
         """
         Take a row's result.
 
-        :raises DifyOutputsError: if the results are more than a return value may have. How much runs return can't be
-            known before they do; so the batch ends as soon as it is known.
+        :raises DifyOutputsError: if Airflow can't store the result, or if the results are more than a return value may
+            have. What runs return can't be known before they do; so the batch ends as soon as it is known.
         """
+        problem = xcom_problem(result.to_dict())
+        if problem:
+            raise DifyOutputsError(
+                f"Row {result.index:,} {problem}, which Airflow cannot store as an XCom: Dify workflow run "
+                f"{result.workflow_run_id} is over, but its result cannot be part of a return value. Set output_path, "
+                "and read the results from that file."
+            )
         self._size += len(result.to_line())
         self._results[result.index] = result
         if self._size > MAX_RETURNED_BYTES:

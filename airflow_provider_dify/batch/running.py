@@ -200,6 +200,8 @@ class BatchRun:
                     has_more = row is not None
                     if row is not None:
                         self._take(client, row)
+                        # Rows that are never started may be many, and follow each other at once.
+                        await self._write()
                 await self._wait_for_change()
                 if self._clock.is_over:
                     self._stop(self._timed_out())

@@ -134,4 +134,5 @@ class BatchTask:
         if path is None:
             return ReturnedOutput(total, earlier)
         files = ResultFiles(path, BatchName.of_task(self._ti))
+        files.check(self._batch.inputs)
         return FileOutput(files, self._batch.max_active_runs, progress, earlier)

@@ -16,8 +16,8 @@ from airflow_provider_dify.batch import results
 from airflow_provider_dify.batch.row_run import RowSettings
 from airflow_provider_dify.batch.running import BatchSettings
 from airflow_provider_dify.batch.task import BatchTask, TaskSettings
-from airflow_provider_dify.exceptions import DifyError
-from tests.dify_stand_in import DifyStandIn
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
+from tests.dify_stand_in import DifyStandIn, Start
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
 
@@ -34,11 +34,20 @@ ROW = RowSettings(
 )
 
 
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"n": n} for n in range(count)]
+
+
 def run_try(
-    output: Path | None, *, rows: Any = ROWS, try_number: int = 1, at_end: Callable[[], object] = lambda: None
+    inputs: Any,
+    output_path: Any = None,
+    *,
+    user: Any = None,
+    max_failed_runs: float = 0,
+    try_number: int = 1,
+    at_end: Callable[[], object] = lambda: None,
 ) -> Any:
     """Run a try of a task with one retry; when its runs are over, and before their results are merged, do something."""
-    inputs = [{"n": n} for n in range(rows)] if isinstance(rows, int) else rows
     ti = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, try_number=try_number, max_tries=1)
     summaries: list[dict[str, Any]] = []
 
@@ -48,7 +57,7 @@ def run_try(
             at_end()
 
     batch = BatchSettings(inputs, "dify_default", 4, 30.0, ROW)
-    settings = TaskSettings(None, None if output is None else str(output), 0, 1)
+    settings = TaskSettings(user, None if output_path is None else str(output_path), max_failed_runs, 1)
     task = BatchTask(batch, settings, {"ti": ti}, logging.getLogger("batch"), push)  # type: ignore[typeddict-item]
     return task.run(lambda app_id: None)
 
@@ -75,15 +84,89 @@ def test_a_part_that_is_gone_fails_the_try_and_the_retry_reads_its_rows_from_the
     dify.run_duration = 0.1
     output = tmp_path / "results.jsonl"
     with pytest.raises(DifyError, match="results are missing") as failure:
-        run_try(output, at_end=lambda: damage(parts_with_rows(output)[which]))
+        run_try(numbered(ROWS), output, at_end=lambda: damage(parts_with_rows(output)[which]))
     # A retry is worth it.
     assert type(failure.value) is DifyError
     left = len(lines_of(output))
     assert 0 < left < ROWS
     assert f"{ROWS - left} of {ROWS} results are missing" in str(failure.value)
-    run_try(output, try_number=2)
+    run_try(numbered(ROWS), output, try_number=2)
     assert [row["index"] for row in lines_of(output)] == list(range(ROWS))
     assert {row["status"] for row in lines_of(output)} == {"succeeded"}
     # Nothing was paid twice.
     assert sorted(started.inputs["n"] for started in dify.started) == list(range(ROWS))
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+# --- arguments that can't work: nothing is started
+
+
+@pytest.mark.parametrize("output_path", ["", " "])
+def test_an_output_path_that_names_no_file_is_refused(
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output_path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DifyConfigurationError, match="output_path must name a file"):
+        run_try(numbered(1), output_path)
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("url", ["{}", "{}/", "file://{}"])
+def test_an_output_path_that_is_a_folder_is_refused(dify: DifyStandIn, tmp_path: Path, url: str) -> None:
+    with pytest.raises(DifyConfigurationError, match="is a folder"):
+        run_try(numbered(1), url.format(tmp_path))
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("url", ["{}", "file://{}"])
+def test_results_never_replace_the_inputs(dify: DifyStandIn, tmp_path: Path, url: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"n": 1}\n')
+    with pytest.raises(DifyConfigurationError, match="would replace the inputs"):
+        run_try(str(rows), url.format(rows))
+    assert rows.read_text() == '{"n": 1}\n'
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("user", [5, "", ["me"]])
+def test_a_user_that_is_no_text_is_refused(dify: DifyStandIn, user: Any) -> None:
+    with pytest.raises(DifyConfigurationError, match="user"):
+        run_try(numbered(1), user=user)
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("text", ["[{'n': 1}]", ' [{"n": 1}] ', "{'n': 1}", "[]"])
+def test_a_list_that_was_rendered_to_text_is_refused_with_the_way_out(text: str) -> None:
+    with pytest.raises(DifyConfigurationError, match="render_template_as_native_obj"):
+        run_try(text)
+
+
+# --- results
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [({"__classname__": "os.system"}, "serialized objects of Airflow"), ([[]] * 3, None)],
+)
+def test_outputs_that_can_not_be_an_xcom_end_a_batch_without_a_file(
+    dify: DifyStandIn, tmp_path: Path, output: Any, why: str | None
+) -> None:
+    dify.starts += [Start(), Start(fields={"outputs": {"answer": output}}), Start()]
+    if why is None:
+        assert run_try(numbered(3))[1]["outputs"] == {"answer": output}
+        return
+    with pytest.raises(DifyOutputsError, match=rf"Row 1 .*{why}.*output_path"):
+        run_try(numbered(3))
+    # A file takes them.
+    run_try(numbered(3), tmp_path / "results.jsonl")
+
+
+def test_a_million_rows_that_can_not_be_run_are_written_in_parts(
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "PART_ROWS", 100)
+    output = tmp_path / "results.jsonl"
+    counted: list[int] = []
+    run_try([None] * 3000, output, max_failed_runs=1.0, at_end=lambda: counted.append(len(parts_with_rows(output))))
+    assert [row["index"] for row in lines_of(output)] == list(range(3000))
+    assert counted[0] > 5
