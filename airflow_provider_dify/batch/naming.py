@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH, check_user
-from airflow_provider_dify.starting import shorten_user, task_name
+from airflow_provider_dify.starting import installation_id, shorten_user, task_name
 
 # Room for the row and the attempt: "/999999999.999".
 _ROW_LENGTH = 20
 _ROW = re.compile(r"(\d{1,12})\.(\d{1,6})")
-_FOLDER = re.compile(r"([0-9a-f]{16})\.(\d{1,9})")
+_FOLDER = re.compile(r"([0-9a-f]{16})\.(-1|\d{1,9})\.(\d{1,9})")
 
 
 @dataclass(frozen=True)
@@ -58,32 +58,41 @@ class BatchName:
     """
     The name of a task's batch, the same in each of its tries.
 
-    :param task: a digest of the task instance.
+    :param task: a digest of the task in its Dag run.
+    :param map_index: which of the mapped tasks; -1 for one that isn't mapped.
     :param generation: a number that grows when the task is cleared.
     """
 
     task: str
+    map_index: int = -1
     generation: int = 0
 
     @classmethod
     def of_task(cls, ti: Any) -> BatchName:
         """Return the name of a task instance's batch."""
-        return cls(_digest(task_name(ti)), generation_of(ti))
+        map_index = -1 if ti.map_index is None else int(ti.map_index)
+        task = _digest(f"{installation_id()}/{ti.dag_id}/{ti.task_id}/{ti.run_id}")
+        return cls(task, map_index, generation_of(ti))
 
     @classmethod
     def parse(cls, folder: str) -> BatchName | None:
         """Return the batch whose parts are in a folder of this name; ``None`` for any other folder."""
         found = _FOLDER.fullmatch(folder)
-        return cls(found[1], int(found[2])) if found else None
+        return cls(found[1], int(found[2]), int(found[3])) if found else None
 
     @property
     def folder(self) -> str:
         """The name of the folder with its parts."""
-        return f"{self.task}.{self.generation}"
+        return f"{self.task}.{self.map_index}.{self.generation}"
 
     def is_before(self, other: BatchName) -> bool:
         """Return whether this is the batch of the same task before it was cleared."""
-        return self.task == other.task and self.generation < other.generation
+        is_same_task = (self.task, self.map_index) == (other.task, other.map_index)
+        return is_same_task and self.generation < other.generation
+
+    def is_beside(self, other: BatchName) -> bool:
+        """Return whether this is the batch of another of the mapped tasks."""
+        return self.task == other.task and self.map_index != other.map_index
 
 
 def generation_of(ti: Any) -> int:

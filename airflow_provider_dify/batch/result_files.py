@@ -111,8 +111,23 @@ class ResultFiles:
         return written
 
     def begin(self, checkpoint: Checkpoint) -> None:
-        """Write the batch's first checkpoint, before anything is started: a later try reads Dify's log from there."""
+        """
+        Write the batch's first checkpoint, before anything is started: a later try reads Dify's log from there.
+
+        :raises DifyConfigurationError: if another of the mapped tasks writes to the same file.
+        :raises DifyError: if the storage fails.
+        """
         self.write(Part([], checkpoint))
+        # Looked for afterwards: of two that begin at once, one sees the other.
+        beside = next((name for name in self._batches() if name.is_beside(self._name)), None)
+        if beside is not None:
+            with storage_errors(self._folder, "removed"):
+                self._remove(self._folder)
+            raise DifyConfigurationError(
+                f"output_path is {one_line(redact(self.output_path, ()), 300)!r}, which is that of map index "
+                f"{beside.map_index} of this task, too. Each mapped task needs a file of its own: put "
+                "{{ ti.map_index }} into it. Nothing was started."
+            )
 
     def write(self, part: Part) -> None:
         """
@@ -161,9 +176,9 @@ class ResultFiles:
         :raises DifyError: if the storage fails.
         """
         outer = self._folder.parent
+        before = [name for name in self._batches() if name.is_before(self._name)]
         with storage_errors(outer, "removed"):
-            names = [BatchName.parse(path.name) for path in outer.iterdir()] if outer.exists() else []
-            for name in [self._name, *(name for name in names if name is not None and name.is_before(self._name))]:
+            for name in (self._name, *before):
                 self._remove(outer / name.folder)
             # It may have another batch's parts.
             with contextlib.suppress(OSError, NotImplementedError):
@@ -182,6 +197,13 @@ class ResultFiles:
         """Whether an earlier try has written the output file, and was ended before it removed the parts."""
         with storage_errors(self._folder, "read"):
             return bool((self._folder / _MERGED).exists())
+
+    def _batches(self) -> list[BatchName]:
+        """Return the batches that have parts of this file."""
+        outer = self._folder.parent
+        with storage_errors(outer, "read"):
+            names = [BatchName.parse(path.name) for path in outer.iterdir()] if outer.exists() else []
+        return [name for name in names if name is not None]
 
     def _parts(self) -> list[Any]:
         """Return the parts, sorted by their first row."""

@@ -241,9 +241,25 @@ def test_another_batch_with_the_same_path_has_parts_of_its_own(output_path: str)
     assert len(ResultFiles(output_path, BATCH).read_written().rows) == 2
 
 
+def test_two_mapped_tasks_with_one_file_are_refused_before_anything_is_started(output_path: str) -> None:
+    first, second = (ResultFiles(output_path, replace(BATCH, map_index=index)) for index in (0, 1))
+    first.begin(Checkpoint(0, 8))
+    with pytest.raises(DifyConfigurationError, match=r"map index 0 of this task, too.*{{ ti.map_index }}"):
+        second.begin(Checkpoint(0, 8))
+    # Another Dag run's batch may have left its parts: it is no mistake to replace its results.
+    ResultFiles(output_path, BatchName("1" * 16, 0)).begin(Checkpoint(0, 8))
+    write_parts(first, [0])
+    first.merge(1)
+    first.remove_parts()
+    second.begin(Checkpoint(0, 8))
+
+
 def test_parts_of_before_the_task_was_cleared_are_removed_in_the_end(output_path: str) -> None:
     before = [ResultFiles(output_path, replace(BATCH, generation=generation)) for generation in (0, 2)]
-    others = [ResultFiles(output_path, name) for name in (replace(BATCH, generation=11), BatchName("1" * 16, 0))]
+    others = [
+        ResultFiles(output_path, name)
+        for name in (replace(BATCH, generation=11), BatchName("1" * 16), replace(BATCH, map_index=3))
+    ]
     for files in (*before, *others):
         write_parts(files, [0, 1])
     cleared = ResultFiles(output_path, replace(BATCH, generation=10))
@@ -252,7 +268,7 @@ def test_parts_of_before_the_task_was_cleared_are_removed_in_the_end(output_path
     cleared.merge(0)
     cleared.remove_parts()
     assert [len(files.read_written().rows) for files in before] == [0, 0]
-    assert [len(files.read_written().rows) for files in others] == [2, 2]
+    assert [len(files.read_written().rows) for files in others] == [2, 2, 2]
 
 
 def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from airflow_provider_dify.batch.row_run import RowSettings
 from airflow_provider_dify.batch.running import BatchSettings
 from airflow_provider_dify.batch.task import BatchTask, TaskSettings
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
-from tests.dify_stand_in import DifyStandIn, Start
+from tests.dify_stand_in import DifyStandIn, Start, respond
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
 
@@ -170,3 +170,16 @@ def test_a_million_rows_that_can_not_be_run_are_written_in_parts(
     run_try([None] * 3000, output, max_failed_runs=1.0, at_end=lambda: counted.append(len(parts_with_rows(output))))
     assert [row["index"] for row in lines_of(output)] == list(range(3000))
     assert counted[0] > 5
+
+
+def test_a_row_that_is_too_large_for_a_proxy_fails_alone_and_at_once(dify: DifyStandIn) -> None:
+    # As nginx responds, whose limit is 1 MB where nobody has raised it.
+    page = "<html><head><title>413 Request Entity Too Large</title></head></html>"
+    dify.misbehave(respond(413, page, content_type="text/html"), only="POST .*/run")
+    returned = run_try(numbered(6), max_failed_runs=1)
+    assert [row["status"] for row in returned].count("succeeded") == 5
+    (failed,) = [row for row in returned if row["status"] == "failed"]
+    assert failed["attempts"] == 0
+    assert "HTTP 413" in failed["error"]
+    assert "client_max_body_size" in failed["error"]
+    assert sum(request.method == "POST" for request in dify.requests) == 6
