@@ -236,6 +236,13 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
         raise DifyRequestError(
             f"{cause}: Dify rejected the request for {subject} with {response.connection_name}.{hint}", **facts
         )
+    if status_code == 413:
+        # Of a server in front of Dify, whatever it says; the same request would get the same response.
+        raise DifyRequestError(
+            f"{cause}: the request for {subject} at {response.url} is too large for a server in front of Dify. Send "
+            "less, or raise that server's limit (nginx: client_max_body_size).",
+            **facts,
+        )
     location = response.header("Location")
     what = "no response of Dify's"
     if 300 <= status_code < 400 and location:

@@ -10,13 +10,13 @@ import pendulum
 import pytest
 
 from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
 from airflow_provider_dify.batch.resuming import (
     FoundRun,
     Resumption,
     RowAction,
     RowPlan,
-    RowUsers,
     look_for,
     plan_row,
     read_log,
@@ -86,11 +86,13 @@ def test_another_task_has_other_users(change: dict[str, Any]) -> None:
     one, other = RowUsers.of_task(ti_of()), RowUsers.of_task(ti_of(**change))
     assert one.user_of(0, 0) != other.user_of(0, 0)
     assert other.parse(one.user_of(0, 0)) is None
-    assert one.batch_id != other.batch_id
+    assert BatchName.of_task(ti_of()) != BatchName.of_task(ti_of(**change))
 
 
 def test_each_try_of_a_task_has_the_same_users() -> None:
-    assert RowUsers.of_task(ti_of(try_number=1)) == RowUsers.of_task(ti_of(try_number=2))
+    one, other = ti_of(try_number=1), ti_of(try_number=2)
+    assert RowUsers.of_task(one) == RowUsers.of_task(other)
+    assert BatchName.of_task(one) == BatchName.of_task(other)
 
 
 def test_another_installation_has_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
