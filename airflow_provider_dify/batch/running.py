@@ -23,12 +23,7 @@ from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
-from airflow_provider_dify.exceptions import (
-    DifyConnectionError,
-    DifyError,
-    DifyTaskKilled,
-    DifyWorkflowRunTimeout,
-)
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyTaskKilled, DifyWorkflowRunTimeout
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
