@@ -16,17 +16,9 @@ from hypothesis import strategies as st
 from airflow_provider_dify.api import routes
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.finished_runs import (
-    DETAILS_AT_ONCE,
-    MAX_DETAIL_INTERVAL,
-    OVERLAP,
-    PAGE_SIZE,
-    Look,
-    RunWindow,
-    WindowPolicy,
-    look_at_runs,
-)
+from airflow_provider_dify.finished_runs import DETAILS_AT_ONCE, PAGE_SIZE, look_at_runs
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.run_window import MAX_DETAIL_INTERVAL, OVERLAP, Look, RunWindow, WindowPolicy
 
 NOW = 1_800_000_000.0
 POLICY = WindowPolicy(poll_interval=30.0)
