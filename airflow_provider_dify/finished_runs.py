@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, row_key
 from airflow_provider_dify.run_window import OVERLAP, FinishedRun, Look, OpenRun, RunWindow, WindowPolicy
 
 PAGE_SIZE = 20
@@ -26,6 +26,8 @@ MAX_STALE_PAGES = 3
 _RUNS_WORTH_A_PAGE = 4
 # Details that one look asks for at most, a second or two of the server's time; the others wait for the next one.
 DETAILS_AT_ONCE = 100
+# Seconds for which a row is read again whose run has no record: Dify may let workers write the records, after the rows.
+RECORD_DELAY = 300.0
 # Seconds of the log that are read at most after a time without a look, unless run_timeout is longer.
 CATCH_UP = 86_400.0
 
@@ -73,6 +75,8 @@ class _Reader:
         self._open = dict(window.open)
         self._finished: dict[str, FinishedRun] = {}
         self._met: set[str] = set()
+        # Whose record may come yet: the oldest row.
+        self._awaited = math.inf
         self._pages = self._stale_pages = 0
         # Rows from here on are new unless they were seen; the others were read at an earlier look.
         if window.read_until is None:
@@ -92,10 +96,10 @@ class _Reader:
         # Whole seconds, so that watchers which are a moment apart ask the same.
         return datetime.fromtimestamp(int(min(self._bound, oldest)), timezone.utc)
 
-    def needs_page_after(self, rows: Sequence[LoggedWorkflowRun]) -> bool:
+    def needs_page_after(self, rows: Sequence[LogRow]) -> bool:
         """Take a page of rows, and return whether the next page is needed."""
         self._pages += 1
-        news = [row for row in rows if row.workflow_run_id not in self._met]
+        news = [row for row in rows if row_key(row) not in self._met]
         for row in news:
             self._take_row(row)
         self._stale_pages = 0 if news else self._stale_pages + 1
@@ -130,11 +134,12 @@ class _Reader:
         overdue = [
             run_id for run_id, run in self._open.items() if self._now - run.created_at > self._policy.run_timeout
         ]
-        bound = self._bound if self._read_until is None else self._read_until - OVERLAP
+        # Of an app without runs, everything that comes is new.
+        read_until = min(self._read_until or 0.0, self._awaited)
+        bound = self._bound if self._read_until is None else read_until - OVERLAP
         return Look(
             RunWindow(
-                # Of an app without runs, everything that comes is new.
-                read_until=0.0 if self._read_until is None else self._read_until,
+                read_until=read_until,
                 seen={run_id: at for run_id, at in self._seen.items() if at >= bound},
                 open={run_id: run for run_id, run in self._open.items() if run_id not in overdue},
             ),
@@ -146,10 +151,17 @@ class _Reader:
     def _due(self) -> dict[str, OpenRun]:
         return {run_id: run for run_id, run in self._open.items() if run.due <= self._now and run_id not in self._met}
 
-    def _take_row(self, row: LoggedWorkflowRun) -> None:
-        run_id, logged_at = row.workflow_run_id, _logged_at(row, self._now)
-        self._met.add(run_id)
+    def _take_row(self, row: LogRow) -> None:
+        logged_at = _logged_at(row, self._now)
+        self._met.add(row_key(row))
         self._read_until = max(self._read_until or 0.0, logged_at)
+        if isinstance(row, LoggedWorkflowRun):
+            self._take_run(row, logged_at)
+        elif self._now - logged_at < RECORD_DELAY:
+            self._awaited = min(self._awaited, logged_at)
+
+    def _take_run(self, row: LoggedWorkflowRun, logged_at: float) -> None:
+        run_id = row.workflow_run_id
         known = self._open.get(run_id)
         is_new = known is None and run_id not in self._seen and logged_at >= self._bound
         self._seen[run_id] = logged_at
@@ -182,8 +194,8 @@ class _Reader:
         )
 
 
-def _logged_at(row: LoggedWorkflowRun, now: float) -> float:
-    at = row.logged_at or row.created_at
+def _logged_at(row: LogRow, now: float) -> float:
+    at = row.logged_at if isinstance(row, RowWithoutRun) else row.logged_at or row.created_at
     return now if at is None else at.timestamp()
 
 
