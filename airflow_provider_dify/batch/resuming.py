@@ -28,8 +28,8 @@ from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
-from airflow_provider_dify.models import WAITING_STATUSES, LoggedWorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.run_search import CLOCK_TOLERANCE
+from airflow_provider_dify.models import WAITING_STATUSES, LogRow, RowWithoutRun, WorkflowRunStatus, row_key, runs_of
+from airflow_provider_dify.run_search import CLOCK_TOLERANCE, without_record
 
 _PAGE_SIZE = 100
 
@@ -93,14 +93,15 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
     seen: set[str] = set()
     page = 1
     while True:
-        rows: list[LoggedWorkflowRun] = yield calls.logged_runs(created_after=not_before, page=page, limit=_PAGE_SIZE)
+        rows: list[LogRow] = yield calls.logged_runs(created_after=not_before, page=page, limit=_PAGE_SIZE)
         # Two pages may show a run twice, if another one was started in between. A page with nothing new is the end,
         # too: of a server that doesn't know pages.
-        new = [row for row in rows if row.workflow_run_id not in seen]
-        seen = {row.workflow_run_id for row in rows}
+        new = [row for row in rows if row_key(row) not in seen]
+        seen = {row_key(row) for row in rows}
         for row in new:
             _take(users, row, found)
-        is_before = bool(rows) and rows[-1].created_at is not None and rows[-1].created_at < not_before
+        runs = runs_of(rows)
+        is_before = bool(runs) and runs[-1].created_at is not None and runs[-1].created_at < not_before
         if len(rows) < _PAGE_SIZE or is_before or not new:
             return found
         page += 1
@@ -118,9 +119,7 @@ def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[Fou
     :raises DifyError: if the log can't be read.
     """
     not_before = datetime.fromtimestamp(since, timezone.utc) - CLOCK_TOLERANCE
-    rows: list[LoggedWorkflowRun] = yield calls.logged_runs(
-        user=users.user_of(row, attempt), created_after=not_before, limit=20
-    )
+    rows: list[LogRow] = yield calls.logged_runs(user=users.user_of(row, attempt), created_after=not_before, limit=20)
     found: dict[int, list[FoundRun]] = {}
     for logged in rows:
         _take(users, logged, found)
@@ -128,11 +127,13 @@ def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[Fou
     return _best(runs) if runs else None
 
 
-def _take(users: RowUsers, logged: LoggedWorkflowRun, found: dict[int, list[FoundRun]]) -> None:
+def _take(users: RowUsers, logged: LogRow, found: dict[int, list[FoundRun]]) -> None:
     which = users.parse(logged.user)
     if which is None:
         return
     row, attempt = which
+    if isinstance(logged, RowWithoutRun):
+        raise without_record(f"a run of row {row}")
     run = FoundRun(attempt, logged.workflow_run_id, logged.status)
     runs = found.setdefault(row, [])
     if run.workflow_run_id not in {other.workflow_run_id for other in runs}:

@@ -28,8 +28,9 @@ from airflow_provider_dify.exceptions import (
     DifyError,
     DifyRequestError,
 )
-from airflow_provider_dify.finished_runs import Look, RunWindow, WindowPolicy, look_at_runs
+from airflow_provider_dify.finished_runs import look_at_runs
 from airflow_provider_dify.run_filter import RunFilter
+from airflow_provider_dify.run_window import Look, RunWindow, WindowPolicy
 from airflow_provider_dify.waiting import MAX_RETRY_DELAY, delay_after
 
 if TYPE_CHECKING:
