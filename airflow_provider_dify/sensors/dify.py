@@ -32,7 +32,7 @@ from airflow_provider_dify.exceptions import (
     DifyError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.links.dify import DifyWorkflowRunLink
+from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
@@ -89,7 +89,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     """
 
     template_fields: Sequence[str] = ("workflow_run_id", "dify_conn_id")
-    ui_color = "#d5e0ff"
+    ui_color = UI_COLOR
+    ui_fgcolor = UI_FGCOLOR
     operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
 
     def __init__(
