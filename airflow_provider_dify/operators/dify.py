@@ -42,7 +42,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     """
     Start a run of a Dify workflow app and wait until it is over; its outputs go to the next task.
 
-    The XComs are those of :class:`airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, and ``workflow_run_id``
+    The XComs are those of :class:`~airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, and ``workflow_run_id``
     and ``task_id`` (Dify's, for its stop route) as soon as the run has started. On a worker, the task's log has a line
     for each node that starts and ends, and the XCom ``workflow_run`` has ``total_price`` and ``currency`` where Dify's
     events named them.

@@ -68,7 +68,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :raises DifyOutputsError: if the results are too much for a return value.
     :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
     :raises DifyConnectionError: if Dify can't be reached for long; a retry continues the batch.
-    :raises DifyError: any other, as :class:`airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
+    :raises DifyError: any other, as :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
     """
 
     template_fields: Sequence[str] = ("inputs", "output_path", "user", "workflow_id", "dify_conn_id")
