@@ -36,7 +36,7 @@ class RunSearch:
     :param user: the ``user`` of the start.
     :param sent_at: epoch seconds of the start, by this machine's clock.
     :param user_is_unique: whether the user names one try of one task, so that each run of it is ours.
-    :param fingerprint: of the start's inputs, from :func:`airflow_provider_dify.input_fingerprint.fingerprint`.
+    :param fingerprint: of the start's inputs, from :func:`~airflow_provider_dify.input_fingerprint.fingerprint`.
     :param known_runs: ids of the user's runs from before the start.
     :param skips_failed: whether a run that failed or was stopped is of no interest.
     """
