@@ -11,6 +11,7 @@ from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.input_fingerprint import fits
+from airflow_provider_dify.log_pages import LogPage
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, WorkflowRunStatus, is_server_from
 
 # How far Dify's clock may be behind ours for a run to count as started after the start was sent.
@@ -118,15 +119,16 @@ def runs_queue(server_version: str | None) -> bool:
 
 def _candidates(search: RunSearch) -> Steps[list[LoggedWorkflowRun]]:
     found: list[LoggedWorkflowRun] = []
-    for page in range(1, _MAX_PAGES + 1):
-        rows: list[LoggedWorkflowRun] = yield calls.logged_runs(
-            user=search.user, created_after=search.not_before, page=page, limit=_PAGE_SIZE
-        )
+    page = LogPage(_PAGE_SIZE)
+    for _ in range(_MAX_PAGES):
+        rows: list[LoggedWorkflowRun] = yield page.request(user=search.user, created_after=search.not_before)
         found += [row for row in rows if search.is_candidate(row)]
         is_before = bool(rows) and rows[-1].created_at is not None and rows[-1].created_at < search.not_before
-        if len(rows) < _PAGE_SIZE or is_before:
+        following = page.after(rows)
+        if following is None or is_before:
             break
-    # Two pages may show a row twice, if a run started in between.
+        page = following
+    # Two pages may show a row twice.
     return list({run.workflow_run_id: run for run in found}.values())
 
 

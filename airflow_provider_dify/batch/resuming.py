@@ -33,6 +33,7 @@ from airflow_provider_dify.api.routes import MAX_USER_LENGTH
 from airflow_provider_dify.batch.results import Checkpoint
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.following import RETRY_DELAY
+from airflow_provider_dify.log_pages import LogPage
 from airflow_provider_dify.models import WAITING_STATUSES, LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE
 from airflow_provider_dify.starting import shorten_user, task_name
@@ -146,19 +147,17 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
     not_before = datetime.fromtimestamp(since, timezone.utc) - CLOCK_TOLERANCE
     found: dict[int, list[FoundRun]] = {}
     seen: set[str] = set()
-    page = 1
-    while True:
-        rows: list[LoggedWorkflowRun] = yield calls.logged_runs(created_after=not_before, page=page, limit=_PAGE_SIZE)
-        # Two pages may show a run twice, if another one was started in between. A page with nothing new is the end,
-        # too: of a server that doesn't know pages.
+    page: LogPage | None = LogPage(_PAGE_SIZE)
+    while page is not None:
+        rows: list[LoggedWorkflowRun] = yield page.request(created_after=not_before)
+        # Two pages may show a run twice. A page with nothing new is the end, too: of a server that doesn't know pages.
         new = [row for row in rows if row.workflow_run_id not in seen]
         seen = {row.workflow_run_id for row in rows}
         for row in new:
             _take(users, row, found)
         is_before = bool(rows) and rows[-1].created_at is not None and rows[-1].created_at < not_before
-        if len(rows) < _PAGE_SIZE or is_before or not new:
-            return found
-        page += 1
+        page = None if is_before or not new else page.after(rows)
+    return found
 
 
 def read_log_patiently(
