@@ -14,6 +14,7 @@ from datetime import datetime, timezone
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
+from airflow_provider_dify.log_pages import LogPage
 from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, row_key
 from airflow_provider_dify.run_window import OVERLAP, FinishedRun, Look, OpenRun, RunWindow, WindowPolicy
 
@@ -43,12 +44,10 @@ def look_at_runs(window: RunWindow, policy: WindowPolicy, now: float) -> Steps[L
     :raises DifyError: if the log can't be read.
     """
     reader = _Reader(window, policy, now)
-    page = 1
-    while True:
-        rows = yield calls.logged_runs(user=policy.user, created_after=reader.created_after, page=page, limit=PAGE_SIZE)
-        if not reader.needs_page_after(rows):
-            break
-        page += 1
+    page: LogPage | None = LogPage(PAGE_SIZE)
+    while page is not None:
+        rows = yield page.request(user=policy.user, created_after=reader.created_after)
+        page = page.after(rows) if reader.needs_page_after(rows) else None
     error = None
     for run_id in reader.runs_to_ask_for():
         try:
@@ -97,13 +96,13 @@ class _Reader:
         return datetime.fromtimestamp(int(min(self._bound, oldest)), timezone.utc)
 
     def needs_page_after(self, rows: Sequence[LogRow]) -> bool:
-        """Take a page of rows, and return whether the next page is needed."""
+        """Take a page of rows, and return whether the next page is needed, if there is one."""
         self._pages += 1
         news = [row for row in rows if row_key(row) not in self._met]
         for row in news:
             self._take_row(row)
         self._stale_pages = 0 if news else self._stale_pages + 1
-        if len(rows) < PAGE_SIZE or self._stale_pages >= MAX_STALE_PAGES:
+        if not rows or self._stale_pages >= MAX_STALE_PAGES:
             return False
         times = [_logged_at(row, self._now) for row in rows]
         newest, oldest = max(times), min(times)

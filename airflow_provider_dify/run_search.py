@@ -11,6 +11,7 @@ from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.input_fingerprint import fits
+from airflow_provider_dify.log_pages import LogPage
 from airflow_provider_dify.models import (
     LoggedWorkflowRun,
     LogRow,
@@ -133,19 +134,20 @@ def runs_queue(server_version: str | None) -> bool:
 
 def _candidates(search: RunSearch) -> Steps[list[LoggedWorkflowRun]]:
     found: list[LoggedWorkflowRun] = []
-    for page in range(1, _MAX_PAGES + 1):
-        rows: list[LogRow] = yield calls.logged_runs(
-            user=search.user, created_after=search.not_before, page=page, limit=_PAGE_SIZE
-        )
+    page = LogPage(_PAGE_SIZE)
+    for _ in range(_MAX_PAGES):
+        rows: list[LogRow] = yield page.request(user=search.user, created_after=search.not_before)
         for row in rows:
             if isinstance(row, RowWithoutRun) and row.user == search.user:
                 raise without_record(f"a run of user {search.user!r}")
         runs = runs_of(rows)
         found += [run for run in runs if search.is_candidate(run)]
         is_before = bool(runs) and runs[-1].created_at is not None and runs[-1].created_at < search.not_before
-        if len(rows) < _PAGE_SIZE or is_before:
+        following = page.after(rows)
+        if following is None or is_before:
             break
-    # Two pages may show a row twice, if a run started in between.
+        page = following
+    # Two pages may show a row twice.
     return list({run.workflow_run_id: run for run in found}.values())
 
 

@@ -106,6 +106,7 @@ def logged_runs(
     user: str | None = None,
     status: str | None = None,
     created_after: datetime | None = None,
+    created_before: datetime | None = None,
     page: int = 1,
     limit: int = 20,
 ) -> Call[list[LogRow]]:
@@ -114,6 +115,7 @@ def logged_runs(
         "created_by_end_user_session_id": user,
         "status": status,
         "created_at__after": created_after.isoformat() if created_after else None,
+        "created_at__before": created_before.isoformat() if created_before else None,
         "page": page,
         "limit": limit,
     }

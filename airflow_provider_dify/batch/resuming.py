@@ -28,6 +28,7 @@ from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
+from airflow_provider_dify.log_pages import LogPage
 from airflow_provider_dify.models import WAITING_STATUSES, LogRow, RowWithoutRun, WorkflowRunStatus, row_key, runs_of
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, without_record
 
@@ -91,20 +92,18 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
     not_before = datetime.fromtimestamp(since, timezone.utc) - CLOCK_TOLERANCE
     found: dict[int, list[FoundRun]] = {}
     seen: set[str] = set()
-    page = 1
-    while True:
-        rows: list[LogRow] = yield calls.logged_runs(created_after=not_before, page=page, limit=_PAGE_SIZE)
-        # Two pages may show a run twice, if another one was started in between. A page with nothing new is the end,
-        # too: of a server that doesn't know pages.
+    page: LogPage | None = LogPage(_PAGE_SIZE)
+    while page is not None:
+        rows: list[LogRow] = yield page.request(created_after=not_before)
+        # Two pages may show a run twice. A page with nothing new is the end, too: of a server that doesn't know pages.
         new = [row for row in rows if row_key(row) not in seen]
         seen = {row_key(row) for row in rows}
         for row in new:
             _take(users, row, found)
         runs = runs_of(rows)
         is_before = bool(runs) and runs[-1].created_at is not None and runs[-1].created_at < not_before
-        if len(rows) < _PAGE_SIZE or is_before or not new:
-            return found
-        page += 1
+        page = None if is_before or not new else page.after(rows)
+    return found
 
 
 def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[FoundRun | None]:

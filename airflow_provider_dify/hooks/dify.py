@@ -187,7 +187,8 @@ class DifyHook(SendingHook):
         :param user: only runs that this user started.
         :param status: only ``succeeded``, ``failed`` or ``stopped`` ones.
         :param created_after: only runs created at or after this moment.
-        :param page: which page, from 1.
+        :param page: which page, from 1. Dify sorts by whole seconds, and runs of one second in another order on each
+            page: the next page may repeat some and leave others out.
         :param limit: runs a page, up to 100.
         :return: the page's runs, without inputs and outputs; those that have no record (yet) are left out.
         :raises DifyError: as :meth:`get_workflow_run` does.

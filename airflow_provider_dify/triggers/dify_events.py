@@ -67,7 +67,8 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
     a triggerer was killed it repeats what it sent in the last seconds. Before that, it is kept in the triggerer's
     process: a restart takes what ended in between as known, or repeats runs, as ``lookback`` says. What may be missed
     at any time: a run whose row comes into Dify's log more than 5 seconds after a younger one; one that ends later
-    than ``run_timeout`` says; and one that began before the first look and stood behind 60 newer ones then.
+    than ``run_timeout`` says; one of more than 100 that began in the same second; and one that began before the first
+    look and stood behind 60 newer ones then.
 
     A trigger that can't work (Dify away, key refused, connection missing) logs that once a minute, and goes on trying.
 

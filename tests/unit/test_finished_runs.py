@@ -85,15 +85,18 @@ class SimulatedDify:
     def _page(self, params: Any) -> list[LogRow]:
         after = params.get("created_at__after")
         bound = pendulum.parse(after).timestamp() if after else 0.0  # type: ignore[union-attr]
+        before = params.get("created_at__before")
+        last = pendulum.parse(before).timestamp() if before else float("inf")  # type: ignore[union-attr]
         if self.ignores_filter:
-            bound = 0.0
+            bound, last = 0.0, float("inf")
         listed = [
             run
             for run in self.runs
-            if run.created_at + run.written_late <= self.now and run.created_at + self.clock_ahead >= bound
+            if run.created_at + run.written_late <= self.now and bound <= int(run.created_at + self.clock_ahead) <= last
         ]
-        # By more than the seconds that a row shows.
-        listed.sort(key=lambda run: (run.created_at, run.number), reverse=True)
+        # By whole seconds; runs of the same one stand in another order on each page.
+        order = 1 if params["page"] % 2 else -1
+        listed.sort(key=lambda run: (int(run.created_at + self.clock_ahead), order * run.number), reverse=True)
         start = (params["page"] - 1) * params["limit"]
         return [self._row(run) for run in listed[start : start + params["limit"]]]
 
@@ -306,7 +309,7 @@ def test_a_look_that_fails_changes_nothing_and_the_next_one_brings_it_all() -> N
     dify = SimulatedDify(runs)
     window = dify.look(RunWindow()).window
     dify.now += 60
-    dify.failing = lambda request: DifyConnectionError("down") if request.endswith("page=3") else None
+    dify.failing = lambda request: DifyConnectionError("down") if len(dify.requests) == 4 else None
     with pytest.raises(DifyConnectionError):
         dify.look(window)
     dify.failing = lambda request: None

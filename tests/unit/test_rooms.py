@@ -23,6 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "task_xcoms",
         "task_clock",
         "stopping",
+        "log_pages",
         "run_search",
         "finished_runs",
         "looking",
