@@ -55,6 +55,7 @@ def failure_of(parse: Callable[[HttpResponse], Any], response: HttpResponse) -> 
     ("status", "body", "expected", "message"),
     [
         (200, b"<html>", DifyConnectionError, "The response for {} at {} is no JSON object (HTTP 200, "),
+        (200, [1], DifyConnectionError, "The response for {} at {} is no JSON object (HTTP 200, "),
         (301, b"", DifyConnectionError, "The response for {} at {} is no response of Dify's (HTTP 301, "),
         (503, b"", DifyConnectionError, ": Dify could not respond for {} at {}. This may pass."),
         (401, b"{}", DifyAuthenticationError, ": Dify refused the API key of connection 'my_dify' for {}. Check"),
@@ -112,6 +113,57 @@ def test_a_field_of_a_wrong_type_says_of_which_request(subject: str, field: str,
     assert str(error).startswith(f"The field {field!r} must be ")
     assert f"this provider cannot read the response for {subject} at {URL}. " in str(error)
     assert (error.status_code, error.server_version) == (200, "1.12.1")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected", "shown"),
+    [
+        ("id", 5, "text or null", "5"),
+        ("id", "", "an id", "''"),
+        ("id", "a\nb", "an id", repr("a\nb")),
+        ("id", "a" * 101, "an id", repr("a" * 101)),
+        ("status", None, "text", "None"),
+        ("error", 5, "text or null", "5"),
+        ("total_steps", "2", "a whole number or null", "'2'"),
+        ("elapsed_time", "0.1", "a number or null", "'0.1'"),
+        ("outputs", "[1]", "an object, the JSON text of one, or null", "'[1]'"),
+        ("created_at", [1], "epoch seconds, RFC 822 text or null", "[1]"),
+    ],
+)
+def test_a_field_of_a_wrong_type_says_what_it_must_be_and_what_it_is(
+    field: str, value: Any, expected: str, shown: str
+) -> None:
+    error = failure_of(PARSERS[RUN], http_answer(200, {**RUNNING, field: value}))
+    assert str(error).startswith(f"The field {field!r} must be {expected}, but it is {shown}: this provider")
+
+
+def test_a_field_that_is_missing_says_so() -> None:
+    error = failure_of(PARSERS[LOG], http_answer(200, {"data": [{"workflow_run": {"id": "a"}}]}))
+    assert str(error).startswith("The field 'status' must be text, but it is nothing: this provider")
+
+
+def test_an_id_may_be_short_or_long_and_a_status_is_cut() -> None:
+    for run_id in ("a", "a" * 100):
+        run = parse_workflow_run(http_answer(200, {"id": run_id, "status": "s" * 200}), run_id)
+        assert (run.id, run.status) == (run_id, "s" * 50 + "…")
+
+
+def test_a_time_without_a_zone_is_utc() -> None:
+    run = parse_workflow_run(http_answer(200, {**RUNNING, "created_at": "Sat, 21 Nov 2026 22:20:28 -0000"}), RUN_ID)
+    assert run.created_at == datetime(2026, 11, 21, 22, 20, 28, tzinfo=timezone.utc)
+
+
+def test_a_key_of_another_kind_of_app_is_named() -> None:
+    hint = " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
+    for code in ("not_workflow_app", "other"):
+        error = failure_of(PARSERS[RUN], http_answer(400, {"code": code, "message": "m"}))
+        assert str(error).endswith(f"with connection 'my_dify'.{hint if code == 'not_workflow_app' else ''}")
+
+
+@pytest.mark.parametrize(("status", "is_shown"), [(299, False), (300, True), (399, True), (400, False), (404, False)])
+def test_only_a_redirect_says_where_it_leads(status: int, is_shown: bool) -> None:
+    error = failure_of(PARSERS[APP], http_answer(status, b"", headers={"location": "https://elsewhere.example/"}))
+    assert ("is a redirect to https://elsewhere.example/, where the API key is not sent" in str(error)) is is_shown
 
 
 def test_a_row_of_the_log_has_all_that_dify_says_of_a_run() -> None:
