@@ -78,6 +78,19 @@ def read_rows(inputs: Any) -> Iterator[Row]:
     )
 
 
+def load_lazy(inputs: Any) -> Any:
+    """
+    Return inputs that any thread can read.
+
+    The results of mapped tasks are a lazy sequence. On Airflow 2 it belongs to the thread of its database session.
+
+    :param inputs: as for :func:`read_rows`.
+    :return: the same; a list for such a sequence.
+    """
+    is_lazy = isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, bytearray, list, tuple))
+    return list(inputs) if is_lazy else inputs
+
+
 def count_rows(inputs: Any) -> int:
     """
     Return how many rows a batch has. A file is read once for that, as a stream.
