@@ -29,6 +29,7 @@ from airflow_provider_dify.exceptions import (
     DifyTaskKilled,
     DifyWorkflowRunTimeout,
 )
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
 from airflow_provider_dify.task_clock import TaskClock
@@ -281,13 +282,8 @@ class BatchRun:
             # Too much for a return value. What runs is followed to its end.
             self._failure = self._failure or error
         if is_failure:
-            self._log.warning(
-                "Row %d failed: %s (workflow run %s, status %s)",
-                result.index,
-                result.error,
-                result.workflow_run_id,
-                result.status,
-            )
+            run = f"workflow run {result.workflow_run_id}, status {one_line(result.status, 40)}"
+            self._log.warning("Row %d failed: %s (%s)", result.index, one_line(result.error), run)
 
     async def _wait_for_change(self) -> None:
         until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None
