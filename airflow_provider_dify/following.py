@@ -53,7 +53,7 @@ class Server(Protocol):
 
 class Follower:
     """
-    Follows one try's start and run, in :data:`airflow_provider_dify.api.calls.Steps` that a hook takes.
+    Follows one try's start and run, in :data:`~airflow_provider_dify.api.calls.Steps` that a hook takes.
 
     :param hook: the hook, which sends nothing again by itself.
     :param clock: the try's deadline.
@@ -101,7 +101,7 @@ class Follower:
         Send a start until Dify accepts it, again only where nothing can have started.
 
         :return: the start, whose event stream has begun.
-        :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
+        :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
         """
         failures = 0
         while True:

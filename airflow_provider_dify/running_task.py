@@ -110,7 +110,7 @@ class RunningTask:
         """
         Start a run, or find the one that an earlier try started. It is named then, unless the task is to defer.
 
-        :raises DifyError: as :class:`airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
+        :raises DifyError: as :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
         """
         earlier = self._find_earlier_start()
         if earlier is None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api.calls import SendStart, Step, Steps
 from airflow_provider_dify.api.steps import run_steps_async
+from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, RowUsers, look_for
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, look_for
 from airflow_provider_dify.batch.row_follower import PlaceAgain, RowFollower, RowLog
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,

@@ -14,20 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.batch.concurrency import RunLimit
 from airflow_provider_dify.batch.form_check import FormCheck
+from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
-from airflow_provider_dify.exceptions import (
-    DifyConnectionError,
-    DifyError,
-    DifyTaskKilled,
-    DifyWorkflowRunTimeout,
-)
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyTaskKilled, DifyWorkflowRunTimeout
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
@@ -172,7 +168,6 @@ class BatchRun:
                 lambda: read_log(self._users, self._output.since), settings.row.max_consecutive_failures
             )
             found = await self._hook.run_steps(steps)
-        await self._output.begin()
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
         resumption = Resumption(
@@ -183,6 +178,7 @@ class BatchRun:
             last_written=self._output.last_written,
             is_fresh=self._output.is_first_try and not found,
         )
+        await self._output.begin(resumption.last_uncertain)
         # Later than the batch's own, which ends all rows at once.
         clock = TaskClock(self._clock.deadline + 60.0, math.inf)
         return BatchClient(
@@ -202,6 +198,8 @@ class BatchRun:
                     has_more = row is not None
                     if row is not None:
                         self._take(client, row)
+                        # Rows that are never started may be many, and follow each other at once.
+                        await self._write()
                 await self._wait_for_change()
                 if self._clock.is_over:
                     self._stop(self._timed_out())

@@ -78,10 +78,11 @@ def test_a_run_that_was_known_before_the_start_is_not_taken() -> None:
 
 
 def test_ours_is_found_behind_pages_of_others() -> None:
-    log = [row(f"o{number}", user="other") for number in range(45)]
-    found, calls = play(search_of(user_is_unique=True), [*log, row("ours")])
+    log = [row(f"o{number}", user="other", age=number) for number in range(45)]
+    found, calls = play(search_of(user_is_unique=True), [*log, row("ours", age=45)])
     assert found == "ours"
-    assert len(calls) == 3
+    # The second request shows that this server does not filter by time.
+    assert [(call.params or {})["page"] for call in calls] == [1, 1, 2, 3]
 
 
 def test_the_search_stops_at_runs_from_before_the_start() -> None:
