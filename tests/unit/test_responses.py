@@ -12,7 +12,7 @@ from airflow_provider_dify.api.http_response import HttpResponse, without_key
 from airflow_provider_dify.api.responses import (
     error_from_start,
     parse_app_info,
-    parse_logged_workflow_runs,
+    parse_log,
     parse_parameters,
     parse_stop,
     parse_uploaded_file_id,
@@ -38,7 +38,7 @@ PARSERS: dict[str, Callable[[HttpResponse], Any]] = {
     f"workflow run {RUN_ID}": lambda response: parse_workflow_run(response, RUN_ID),
     "the app's name": parse_app_info,
     "the app's input form": parse_parameters,
-    "the app's log of workflow runs": parse_logged_workflow_runs,
+    "the app's log of workflow runs": parse_log,
     "the uploaded file": parse_uploaded_file_id,
     "the stop of a workflow run": parse_stop,
 }
@@ -212,8 +212,8 @@ def test_only_a_redirect_says_where_it_leads(status: int, is_shown: bool) -> Non
 
 
 def test_a_row_of_the_log_has_all_that_dify_says_of_a_run() -> None:
-    row, *_ = parse_logged_workflow_runs(recorded("logs"))
-    (logged_run,) = parse_logged_workflow_runs(
+    row, *_ = parse_log(recorded("logs"))
+    (logged_run,) = parse_log(
         http_answer(
             200,
             {
@@ -261,7 +261,7 @@ def test_a_row_of_the_log_has_all_that_dify_says_of_a_run() -> None:
 @pytest.mark.parametrize("end_user", [None, "somebody", 5])
 def test_a_run_that_no_end_user_started_has_no_user(end_user: Any) -> None:
     body = {"data": [{"workflow_run": {"id": RUN_ID, "status": "running"}, "created_by_end_user": end_user}]}
-    (run,) = parse_logged_workflow_runs(http_answer(200, body))
+    (run,) = parse_log(http_answer(200, body))
     assert (run.user, run.status, run.created_at) == (None, "running", None)
 
 
