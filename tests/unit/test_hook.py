@@ -253,7 +253,8 @@ def test_a_refused_connection_is_retried_and_then_raised(dify: DifyStandIn, conn
     run_id = dify.add_run("running")
     with connect() as hook:
         hook.get_workflow_run(run_id)
-        with dify.refusing_connections(), pytest.raises(DifyConnectionError, match=r"refused.*could not be reached"):
+        why = rf"refused.*could not be reached for workflow run {run_id} at {dify.base_url}/workflows/run/{run_id}\."
+        with dify.refusing_connections(), pytest.raises(DifyConnectionError, match=why):
             hook.get_workflow_run(run_id)
         assert hook.get_workflow_run(run_id).status == "running"
 

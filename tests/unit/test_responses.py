@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.http_response import HttpResponse, without_key
 from airflow_provider_dify.api.responses import (
     error_from_start,
     parse_app_info,
-    parse_logged_workflow_runs,
+    parse_log,
     parse_parameters,
     parse_stop,
     parse_uploaded_file_id,
     parse_workflow_run,
 )
+from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -25,6 +26,7 @@ from airflow_provider_dify.exceptions import (
     DifyInputsRejected,
     DifyRequestError,
 )
+from airflow_provider_dify.excerpts import REASON_LENGTH
 from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRunStatus
 from tests.unit.test_workflow_run import http_answer, recorded
 
@@ -36,7 +38,7 @@ PARSERS: dict[str, Callable[[HttpResponse], Any]] = {
     f"workflow run {RUN_ID}": lambda response: parse_workflow_run(response, RUN_ID),
     "the app's name": parse_app_info,
     "the app's input form": parse_parameters,
-    "the app's log of workflow runs": parse_logged_workflow_runs,
+    "the app's log of workflow runs": parse_log,
     "the uploaded file": parse_uploaded_file_id,
     "the stop of a workflow run": parse_stop,
 }
@@ -73,6 +75,10 @@ def test_an_error_names_what_was_asked_for(
     error = failure_of(PARSERS[subject], http_answer(status, body, url=URL))
     assert type(error) is expected
     assert message.format(subject, URL) in str(error)
+    # The cause comes first: what Dify said, or else what came.
+    cause = "m (HTTP 400 c): " if status == 400 else f"HTTP {status}, application/json, "
+    assert str(error).startswith(("The response for ", cause))
+    assert (error.code, error.message) == (("c", "m") if status == 400 else (None, None))
     assert error.status_code == status
 
 
@@ -153,6 +159,45 @@ def test_a_time_without_a_zone_is_utc() -> None:
     assert run.created_at == datetime(2026, 11, 21, 22, 20, 28, tzinfo=timezone.utc)
 
 
+@pytest.mark.parametrize(("status", "is_overloaded"), [(429, True), (408, False), (425, False), (500, False)])
+def test_only_too_many_requests_say_that_dify_is_overloaded(status: int, is_overloaded: bool) -> None:
+    error = failure_of(PARSERS[RUN], http_answer(status, b"", headers={"retry-after": "7"}))
+    assert isinstance(error, DifyConnectionError)
+    assert (error.is_overloaded, error.retry_after) == (is_overloaded, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("Sat, 21 Nov 2020 22:20:28 GMT", 0.0),
+        ("Sat, 21 Nov 2020 22:20:28 -0000", 0.0),
+        ("Sat, 21 Nov 2020 22:20:28 +0100", 0.0),
+        ("tomorrow", None),
+    ],
+)
+def test_a_time_that_has_passed_asks_for_no_pause(header: str, seconds: float | None) -> None:
+    assert http_answer(429, headers={"Retry-After": header}).retry_after() == seconds
+
+
+def test_what_dify_said_is_cut() -> None:
+    error = failure_of(PARSERS[RUN], http_answer(400, {"message": "m" * 100_000}))
+    assert error.message == "m" * REASON_LENGTH + "…"
+
+
+def test_a_response_names_its_connection_and_shows_no_secret() -> None:
+    connection = DifyConnection(conn_id="my_dify", base_url="https://dify.example.com/v1", api_key="app-a-long-key")
+    response = HttpResponse.received(connection, URL, 200, {}, b"is app-a-long-key")
+    assert (response.status_code, response.url, response.body) == (200, URL, b"is ***")
+    assert response.connection_name == "connection 'my_dify'"
+    assert response.shown("is app-a-long-key") == "is ***"
+    assert "app-a-long-key" not in repr(response)
+
+
+@pytest.mark.parametrize(("key", "shown"), [("1234567", b"is 1234567"), ("12345678", b"is ***")])
+def test_a_key_that_may_be_part_of_a_word_stays_in_a_body(key: str, shown: bytes) -> None:
+    assert without_key(f"is {key}".encode(), key) == shown
+
+
 def test_a_key_of_another_kind_of_app_is_named() -> None:
     hint = " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
     for code in ("not_workflow_app", "other"):
@@ -167,8 +212,8 @@ def test_only_a_redirect_says_where_it_leads(status: int, is_shown: bool) -> Non
 
 
 def test_a_row_of_the_log_has_all_that_dify_says_of_a_run() -> None:
-    row, *_ = parse_logged_workflow_runs(recorded("logs"))
-    (logged_run,) = parse_logged_workflow_runs(
+    row, *_ = parse_log(recorded("logs"))
+    (logged_run,) = parse_log(
         http_answer(
             200,
             {
@@ -216,7 +261,7 @@ def test_a_row_of_the_log_has_all_that_dify_says_of_a_run() -> None:
 @pytest.mark.parametrize("end_user", [None, "somebody", 5])
 def test_a_run_that_no_end_user_started_has_no_user(end_user: Any) -> None:
     body = {"data": [{"workflow_run": {"id": RUN_ID, "status": "running"}, "created_by_end_user": end_user}]}
-    (run,) = parse_logged_workflow_runs(http_answer(200, body))
+    (run,) = parse_log(http_answer(200, body))
     assert (run.user, run.status, run.created_at) == (None, "running", None)
 
 

@@ -183,6 +183,26 @@ def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
     assert_shows_none_of(shown, *SPELLINGS, "p@ss", API_KEY)
 
 
+@pytest.mark.parametrize(
+    ("ask", "why"),
+    [
+        (error_of_the_hook, "needs the package pysocks"),
+        (error_of_the_start, "needs the package pysocks"),
+        (error_of_the_async_hook, "the triggerer's HTTP client cannot use"),
+    ],
+)
+def test_a_socks_proxy_says_what_it_needs(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, ask: Ask, why: str
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.api.environment.find_spec", lambda name: None)
+    connect("http://dify.example", proxies={"http": "SOCKS5://127.0.0.1:1"})
+    error = ask()
+    assert isinstance(error, DifyConfigurationError)
+    assert str(error).startswith("The proxy to Dify is a SOCKS proxy, which ")
+    assert why in str(error)
+    assert "the connection's extra 'proxies'" in str(error)
+
+
 # --- the API key
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -172,8 +173,29 @@ def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(dify: DifyStand
 
 def test_silence_is_a_queued_run_and_not_a_failure(dify: DifyStandIn) -> None:
     dify.starts.append(Start(cut=0, then="stall"))
+    began = time.monotonic()
     with pytest.raises(DifyWorkflowRunUncertain, match=r"did not name the run of user 'airflow' within 0\.3 seconds"):
         start(timeout=0.3)
+    assert time.monotonic() - began >= 0.3
+
+
+def test_a_stream_that_has_ended_says_so_whenever_it_is_asked(dify: DifyStandIn) -> None:
+    dify.starts.append(Start(cut=2000, then="close"))
+
+    async def read(stream: AsyncWorkflowRunStream) -> None:
+        while True:
+            # No event yet is none, and no failure.
+            await stream.next_event(0.0)
+            await stream.next_event(5.0)
+
+    async def run() -> None:
+        async with DifyAsyncHook() as hook, await hook.start_workflow_run({}, "airflow") as stream:
+            with pytest.raises(DifyConnectionError, match="broke off"):
+                await read(stream)
+            with pytest.raises(DifyConnectionError, match="broke off"):
+                await stream.next_event(0.0)
+
+    asyncio.run(run())
 
 
 def test_a_start_follows_no_redirect(dify: DifyStandIn) -> None:

@@ -51,7 +51,7 @@ class Session:
 def test_only_a_start_that_got_no_connection_is_sure_to_have_started_nothing(
     error: Exception, expected: type[DifyError]
 ) -> None:
-    connection = DifyConnection("http://dify.example/v1", "app-key", "dify_default")
+    connection = DifyConnection(conn_id="dify_default", base_url="http://dify.example/v1", api_key="app-some-key")
     session: Any = Session(error)
     stream = WorkflowRunStream(connection, session, URL, b"{}", "airflow")
     with pytest.raises(expected) as caught:
