@@ -120,7 +120,7 @@ bench: .venv/bench/installed
 	touch $@
 
 # Waits on a cluster (PostgreSQL, Celery on Redis, two workers, two triggerers) while its processes are killed, and counts
-# what a wait costs. Needs Linux and half an hour; as root on Debian it installs PostgreSQL and Redis if need be.
+# what a wait costs, and what rows cost as mapped tasks and in a batch. Needs Linux and half an hour; as root on Debian it installs PostgreSQL and Redis if need be.
 # PYTEST_ARGS="-k soak" chooses tests, SOAK_SEED=1 the soak's random numbers.
 test-cluster: .venv/cluster/installed
 	tests/cluster/install_servers.sh

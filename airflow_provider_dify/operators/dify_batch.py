@@ -64,11 +64,13 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :param not_found_grace: seconds for which a run is looked for that may have been started.
     :param max_consecutive_failures: polls of a run in a row that may fail for a passing reason.
     :raises DifyBatchFailed: if more rows failed than ``max_failed_runs``.
-    :raises DifyConfigurationError: if the rows can't be read, or are too many for a return value.
-    :raises DifyOutputsError: if the results are too much for a return value.
+    :raises DifyConfigurationError: if the rows can't be read, or are too many for a return value; or if ``output_path``
+        can't be used.
+    :raises DifyOutputsError: if the results are too much for a return value, or Airflow can't store one of them.
     :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
     :raises DifyConnectionError: if Dify can't be reached for long; a retry continues the batch.
-    :raises DifyError: any other, as :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
+    :raises DifyError: if parts of the results were removed meanwhile, which a retry corrects; any other, as
+        :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
     """
 
     template_fields: Sequence[str] = ("inputs", "output_path", "user", "workflow_id", "dify_conn_id")
