@@ -18,11 +18,12 @@ ifneq ($(MAKECMDGOALS),clean)
 ifeq ($(filter $(AIRFLOW),$(AIRFLOWS)),)
 $(error There is no AIRFLOW=$(AIRFLOW) here. Choose one of: $(AIRFLOWS))
 endif
-ifneq ($(filter 2.11% 3.0%,$(AIRFLOW)),)
+# test-ui installs Airflow 2.11, too.
+ifneq ($(filter 2.11% 3.0%,$(AIRFLOW))$(filter test-ui,$(MAKECMDGOALS)),)
 PYTHONS := $(filter-out 3.13,$(PYTHONS))
 endif
 ifeq ($(filter $(PYTHON_VERSION),$(PYTHONS)),)
-$(error PYTHON=$(PYTHON) is $(if $(PYTHON_VERSION),Python $(PYTHON_VERSION),not installed). Airflow $(AIRFLOW) runs on Python $(PYTHONS))
+$(error PYTHON=$(PYTHON) is $(if $(PYTHON_VERSION),Python $(PYTHON_VERSION),not installed). $(or $(filter test-ui,$(MAKECMDGOALS)),Airflow $(AIRFLOW)) runs on Python $(PYTHONS))
 endif
 endif
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
@@ -64,11 +65,13 @@ mutants: $(VENV)/installed
 # Builds build/docs/index.html from docs/ and the docstrings, and follows the links between its pages. A warning is an
 # error. REPOSITORY_URL=https://... adds edit links.
 docs: .venv/docs/installed
+	@echo "Building build/docs, which takes half a minute."
 	rm -rf build/docs
 	REPOSITORY_URL="$(REPOSITORY_URL)" .venv/docs/bin/sphinx-build --fail-on-warning --keep-going --fresh-env --quiet docs build/docs
 	.venv/docs/bin/python scripts/check_site.py build/docs
 
 .venv/docs/installed: pyproject.toml constraints/airflow-3.3-docs.txt
+	@echo "Installing Sphinx and Airflow into .venv/docs, which takes a minute or two."
 	$(PYTHON) -m venv --clear .venv/docs
 	.venv/docs/bin/python -m pip install --quiet --disable-pip-version-check uv
 	.venv/docs/bin/uv pip install --quiet --python .venv/docs/bin/python \
@@ -78,12 +81,13 @@ docs: .venv/docs/installed
 package: $(VENV)/installed
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group build
 	rm -rf dist
+	@echo "Building sdist and wheel, which takes half a minute."
 	$(VENV)/bin/python -m build --installer uv --outdir dist . > /dev/null
 	$(VENV)/bin/twine check --strict dist/*
 
 # Installs dist/*.whl with AIRFLOW into an environment of its own and runs the demo there, away from the sources.
 smoke:
-	PYTHON="$(PYTHON)" scripts/smoke.sh $(AIRFLOW)
+	@PYTHON="$(PYTHON)" scripts/smoke.sh $(AIRFLOW)
 
 # Checks that TAG, the package's version and the changelog name the same version, and that the package names
 # REPOSITORY_URL, if that is set.
@@ -108,6 +112,7 @@ bench: .venv/bench/installed
 	.venv/bench/bin/python benchmarks/bench.py
 
 .venv/bench/installed: pyproject.toml constraints/airflow-3.3.txt benchmarks/requirements.txt
+	@echo "Installing Airflow and other providers into .venv/bench, which takes a minute or two."
 	$(PYTHON) -m venv --clear .venv/bench
 	.venv/bench/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3.txt uv
 	.venv/bench/bin/uv pip install --quiet --python .venv/bench/bin/python --constraints constraints/airflow-3.3.txt \
@@ -122,6 +127,7 @@ test-cluster: .venv/cluster/installed
 	.venv/cluster/bin/python -m pytest --capture=no tests/cluster $(PYTEST_ARGS)
 
 .venv/cluster/installed: pyproject.toml constraints/airflow-3.3-cluster.txt tests/cluster/requirements.txt
+	@echo "Installing Airflow and Celery into .venv/cluster, which takes a minute or two."
 	$(PYTHON) -m venv --clear .venv/cluster
 	.venv/cluster/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-3.3-cluster.txt uv
 	.venv/cluster/bin/uv pip install --quiet --python .venv/cluster/bin/python --constraints constraints/airflow-3.3-cluster.txt \
@@ -136,6 +142,7 @@ test-ui: .venv/ui-3.3/installed .venv/ui-2.11/installed
 	.venv/ui-2.11/bin/python -m pytest --exitfirst tests/ui --screenshots docs/images $(PYTEST_ARGS)
 
 .venv/ui-%/installed: pyproject.toml constraints/airflow-%.txt tests/ui/requirements.txt
+	@echo "Installing Airflow $* and Playwright into $(@D), which takes a minute or two."
 	$(PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints/airflow-$*.txt uv
 	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --constraints constraints/airflow-$*.txt \

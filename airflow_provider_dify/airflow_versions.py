@@ -100,6 +100,23 @@ def first_reschedule_date(context: Context) -> datetime | None:
     return asked(context)
 
 
+def params_without_default(task: Any) -> list[str]:
+    """
+    Return the Dag's params that have no default.
+
+    When a task starts on the triggerer, Airflow 3.3.2 raises for such a param, although the Dag run has a value, and
+    that ends the triggerer. Goes with the last Airflow that does so; a unit test tells.
+
+    :param task: the task; the params are those of its Dag.
+    :return: their names.
+    """
+    from airflow.providers.common.compat.sdk import Param
+
+    no_default = type(Param().value)
+    params = task.dag.params.items() if task.has_dag() else ()
+    return [name for name, param in params if isinstance(param.value, no_default)]
+
+
 def asset_state_of(trigger: Any) -> Any:
     """
     Return the state store of the asset that an event trigger watches for.

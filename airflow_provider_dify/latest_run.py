@@ -10,8 +10,9 @@ from typing import Any
 
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyConfigurationError
-from airflow_provider_dify.finished_runs import FinishedRun, RunWindow, WindowPolicy, look_at_runs
+from airflow_provider_dify.finished_runs import look_at_runs
 from airflow_provider_dify.run_filter import RunFilter
+from airflow_provider_dify.run_window import FinishedRun, RunWindow, WindowPolicy
 
 
 def _moments(run: FinishedRun) -> tuple[float, float]:

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Call
-from airflow_provider_dify.models import LoggedWorkflowRun
+from airflow_provider_dify.models import LoggedWorkflowRun, LogRow
 
 # The largest page that Dify returns.
 _MAX_SIZE = 100
@@ -37,9 +37,7 @@ class LogPage:
     next_size: int | None = None
     is_filtered: bool = True
 
-    def request(
-        self, *, user: str | None = None, created_after: datetime | None = None
-    ) -> Call[list[LoggedWorkflowRun]]:
+    def request(self, *, user: str | None = None, created_after: datetime | None = None) -> Call[list[LogRow]]:
         """
         Return the request for the page.
 
@@ -54,7 +52,7 @@ class LogPage:
             limit=self.size,
         )
 
-    def after(self, rows: Sequence[LoggedWorkflowRun]) -> LogPage | None:
+    def after(self, rows: Sequence[LogRow]) -> LogPage | None:
         """
         Return the next page.
 
@@ -77,5 +75,5 @@ class LogPage:
         return replace(self, number=self.number + 1)
 
 
-def _second_of(row: LoggedWorkflowRun) -> datetime | None:
-    return row.logged_at or row.created_at
+def _second_of(row: LogRow) -> datetime | None:
+    return row.logged_at or (row.created_at if isinstance(row, LoggedWorkflowRun) else None)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from pendulum import DateTime
@@ -160,6 +161,34 @@ class LoggedWorkflowRun:
     def is_over(self) -> bool:
         """Whether the run has ended."""
         return is_over(self.status, self.finished_at)
+
+
+@dataclass(frozen=True)
+class RowWithoutRun:
+    """
+    A row of ``GET /workflows/logs`` whose run has no record: not yet, or no longer, because it was deleted.
+
+    :param row_id: the row's UUID.
+    :param user: as in :class:`LoggedWorkflowRun`.
+    :param logged_at: as there.
+    """
+
+    row_id: str
+    user: str | None
+    logged_at: DateTime | None
+
+
+LogRow: TypeAlias = LoggedWorkflowRun | RowWithoutRun
+
+
+def row_key(row: LogRow) -> str:
+    """Return what a row of the log is recognized by on another page."""
+    return row.workflow_run_id if isinstance(row, LoggedWorkflowRun) else row.row_id
+
+
+def runs_of(rows: Iterable[LogRow]) -> list[LoggedWorkflowRun]:
+    """Return the runs of a log's rows, but those that have no record."""
+    return [row for row in rows if isinstance(row, LoggedWorkflowRun)]
 
 
 def _storable(value: Any) -> Any:

@@ -42,7 +42,7 @@ class WaitPolicy:
 @dataclass(frozen=True)
 class TriggerWait:
     """
-    How a trigger waits; the arguments of :class:`airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`.
+    How a trigger waits; the arguments of :class:`~airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`.
 
     :param poll_interval: seconds between polls.
     :param deadline: epoch seconds at which the wait gives up; wall-clock time, because a trigger may go on in another
@@ -60,7 +60,7 @@ class TriggerWait:
     :param stop_task_id: Dify's id of the task to stop if a user ends the waiting task (Airflow 3.3 and later).
     :param stop_user: the ``user`` that started the run; ``None`` for a run that goes on.
     :param search: for a start that was not named yet: what to look for in Dify's log, as
-        :meth:`airflow_provider_dify.run_search.RunSearch.serialize` returns it.
+        :meth:`~airflow_provider_dify.run_search.RunSearch.serialize` returns it.
     """
 
     poll_interval: float = 10.0

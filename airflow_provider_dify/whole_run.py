@@ -32,7 +32,7 @@ def run_workflow(
     :param workflow_id: UUID of a published version; ``None`` for the current one.
     :param timeout: seconds for all of it, for messages.
     :return: the run, whatever its status.
-    :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.run_workflow` does.
+    :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.run_workflow` does.
     """
     before = yield from known_runs(user)
     search = RunSearch(user, time.time(), user_is_unique=False, fingerprint=fingerprint(inputs), known_runs=before)
@@ -52,7 +52,7 @@ def wait_for_run(follower: Follower, workflow_run_id: str, timeout: float) -> St
     :param workflow_run_id: the run.
     :param timeout: seconds, for messages.
     :return: the run, whatever its status.
-    :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.wait_for_workflow_run` does.
+    :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.wait_for_workflow_run` does.
     """
     wait = RunWait(
         parse_workflow_run_id(workflow_run_id), WaitPolicy(not_found_grace=_NOT_FOUND_GRACE), log=follower.log

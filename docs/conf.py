@@ -42,8 +42,9 @@ html_theme_options = {
 notfound_urls_prefix = urlsplit(SITE).path or "/"
 notfound_context = {
     "title": "Page not found",
-    "body": "<h1>Page not found</h1><p>This page is not here any more, or never was. Use the search, or choose a page "
-    "on the left. For the message of a failed task, see <em>Failures</em>.</p>",
+    "body": "<h1>Page not found</h1><p>This page is not here any more, or never was. Use the search, or go to "
+    f'<a href="{notfound_urls_prefix}index.html">the first page</a>. For the message of a failed task, see '
+    f'<a href="{notfound_urls_prefix}failures.html">Failures</a>.</p>',
 }
 
 autodoc_typehints = "description"

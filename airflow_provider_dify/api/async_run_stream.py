@@ -29,7 +29,7 @@ class AsyncWorkflowRunStream(StartedRun):
     """
     A start that was sent on an event loop, the run once Dify names it, and the run's events.
 
-    What :class:`airflow_provider_dify.api.run_stream.WorkflowRunStream` is, awaited: ``async with`` hangs up at its
+    What :class:`~airflow_provider_dify.api.run_stream.WorkflowRunStream` is, awaited: ``async with`` hangs up at its
     end, and ``async for`` iterates over the events.
 
     :param connection: the connection's settings.

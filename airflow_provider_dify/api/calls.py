@@ -16,7 +16,7 @@ from airflow_provider_dify.api import responses, routes
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.started_run import NextEvent
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.models import AppInfo, LogRow, WorkflowRun
 
 T = TypeVar("T")
 
@@ -109,7 +109,7 @@ def logged_runs(
     created_before: datetime | None = None,
     page: int = 1,
     limit: int = 20,
-) -> Call[list[LoggedWorkflowRun]]:
+) -> Call[list[LogRow]]:
     """Return the request for a page of the app's log, newest runs first."""
     params = {
         "created_by_end_user_session_id": user,
@@ -123,7 +123,7 @@ def logged_runs(
         "GET",
         routes.LOGS,
         responses.LOG_SUBJECT,
-        responses.parse_logged_workflow_runs,
+        responses.parse_log,
         params={name: value for name, value in params.items() if value is not None},
     )
 

@@ -1,5 +1,5 @@
 """
-What runs the requests of :data:`airflow_provider_dify.api.calls.Steps`, on a worker and on an event loop.
+What runs the requests of :data:`~airflow_provider_dify.api.calls.Steps`, on a worker and on an event loop.
 
 The two differ in the ``await`` only.
 """

@@ -68,6 +68,11 @@ def read_rows(inputs: Any) -> Iterator[Row]:
         return _rows_of_json_lines(inputs)
     if suffix in _CSV:
         return _rows_of_csv(inputs)
+    if str(inputs).lstrip()[:1] in ("[", "{"):
+        raise DifyConfigurationError(
+            f"inputs is a text, not a list of dicts: {one_line(str(inputs), 120)!r}. Pass the upstream task's output "
+            "itself, as in inputs=rows(), or set render_template_as_native_obj=True on the Dag."
+        )
     raise DifyConfigurationError(
         f"The file of inputs must end in .jsonl, .ndjson or .csv, but it is {one_line(str(inputs), 200)!r}."
     )

@@ -21,7 +21,7 @@ from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.shared_connection import read_connection
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, runs_of
 from airflow_provider_dify.task_clock import WEEK, TaskClock
 from airflow_provider_dify.whole_run import run_workflow
 
@@ -44,7 +44,7 @@ class DifyAsyncHook:
 
     To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and returns its share of the session.
 
-    :param dify_conn_id: the Airflow connection, as for :class:`airflow_provider_dify.hooks.dify.DifyHook`.
+    :param dify_conn_id: the Airflow connection, as for :class:`~airflow_provider_dify.hooks.dify.DifyHook`.
     :param keeps_connections: whether starts share connections, for many starts one after another. A start that breaks
         off when the server closes its connection may have arrived then: :class:`DifyWorkflowRunUncertain`.
     :ivar connection: the connection's settings, as last read; ``None`` until then.
@@ -99,7 +99,7 @@ class DifyAsyncHook:
 
         :param workflow_run_id: the run's UUID, in any spelling that ``uuid.UUID`` takes.
         :return: the run, whatever its status.
-        :raises DifyError: as :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
+        :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
         """
         return await self.run_steps(calls.look_up_run(routes.parse_workflow_run_id(workflow_run_id)))
 
@@ -109,7 +109,7 @@ class DifyAsyncHook:
         """
         Start a run, and wait until Dify names it; sent once, and once more if the key was rotated.
 
-        :param inputs: as for :meth:`airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run`.
+        :param inputs: as for :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run`.
         :param user: as there.
         :param workflow_id: as there.
         :param timeout: as there.
@@ -135,7 +135,7 @@ class DifyAsyncHook:
         timeout: float = WEEK,
     ) -> WorkflowRun:
         """
-        Start a run and wait until it is over, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.run_workflow`.
+        Start a run and wait until it is over, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.run_workflow`.
 
         :param inputs: as there.
         :param user: as there.
@@ -152,15 +152,16 @@ class DifyAsyncHook:
         self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20
     ) -> list[LoggedWorkflowRun]:
         """
-        List the app's workflow runs, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.list_workflow_runs`.
+        List the app's workflow runs, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.list_workflow_runs`.
 
         :raises DifyError: as there.
         """
-        return await self.perform(calls.logged_runs(user=user, created_after=created_after, page=page, limit=limit))
+        rows = await self.perform(calls.logged_runs(user=user, created_after=created_after, page=page, limit=limit))
+        return runs_of(rows)
 
     async def stop_workflow_task(self, task_id: str, user: str) -> None:
         """
-        Ask Dify to stop a running workflow, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.stop_workflow_task`.
+        Ask Dify to stop a running workflow, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.stop_workflow_task`.
 
         :param task_id: the task's UUID, which the stream of the start named; not the run's.
         :param user: who started the run.
@@ -183,7 +184,7 @@ class DifyAsyncHook:
 
     async def run_steps(self, steps: Steps[T]) -> T:
         """
-        Run requests that depend on each other, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.run_steps`.
+        Run requests that depend on each other, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.run_steps`.
 
         :param steps: yields each request, and is sent what its response meant.
         :return: what the steps return.

@@ -1,4 +1,4 @@
-"""The button of a task in Airflow's UI that leads to Dify's console."""
+"""What a task shows in Airflow's UI: its colours, and the button that leads to Dify's console."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from typing import Any
 from airflow.providers.common.compat.sdk import BaseOperatorLink
 
 from airflow_provider_dify.xcoms import RUN_LOG as RUN_LOG_KEY
+
+# A task's background and text in Airflow 2's graph. Airflow 2 writes in a light grey where the text's colour is black.
+UI_COLOR = "#d5e0ff"
+UI_FGCOLOR = "#1c2a5e"
 
 
 class DifyWorkflowRunLink(BaseOperatorLink):

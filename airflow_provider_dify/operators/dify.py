@@ -23,7 +23,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunFailed,
     DifyWorkflowRunTimeout,
 )
-from airflow_provider_dify.links.dify import DifyWorkflowRunLink
+from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
@@ -42,7 +42,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     """
     Start a run of a Dify workflow app and wait until it is over; its outputs go to the next task.
 
-    The XComs are those of :class:`airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, and ``workflow_run_id``
+    The XComs are those of :class:`~airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, and ``workflow_run_id``
     and ``task_id`` (Dify's, for its stop route) as soon as the run has started. On a worker, the task's log has a line
     for each node that starts and ends, and the XCom ``workflow_run`` has ``total_price`` and ``currency`` where Dify's
     events named them.
@@ -87,7 +87,8 @@ class DifyRunWorkflowOperator(BaseOperator):
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
     # So that Rendered Templates shows the default user, too (Airflow 3.1 and later).
     overwrite_rtif_after_execution = True
-    ui_color = "#d5e0ff"
+    ui_color = UI_COLOR
+    ui_fgcolor = UI_FGCOLOR
     operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
 
     def __init__(

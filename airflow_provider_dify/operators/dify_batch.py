@@ -12,7 +12,7 @@ from airflow.providers.common.compat.sdk import BaseOperator
 
 from airflow_provider_dify.arguments import parse_count, parse_limit, parse_seconds
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
-from airflow_provider_dify.links.dify import DifyWorkflowRunLink
+from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs
 
 if TYPE_CHECKING:
@@ -68,12 +68,13 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :raises DifyOutputsError: if the results are too much for a return value.
     :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
     :raises DifyConnectionError: if Dify can't be reached for long; a retry continues the batch.
-    :raises DifyError: any other, as :class:`airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
+    :raises DifyError: any other, as :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
     """
 
     template_fields: Sequence[str] = ("inputs", "output_path", "user", "workflow_id", "dify_conn_id")
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
-    ui_color = "#d5e0ff"
+    ui_color = UI_COLOR
+    ui_fgcolor = UI_FGCOLOR
     operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
 
     def __init__(

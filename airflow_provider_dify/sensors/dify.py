@@ -24,6 +24,7 @@ from airflow_provider_dify.airflow_versions import (
     execute_as_sensor,
     first_reschedule_date,
     is_deferral_timeout,
+    params_without_default,
 )
 from airflow_provider_dify.arguments import parse_count, parse_end_from_trigger, parse_seconds
 from airflow_provider_dify.exceptions import (
@@ -32,7 +33,7 @@ from airflow_provider_dify.exceptions import (
     DifyError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.links.dify import DifyWorkflowRunLink
+from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
@@ -81,15 +82,16 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         outputs: for small ones, that no downstream task is mapped over.
     :param start_from_trigger: start on the triggerer, so that the wait never touches a worker (Airflow 3.3 and later;
         implies ``deferrable``). ``workflow_run_id`` may be a literal, a template of ``params`` or ``dag_run.conf``, or
-        an upstream task's output; the sensor cannot be mapped.
+        an upstream task's output; the sensor cannot be mapped, and each param of its Dag needs a default.
     :raises DifyWorkflowRunCannotSucceed: a :class:`DifyWorkflowRunFailed`, if the run failed or was stopped.
     :raises DifyWorkflowRunTimeout: if ``run_timeout`` is over.
     :raises DifyWorkflowRunNotFound: if there is no such run.
-    :raises DifyError: any other, as :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
+    :raises DifyError: any other, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
     """
 
     template_fields: Sequence[str] = ("workflow_run_id", "dify_conn_id")
-    ui_color = "#d5e0ff"
+    ui_color = UI_COLOR
+    ui_fgcolor = UI_FGCOLOR
     operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
 
     def __init__(
@@ -268,6 +270,11 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             raise DifyConfigurationError("start_from_trigger=True needs Airflow 3.3 or later. Use deferrable=True.")
         if getattr(self, "_BaseOperator__from_mapped", False) or self.get_closest_mapped_task_group():
             raise DifyConfigurationError(_MAPPED_START)
+        if names := params_without_default(self):
+            raise DifyConfigurationError(
+                f"The Dag's param {names[0]!r} has no default. With start_from_trigger=True, Airflow's triggerer would "
+                "end on it, and all waits with it. Give the param a default, or use deferrable=True."
+            )
         from airflow.triggers.base import StartTriggerArgs
 
         from airflow_provider_dify.triggers.templates import argument_for_triggerer

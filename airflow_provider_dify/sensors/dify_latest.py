@@ -27,8 +27,8 @@ class DifyLatestWorkflowRunSensor(DifyWorkflowRunSensor):
 
     Such as a run of Dify's own schedule: ``created_after="{{ data_interval_start }}", triggered_from="schedule"``. Of
     several that have ended already it takes the latest. What it returns, when it fails, and how it waits is as for
-    :class:`airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, whose other arguments it takes: a run that failed
-    or was stopped fails the task, unless ``statuses`` leaves such runs out.
+    :class:`~airflow_provider_dify.sensors.dify.DifyWorkflowRunSensor`, whose other arguments it takes. A run that
+    failed or was stopped fails the task, unless ``statuses`` leaves such runs out.
 
     :param created_after: only runs that were created at this moment or later, by Dify's clock: a ``datetime`` or the
         ISO 8601 text of one, UTC if it names no time zone. Templated.

@@ -40,7 +40,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     Poll a Dify workflow run until the wait is over, and send how it ended in one small event.
 
     The event's payload holds ``workflow_run_id``, ``status``, ``end`` (a
-    :class:`airflow_provider_dify.waiting.WaitEnd`), ``message`` and, where the wait failed, ``error``. It never holds
+    :class:`~airflow_provider_dify.waiting.WaitEnd`), ``message`` and, where the wait failed, ``error``. It never holds
     outputs: Airflow logs payloads and keeps them in its database. The worker reads the finished run once more.
 
     A run that is still queued at Dify has no id. The trigger looks for it in Dify's log first.
@@ -50,7 +50,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     :param workflow_run_id: the run's UUID; ``None`` for a run that ``search`` describes.
     :param dify_conn_id: the Airflow connection.
-    :param arguments: the fields of :class:`airflow_provider_dify.waiting.TriggerWait`.
+    :param arguments: the fields of :class:`~airflow_provider_dify.waiting.TriggerWait`.
     """
 
     # Seconds after the first failed poll; doubled with each further one.
@@ -147,9 +147,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     async def _find_run(self, hook: DifyAsyncHook, deadline: float | None) -> str:
         """Look for a queued run in Dify's log, until it is there."""
         search = RunSearch.deserialize(self.wait.search or {})
+        others: set[str] = set()
         try:
             run_id = await self._search(
-                lambda: hook.run_steps(find_run(search)),
+                lambda: hook.run_steps(find_run(search, others)),
                 deadline,
                 f"The workflow run of user {search.user!r} is queued at Dify, or not in its log yet",
             )

@@ -28,8 +28,9 @@ from airflow_provider_dify.exceptions import (
     DifyError,
     DifyRequestError,
 )
-from airflow_provider_dify.finished_runs import Look, RunWindow, WindowPolicy, look_at_runs
+from airflow_provider_dify.finished_runs import look_at_runs
 from airflow_provider_dify.run_filter import RunFilter
+from airflow_provider_dify.run_window import Look, RunWindow, WindowPolicy
 from airflow_provider_dify.waiting import MAX_RETRY_DELAY, delay_after
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
 
     An event's payload holds ``workflow_run_id, status, user, triggered_from, total_tokens, elapsed_time, created_at,
     finished_at`` (times as ISO 8601 text), never outputs: read them by
-    :meth:`airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run`. Airflow may start one Dag run for several
+    :meth:`~airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run`. Airflow may start one Dag run for several
     events; each is among its ``triggering_asset_events``.
 
     Each run is sent at least once. The first look takes what has ended so far as known (see ``lookback``). From

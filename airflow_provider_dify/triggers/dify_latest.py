@@ -18,8 +18,8 @@ class DifyLatestWorkflowRunTrigger(DifyWorkflowRunTrigger):
     """
     Look until a run that fits has ended, and send one small event, as its base class does.
 
-    :param arguments: as for :class:`airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`; ``search`` is what
-        :meth:`airflow_provider_dify.latest_run.LatestRunSearch.serialize` returns.
+    :param arguments: as for :class:`~airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`; ``search`` is what
+        :meth:`~airflow_provider_dify.latest_run.LatestRunSearch.serialize` returns.
     """
 
     def serialize(self) -> tuple[str, dict[str, Any]]:

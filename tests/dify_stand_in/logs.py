@@ -90,7 +90,9 @@ def _row(recorded: dict[str, Any], run: Run) -> dict[str, Any]:
     return {
         **recorded,
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.id)),
-        "workflow_run": {**workflow_run, **known, "exceptions_count": run.exceptions_count},
+        "workflow_run": None
+        if run.has_no_record
+        else {**workflow_run, **known, "exceptions_count": run.exceptions_count},
         "created_at": now["created_at"],
         "created_by_end_user": {**recorded["created_by_end_user"], **user},
     }

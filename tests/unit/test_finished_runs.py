@@ -16,17 +16,9 @@ from hypothesis import strategies as st
 from airflow_provider_dify.api import routes
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.finished_runs import (
-    DETAILS_AT_ONCE,
-    MAX_DETAIL_INTERVAL,
-    OVERLAP,
-    PAGE_SIZE,
-    Look,
-    RunWindow,
-    WindowPolicy,
-    look_at_runs,
-)
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.finished_runs import DETAILS_AT_ONCE, PAGE_SIZE, look_at_runs
+from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.run_window import MAX_DETAIL_INTERVAL, OVERLAP, Look, RunWindow, WindowPolicy
 
 NOW = 1_800_000_000.0
 POLICY = WindowPolicy(poll_interval=30.0)
@@ -43,6 +35,8 @@ class SimulatedRun:
     paused_from: float = float("inf")
     paused_until: float = float("inf")
     written_late: float = 0.0
+    # Seconds by which its record is written after its row.
+    recorded_late: float = 0.0
     user: str = "somebody"
     triggered_from: str = "app-run"
 
@@ -88,7 +82,7 @@ class SimulatedDify:
                 return self._detail(run)
         raise DifyWorkflowRunNotFound("unknown", workflow_run_id=run_id)
 
-    def _page(self, params: Any) -> list[LoggedWorkflowRun]:
+    def _page(self, params: Any) -> list[LogRow]:
         after = params.get("created_at__after")
         bound = pendulum.parse(after).timestamp() if after else 0.0  # type: ignore[union-attr]
         before = params.get("created_at__before")
@@ -106,8 +100,10 @@ class SimulatedDify:
         start = (params["page"] - 1) * params["limit"]
         return [self._row(run) for run in listed[start : start + params["limit"]]]
 
-    def _row(self, run: SimulatedRun) -> LoggedWorkflowRun:
+    def _row(self, run: SimulatedRun) -> LogRow:
         detail = self._detail(run)
+        if self.now < run.created_at + run.recorded_late:
+            return RowWithoutRun(f"row {run.id}", run.user, detail.created_at)
         return LoggedWorkflowRun(
             run.id,
             detail.status,
@@ -239,6 +235,26 @@ def test_a_row_that_is_written_late_is_news() -> None:
     late = SimulatedRun(1, NOW + 27, NOW + 28, written_late=4.5)
     dify = SimulatedDify([SimulatedRun(0, NOW + 29, NOW + 29.5), late])
     assert dify.look_until(NOW + 120, RunWindow())[1] == ids(dify.runs[0], late)
+
+
+@pytest.mark.parametrize("begins", [-20.0, 10.0])
+def test_a_run_whose_record_is_written_after_its_row_is_news(begins: float) -> None:
+    late = SimulatedRun(1, NOW + begins, NOW + begins + 30, recorded_late=130)
+    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(20, 100)]
+    _, ended = SimulatedDify([late, *others]).look_until(NOW + 400, RunWindow())
+    assert sorted(ended) == ids(late, *others)
+
+
+def test_a_row_whose_record_is_gone_costs_more_only_while_it_is_young() -> None:
+    gone = SimulatedRun(1, NOW + 1, recorded_late=float("inf"))
+    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(2, 2000)]
+    dify = SimulatedDify([gone, *others])
+    window, ended = dify.look_until(NOW + 900, RunWindow())
+    before = len(dify.requests)
+    _, later = dify.look_until(NOW + 1800, window)
+    # A look every 30 seconds, which finds 30 runs.
+    assert len(dify.requests) - before <= 2 * 31
+    assert [*ended, *later] == ids(*[run for run in others if run.ends_at <= NOW + 1770])
 
 
 def test_pages_that_shift_while_runs_arrive_miss_none() -> None:

@@ -226,6 +226,12 @@ def test_runs_are_listed_by_when_they_were_created(dify: DifyStandIn, hook: Dify
     assert [run.workflow_run_id for run in listed] == ids[:-5:-1]
 
 
+def test_a_row_whose_run_has_no_record_is_not_listed(dify: DifyStandIn, hook: DifyHook) -> None:
+    ids = dify.add_logged_runs(3)
+    dify.runs[ids[1]].has_no_record = True
+    assert [run.workflow_run_id for run in hook.list_workflow_runs()] == [ids[2], ids[0]]
+
+
 def test_the_recorded_log_is_read(dify: DifyStandIn, hook: DifyHook) -> None:
     dify.misbehave(replay("logs"))
     runs = hook.list_workflow_runs()

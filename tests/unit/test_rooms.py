@@ -16,7 +16,7 @@ PACKAGE = Path(airflow_provider_dify.__file__).parent
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("__init__", "models", "excerpts", "closing", "sharing", "airflow_versions", "get_provider_info", "input_form"),
     2: ("exceptions", "input_fingerprint", "input_check"),
-    3: ("base_url", "connection", "verdict", "arguments", "run_filter"),
+    3: ("base_url", "connection", "verdict", "arguments", "run_filter", "run_window"),
     4: ("waiting", "xcoms"),
     5: ("links", "api"),
     6: (
@@ -26,6 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "log_pages",
         "run_search",
         "finished_runs",
+        "looking",
         "following",
         "whole_run",
         "hooks",

@@ -142,6 +142,46 @@ def test_a_mapped_sensor_without_it_is_not() -> None:
 
 
 @needs_start
+def test_a_param_without_a_default_is_refused_because_the_triggerer_would_end() -> None:
+    import pendulum
+    from airflow.sdk import DAG, Param
+
+    run = Param(type="string", minLength=32)
+    with (
+        DAG("d", schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={"run": run}),
+        pytest.raises(DifyConfigurationError, match=r"The Dag's param 'run' has no default.*deferrable=True"),
+    ):
+        sensor("{{ params.run }}")
+
+
+@needs_start
+@pytest.mark.parametrize("default", ["e9d68a02-335c-48ff-bcca-2aa6ff006579", None])
+def test_a_param_with_a_default_is_accepted(default: str | None) -> None:
+    import pendulum
+    from airflow.sdk import DAG, Param
+
+    run = Param(default, type=["null", "string"])
+    with DAG("d", schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={"run": run}):
+        assert sensor("{{ params.run }}").start_from_trigger is True
+
+
+@needs_start
+def test_airflow_still_cannot_give_the_triggerer_a_param_without_a_default() -> None:
+    import pendulum
+    from airflow.sdk import DAG, BaseOperator, Param
+    from airflow.sdk.definitions.param import process_params
+    from airflow.sdk.exceptions import AirflowException
+    from airflow.serialization.serialized_objects import DagSerialization
+
+    # As the triggerer does it. What this raises ends the whole triggerer, and the next one that takes the task over.
+    with DAG("d", schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={"run": Param(type="string")}) as dag:
+        BaseOperator(task_id="wait")
+    stored = DagSerialization.from_dict(DagSerialization.to_dict(dag))
+    with pytest.raises(AirflowException, match="Invalid input for param run"):
+        process_params(stored, stored.get_task("wait"), {"run": "x"}, suppress_exception=False)
+
+
+@needs_start
 def test_a_dag_with_such_a_sensor_is_serialized() -> None:
     import json
 

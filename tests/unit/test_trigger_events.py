@@ -308,6 +308,21 @@ def test_an_outage_of_dify_loses_no_run(dify: DifyStandIn) -> None:
     assert sorted(event["workflow_run_id"] for event in events) == sorted(ids)
 
 
+def test_a_row_without_a_run_stops_nothing_and_its_run_is_an_event_once_it_has_a_record(dify: DifyStandIn) -> None:
+    ids: list[str] = []
+    (deleted,) = dify.add_logged_runs(1, ending=time.time() - 1)
+    dify.runs[deleted].has_no_record = True
+
+    def act() -> None:
+        ids.extend(add_ended(dify, *run) for run in RUNS[:2])
+        dify.runs[ids[0]].has_no_record = True
+        time.sleep(0.5)
+        dify.runs[ids[0]].has_no_record = False
+
+    events = events_of(trigger_of(), act, 2)
+    assert [event["workflow_run_id"] for event in events] == ids[::-1]
+
+
 def test_retry_after_is_kept(dify: DifyStandIn) -> None:
     dify.misbehave(respond(429, headers={"Retry-After": "2"}), only="logs")
     events_of(trigger_of(), lambda: time.sleep(0.5), 1, seconds=0.1)
