@@ -18,6 +18,8 @@ from airflow_provider_dify.models import WAITING_STATUSES, WorkflowRun, Workflow
 _WORKER_SHUT_DOWN = "the worker is shutting down"
 # How Dify 1.16.1 ends a run that went on after a Human Input node, 30 of 30 times.
 _STREAM_CLOSED = "Client response stream closed before app execution completed"
+# The other text that it has for that, and has for a stop, too.
+_STOPPED = "App task was stopped"
 
 
 class Outcome(str, Enum):
@@ -135,8 +137,8 @@ def _judge_failure(run: WorkflowRun) -> Verdict:
             Outcome.FAILED, f"{_error(run)} Dify workflow run {run.id} failed{_facts(run)}.", can_be_repeated=True
         )
     advice = ""
-    # Or with the text of a stop; but one that a person has stopped has no outputs.
-    if _STREAM_CLOSED in error or run.outputs:
+    # A run that a person has stopped has no outputs.
+    if _STREAM_CLOSED in error or (_STOPPED in error and run.outputs):
         advice = (
             " Dify 1.16.1 is known to end a run like this after it was paused for a person, although its nodes ran to "
             "the end. Its outputs may be complete: see the exception's run, or the run in Dify's console."
