@@ -101,7 +101,7 @@ class WorkflowRun:
             "finished_at": self.finished_at.isoformat() if self.finished_at else None,
             "elapsed_time": self.elapsed_time,
         }
-        return {name: _storable(value) for name, value in values.items()}
+        return {name: storable(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def runs_of(rows: Iterable[LogRow]) -> list[LoggedWorkflowRun]:
     return [row for row in rows if isinstance(row, LoggedWorkflowRun)]
 
 
-def _storable(value: Any) -> Any:
+def storable(value: Any) -> Any:
     """Return a value as every database takes it: text without NUL and lone surrogates, whole numbers of 64 bits."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
