@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from airflow_provider_dify import finished_runs
 from airflow_provider_dify.api import routes
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.exceptions import (
@@ -26,7 +27,6 @@ from airflow_provider_dify.finished_runs import DETAILS_AT_ONCE, PAGE_SIZE, look
 from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.run_window import (
     MAX_DETAIL_INTERVAL,
-    MAX_OPEN,
     OVERLAP,
     FinishedRun,
     Look,
@@ -373,13 +373,14 @@ def test_a_key_that_is_refused_for_a_run_fails_the_look() -> None:
         dify.look(window)
 
 
-def test_runs_that_never_end_do_not_fill_the_state_without_bound() -> None:
-    runs = [SimulatedRun(number, NOW + number) for number in range(MAX_OPEN + 50)]
+def test_runs_that_never_end_do_not_fill_the_state_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finished_runs, "MAX_OPEN", 100)
+    runs = [SimulatedRun(number, NOW + number) for number in range(150)]
     dify = SimulatedDify(runs)
     window = dify.look(RunWindow()).window
-    dify.now += MAX_OPEN + 50
+    dify.now += 150
     look = dify.look(window)
-    assert len(look.window.open) == MAX_OPEN
+    assert len(look.window.open) == 100
     assert sorted(look.surplus) == ids(*runs[:50])
 
 
