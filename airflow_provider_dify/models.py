@@ -129,7 +129,8 @@ class LoggedWorkflowRun:
 
     :param workflow_run_id: the run's UUID.
     :param status: as in :class:`WorkflowRun`.
-    :param user: the ``user`` that started it through the API; ``None`` for runs started otherwise.
+    :param user: the ``user`` that started it through the API; a name that Dify made, for a web app's visitor or a
+        webhook; ``None`` for Dify's own schedule.
     :param error: Dify's own words on why it failed.
     :param total_steps: nodes run.
     :param total_tokens: language model tokens used.
