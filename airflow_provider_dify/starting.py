@@ -14,7 +14,7 @@ from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunNotFound, DifyWorkflowRunUncertain
 from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
@@ -161,8 +161,8 @@ def find_earlier_start(
     for search, number in _searches_of_earlier_tries(context, settings):
         try:
             run_id = yield from find_run(search)
-        except DifyConnectionError:
-            if number < ti.try_number:
+        except DifyError as error:
+            if number < ti.try_number or isinstance(error, DifyWorkflowRunUncertain):
                 raise
             # That this try has run before is so rare that a log which can't be read is no reason to wait.
             continue

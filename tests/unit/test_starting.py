@@ -14,7 +14,14 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api.calls import Call
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyError,
+    DifyRequestError,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunUncertain,
+)
 from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import LoggedWorkflowRun
 from airflow_provider_dify.starting import (
@@ -173,12 +180,22 @@ def test_a_try_that_airflow_runs_twice_finds_its_own_run_in_the_log_without_a_me
     assert asked == [default_user(context["ti"], 1)]
 
 
-def test_a_log_that_cannot_be_read_does_not_keep_a_first_try_from_its_start() -> None:
+@pytest.mark.parametrize(
+    "error", [DifyConnectionError("away"), DifyAuthenticationError("refused"), DifyRequestError("no such route")]
+)
+def test_a_log_that_cannot_be_read_does_not_keep_a_first_try_from_its_start(error: DifyError) -> None:
     steps = find_earlier_start(context_of(1, 2), settings_of())
     next(steps)
     with pytest.raises(StopIteration) as done:
-        steps.throw(DifyConnectionError("away"))
+        steps.throw(error)
     assert done.value.value is None
+
+
+def test_a_first_try_that_has_several_runs_already_starts_no_other() -> None:
+    steps = find_earlier_start(context_of(1, 2), settings_of())
+    next(steps)
+    with pytest.raises(DifyWorkflowRunUncertain):
+        steps.throw(DifyWorkflowRunUncertain("each may be it", user="us"))
 
 
 def test_a_first_try_with_a_memory_asks_dify_for_nothing() -> None:
