@@ -8,20 +8,22 @@ the server about 2.5 ms. So a window remembers how far the log was read, and whi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime, timezone
-from typing import Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyRequestError,
+    DifyWorkflowRunNotFound,
+)
+from airflow_provider_dify.log_pages import LogPage
+from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, row_key
+from airflow_provider_dify.run_window import MAX_OPEN, OVERLAP, FinishedRun, Look, OpenRun, RunWindow, WindowPolicy
 
 PAGE_SIZE = 20
-# Seconds by which a row may be older than one that was seen before it: a row has the time at which Dify began to write
-# it. Rows that are so young are read again at the next look, so a longer time costs requests where runs are many.
-OVERLAP = 5.0
 # Pages of the first look: runs that go on then are watched if they are among so many of the newest.
 FIRST_PAGES = 3
 # Pages without anything new after which a server counts as one that shows the same page again and again.
@@ -30,152 +32,13 @@ MAX_STALE_PAGES = 3
 _RUNS_WORTH_A_PAGE = 4
 # Details that one look asks for at most, a second or two of the server's time; the others wait for the next one.
 DETAILS_AT_ONCE = 100
-# A run that goes on is looked at again after this share of its age.
-_SHARE_OF_AGE = 0.05
-MAX_DETAIL_INTERVAL = 300.0
+# Seconds for which a row is read again whose run has no record: Dify may let workers write the records, after the rows.
+RECORD_DELAY = 300.0
+# Seconds by which Dify's clock may be ahead of ours. A row from farther ahead, of a clock that was set right since,
+# must not hide what comes until then.
+MAX_AHEAD = 86_400.0
 # Seconds of the log that are read at most after a time without a look, unless run_timeout is longer.
 CATCH_UP = 86_400.0
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A run that has ended, as an event describes it: without outputs."""
-
-    workflow_run_id: str
-    status: str
-    user: str | None
-    triggered_from: str | None
-    total_tokens: int | None
-    elapsed_time: float | None
-    created_at: datetime | None
-    finished_at: datetime | None
-
-    def as_event(self) -> dict[str, Any]:
-        """Return the fields as JSON-ready values; times as ISO 8601 text."""
-        return {
-            "workflow_run_id": self.workflow_run_id,
-            "status": self.status,
-            "user": self.user,
-            "triggered_from": self.triggered_from,
-            "total_tokens": self.total_tokens,
-            "elapsed_time": self.elapsed_time,
-            "created_at": self.created_at.isoformat() if self.created_at else None,
-            "finished_at": self.finished_at.isoformat() if self.finished_at else None,
-        }
-
-
-@dataclass(frozen=True)
-class OpenRun:
-    """
-    A run that was not over when it was last seen.
-
-    :param logged_at: epoch seconds of its row, by Dify's clock.
-    :param created_at: epoch seconds of the run itself, by Dify's clock.
-    :param due: epoch seconds at which it is to be looked at again, by this machine's clock.
-    :param user: who started it; the run's detail doesn't say.
-    :param triggered_from: what started it; the run's detail doesn't say.
-    """
-
-    logged_at: float
-    created_at: float
-    due: float
-    user: str | None
-    triggered_from: str | None
-
-
-@dataclass(frozen=True)
-class WindowPolicy:
-    """
-    How a window moves.
-
-    :param poll_interval: seconds between looks.
-    :param run_timeout: seconds after a run's creation from which it is no longer watched.
-    :param lookback: seconds before the first look from which runs that have ended count, too.
-    :param user: the ``user`` whose runs are read; ``None`` for all.
-    """
-
-    poll_interval: float = 30.0
-    run_timeout: float = 604_800.0
-    lookback: float = 0.0
-    user: str | None = None
-
-    def next_look(self, run_created_at: float, now: float) -> float:
-        """Return when to look again at a run that goes on: the older, the later."""
-        age = max(0.0, now - run_created_at)
-        delay = min(age * _SHARE_OF_AGE, MAX_DETAIL_INTERVAL)
-        # The next look comes about then; a moment too early must not make it miss.
-        return now if delay <= self.poll_interval else now + delay
-
-
-@dataclass(frozen=True)
-class RunWindow:
-    """
-    What is known of an app's runs between two looks. It holds the runs of every user, so that two watchers of an app
-    ask the same.
-
-    :param read_until: epoch seconds of the newest row that was seen, by Dify's clock; ``None`` before the first look.
-    :param seen: rows that will be read again, by the run's id, and the epoch seconds of each.
-    :param open: runs that were not over.
-    """
-
-    read_until: float | None = None
-    seen: Mapping[str, float] = field(default_factory=dict)
-    open: Mapping[str, OpenRun] = field(default_factory=dict)
-
-    @classmethod
-    def read_before(cls, moment: float) -> RunWindow:
-        """Return the window to which each run is new whose row is of this moment, in epoch seconds, or later."""
-        return cls(read_until=int(moment) + OVERLAP)
-
-    def serialize(self) -> dict[str, Any]:
-        """Return the window as JSON-ready values, for :meth:`deserialize`."""
-        return {
-            "version": 1,
-            "read_until": self.read_until,
-            "seen": dict(self.seen),
-            "open": {
-                run_id: [run.logged_at, run.created_at, run.due, run.user, run.triggered_from]
-                for run_id, run in self.open.items()
-            },
-        }
-
-    @classmethod
-    def deserialize(cls, data: object) -> RunWindow:
-        """
-        Return the window that :meth:`serialize` described; a new one for anything else.
-
-        :param data: what was stored, maybe by another version of this package.
-        """
-        if not isinstance(data, dict) or data.get("version") != 1:
-            return cls()
-        try:
-            return cls(
-                read_until=None if data["read_until"] is None else float(data["read_until"]),
-                seen={str(run_id): float(at) for run_id, at in data["seen"].items()},
-                open={
-                    str(run_id): OpenRun(float(run[0]), float(run[1]), float(run[2]), run[3], run[4])
-                    for run_id, run in data["open"].items()
-                },
-            )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            return cls()
-
-
-@dataclass(frozen=True)
-class Look:
-    """
-    What one look at an app's runs brought.
-
-    :param window: the window after it.
-    :param finished: runs that have ended since the last look, the first to end first.
-    :param overdue: ids of runs that are no longer watched, because ``run_timeout`` is over.
-    :param error: why not every run could be asked for; what the look brought counts all the same.
-    """
-
-    window: RunWindow
-    finished: tuple[FinishedRun, ...] = ()
-    overdue: tuple[str, ...] = ()
-    error: DifyConnectionError | None = None
 
 
 def look_at_runs(window: RunWindow, policy: WindowPolicy, now: float) -> Steps[Look]:
@@ -189,17 +52,17 @@ def look_at_runs(window: RunWindow, policy: WindowPolicy, now: float) -> Steps[L
     :raises DifyError: if the log can't be read.
     """
     reader = _Reader(window, policy, now)
-    page = 1
-    while True:
-        rows = yield calls.logged_runs(user=policy.user, created_after=reader.created_after, page=page, limit=PAGE_SIZE)
-        if not reader.needs_page_after(rows):
-            break
-        page += 1
+    page: LogPage | None = LogPage(PAGE_SIZE)
+    while page is not None:
+        rows = yield page.request(user=policy.user, created_after=reader.created_after)
+        page = page.after(rows) if reader.needs_page_after(rows) else None
     error = None
     for run_id in reader.runs_to_ask_for():
         try:
             run = yield from calls.look_up_run(run_id)
-        except DifyWorkflowRunNotFound:
+        except DifyAuthenticationError:
+            raise
+        except (DifyWorkflowRunNotFound, DifyRequestError):
             # Deleted, or another app's key was given to the connection: asked for again, until run_timeout is over.
             continue
         except DifyConnectionError as failed:
@@ -217,17 +80,21 @@ class _Reader:
         self._now = now
         self._is_first = window.read_until is None
         self._read_until = window.read_until
+        if self._read_until is not None and self._read_until > now + MAX_AHEAD:
+            self._read_until = now
         self._seen = dict(window.seen)
         self._open = dict(window.open)
         self._finished: dict[str, FinishedRun] = {}
         self._met: set[str] = set()
+        # Whose record may come yet: the oldest row.
+        self._awaited = math.inf
         self._pages = self._stale_pages = 0
         # Rows from here on are new unless they were seen; the others were read at an earlier look.
-        if window.read_until is None:
+        if self._read_until is None:
             # Never by chance, where Dify's clock is ahead of ours.
             self._bound = now - policy.lookback if policy.lookback else math.inf
         else:
-            self._bound = max(window.read_until - OVERLAP, now - max(policy.run_timeout, CATCH_UP))
+            self._bound = max(self._read_until - OVERLAP, now - max(policy.run_timeout, CATCH_UP))
 
     @property
     def created_after(self) -> datetime | None:
@@ -240,14 +107,14 @@ class _Reader:
         # Whole seconds, so that watchers which are a moment apart ask the same.
         return datetime.fromtimestamp(int(min(self._bound, oldest)), timezone.utc)
 
-    def needs_page_after(self, rows: Sequence[LoggedWorkflowRun]) -> bool:
-        """Take a page of rows, and return whether the next page is needed."""
+    def needs_page_after(self, rows: Sequence[LogRow]) -> bool:
+        """Take a page of rows, and return whether the next page is needed, if there is one."""
         self._pages += 1
-        news = [row for row in rows if row.workflow_run_id not in self._met]
+        news = [row for row in rows if row_key(row) not in self._met]
         for row in news:
             self._take_row(row)
         self._stale_pages = 0 if news else self._stale_pages + 1
-        if len(rows) < PAGE_SIZE or self._stale_pages >= MAX_STALE_PAGES:
+        if not rows or self._stale_pages >= MAX_STALE_PAGES:
             return False
         times = [_logged_at(row, self._now) for row in rows]
         newest, oldest = max(times), min(times)
@@ -273,31 +140,45 @@ class _Reader:
         if known is not None and run.is_over:
             self._finish(run.id, run, known.user, known.triggered_from)
 
-    def look(self, error: DifyError | None) -> Look:
+    def look(self, error: DifyConnectionError | None) -> Look:
         """Return what the look brought."""
-        overdue = [
+        overdue = {
             run_id for run_id, run in self._open.items() if self._now - run.created_at > self._policy.run_timeout
-        ]
-        bound = self._bound if self._read_until is None else self._read_until - OVERLAP
+        }
+        watched = {run_id: run for run_id, run in self._open.items() if run_id not in overdue}
+        surplus = sorted(watched, key=lambda run_id: watched[run_id].created_at)[: max(0, len(watched) - MAX_OPEN)]
+        for run_id in surplus:
+            del watched[run_id]
+        # Of an app without runs, everything that comes is new.
+        read_until = min(self._read_until or 0.0, self._awaited)
+        bound = self._bound if self._read_until is None else read_until - OVERLAP
         return Look(
             RunWindow(
-                # Of an app without runs, everything that comes is new.
-                read_until=0.0 if self._read_until is None else self._read_until,
+                read_until=read_until,
                 seen={run_id: at for run_id, at in self._seen.items() if at >= bound},
-                open={run_id: run for run_id, run in self._open.items() if run_id not in overdue},
+                open=watched,
             ),
             tuple(sorted(self._finished.values(), key=_end)),
-            tuple(overdue),
-            error if isinstance(error, DifyConnectionError) else None,
+            tuple(sorted(overdue)),
+            tuple(surplus),
+            error,
         )
 
     def _due(self) -> dict[str, OpenRun]:
         return {run_id: run for run_id, run in self._open.items() if run.due <= self._now and run_id not in self._met}
 
-    def _take_row(self, row: LoggedWorkflowRun) -> None:
-        run_id, logged_at = row.workflow_run_id, _logged_at(row, self._now)
-        self._met.add(run_id)
-        self._read_until = max(self._read_until or 0.0, logged_at)
+    def _take_row(self, row: LogRow) -> None:
+        logged_at = _logged_at(row, self._now)
+        self._met.add(row_key(row))
+        if logged_at <= self._now + MAX_AHEAD:
+            self._read_until = max(self._read_until or 0.0, logged_at)
+        if isinstance(row, LoggedWorkflowRun):
+            self._take_run(row, logged_at)
+        elif self._now - logged_at < RECORD_DELAY:
+            self._awaited = min(self._awaited, logged_at)
+
+    def _take_run(self, row: LoggedWorkflowRun, logged_at: float) -> None:
+        run_id = row.workflow_run_id
         known = self._open.get(run_id)
         is_new = known is None and run_id not in self._seen and logged_at >= self._bound
         self._seen[run_id] = logged_at
@@ -330,8 +211,8 @@ class _Reader:
         )
 
 
-def _logged_at(row: LoggedWorkflowRun, now: float) -> float:
-    at = row.logged_at or row.created_at
+def _logged_at(row: LogRow, now: float) -> float:
+    at = row.logged_at if isinstance(row, RowWithoutRun) else row.logged_at or row.created_at
     return now if at is None else at.timestamp()
 
 

@@ -23,6 +23,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.input_check import check_inputs
 from airflow_provider_dify.input_form import parse_input_form
+from airflow_provider_dify.looking import RETRY_DELAY, RepeatedLook
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch, find_run, runs_queue
 from airflow_provider_dify.task_clock import TaskClock
@@ -32,8 +33,6 @@ from airflow_provider_dify.waiting import MAX_RETRY_DELAY, RunWait, delay_after
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
 
-# Seconds after the first failure; doubled with each further one.
-RETRY_DELAY = 1.0
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
 QUEUE_INTERVAL = 30.0
 # The rejection of a run follows its start at once (measured on 1.15.0 and 1.16.1: 0.07 seconds).
@@ -150,6 +149,7 @@ class Follower:
         """
         began = time.monotonic()
         next_look = began + QUEUE_INTERVAL
+        others: set[str] = set()
         while not self.clock.is_over and (left := seconds - (time.monotonic() - began)) > 0:
             seconds_to_look = max(_SHORTEST_WAIT, next_look - time.monotonic())
             event = yield NextEvent(stream, self.clock.slice_of(min(left, seconds_to_look)))
@@ -164,7 +164,7 @@ class Follower:
                     search.user,
                     time.monotonic() - began,
                 )
-                if run_id := (yield from self._look_into_log(search)):
+                if run_id := (yield from self._look_into_log(search, others)):
                     return run_id
         return None
 
@@ -179,15 +179,12 @@ class Follower:
         :raises DifyWorkflowRunUncertain: if several runs fit, or the log can't be read at all.
         """
         began = time.monotonic()
-        interval = min(1.0, self.poll_interval)
-        while True:
+        others: set[str] = set()
+
+        def look() -> Steps[str | None]:
             try:
-                run_id = yield from find_run(search)
-            except DifyConnectionError as failure:
-                # Let out, it would have Airflow retry, and the retry start another run.
-                self.log.warning("Dify's log could not be read; looking again: %s", failure)
-                run_id = None
-            except DifyWorkflowRunUncertain:
+                run_id = yield from find_run(search, others)
+            except (DifyConnectionError, DifyWorkflowRunUncertain):
                 raise
             except DifyError as failure:
                 raise DifyWorkflowRunUncertain(
@@ -195,13 +192,15 @@ class Follower:
                 ) from None
             if run_id is not None:
                 self.log.info("Dify's log names the run: workflow run %s.", run_id)
-                return run_id
-            elapsed = time.monotonic() - began
-            if elapsed >= seconds or self.clock.is_over:
-                return None
-            self.log.info("Dify's log has no run of user %r yet, %.0f seconds after the start.", search.user, elapsed)
-            yield from self.clock.pause(min(interval, seconds - elapsed))
-            interval = min(interval * 2, max(self.poll_interval, 1.0))
+            else:
+                elapsed = time.monotonic() - began
+                self.log.info(
+                    "Dify's log has no run of user %r yet, %.0f seconds after the start.", search.user, elapsed
+                )
+            return run_id
+
+        looks = RepeatedLook(self.clock, self.log, self.poll_interval)
+        return (yield from looks.until_found(look, lambda has_failed: seconds - (time.monotonic() - began)))
 
     def may_be_queued(self) -> bool:
         """Return whether the server may hold a start back without a record of it."""
@@ -270,9 +269,9 @@ class Follower:
             server_version=self.hook.server_version,
         )
 
-    def _look_into_log(self, search: RunSearch) -> Steps[str | None]:
+    def _look_into_log(self, search: RunSearch, others: set[str]) -> Steps[str | None]:
         try:
-            return (yield from find_run(search))
+            return (yield from find_run(search, others))
         except DifyWorkflowRunUncertain:
             raise
         except DifyError as error:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from pendulum import DateTime
@@ -100,7 +101,7 @@ class WorkflowRun:
             "finished_at": self.finished_at.isoformat() if self.finished_at else None,
             "elapsed_time": self.elapsed_time,
         }
-        return {name: _storable(value) for name, value in values.items()}
+        return {name: storable(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,35 @@ class LoggedWorkflowRun:
         return is_over(self.status, self.finished_at)
 
 
-def _storable(value: Any) -> Any:
+@dataclass(frozen=True)
+class RowWithoutRun:
+    """
+    A row of ``GET /workflows/logs`` whose run has no record: not yet, or no longer, because it was deleted.
+
+    :param row_id: the row's UUID.
+    :param user: as in :class:`LoggedWorkflowRun`.
+    :param logged_at: as there.
+    """
+
+    row_id: str
+    user: str | None
+    logged_at: DateTime | None
+
+
+LogRow: TypeAlias = LoggedWorkflowRun | RowWithoutRun
+
+
+def row_key(row: LogRow) -> str:
+    """Return what a row of the log is recognized by on another page."""
+    return row.workflow_run_id if isinstance(row, LoggedWorkflowRun) else row.row_id
+
+
+def runs_of(rows: Iterable[LogRow]) -> list[LoggedWorkflowRun]:
+    """Return the runs of a log's rows, but those that have no record."""
+    return [row for row in rows if isinstance(row, LoggedWorkflowRun)]
+
+
+def storable(value: Any) -> Any:
     """Return a value as every database takes it: text without NUL and lone surrogates, whole numbers of 64 bits."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -9,9 +9,18 @@ from typing import Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
-from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.input_fingerprint import fits
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, WorkflowRunStatus, is_server_from
+from airflow_provider_dify.log_pages import LogPage
+from airflow_provider_dify.models import (
+    LoggedWorkflowRun,
+    LogRow,
+    RowWithoutRun,
+    WorkflowRun,
+    WorkflowRunStatus,
+    is_server_from,
+    runs_of,
+)
 
 # How far Dify's clock may be behind ours for a run to count as started after the start was sent.
 CLOCK_TOLERANCE = timedelta(seconds=60)
@@ -68,18 +77,23 @@ class RunSearch:
         )
 
 
-def find_run(search: RunSearch) -> Steps[str | None]:
+def find_run(search: RunSearch, others: set[str] | None = None) -> Steps[str | None]:
     """
     Look for the run of a start in Dify's log.
 
     :param search: what is known of it.
+    :param others: ids of runs that were started with other inputs; a look adds those that it meets, and the next one
+        does not ask for them again.
     :return: the run's id; ``None`` if no run fits yet: it may be queued.
     :raises DifyWorkflowRunUncertain: if several fit, or one can't be compared.
     :raises DifyError: if the log can't be read.
     """
+    others = set() if others is None else others
     candidates = yield from _candidates(search)
     fitting = []
     for run in candidates:
+        if run.workflow_run_id in others:
+            continue
         if search.user_is_unique:
             fitting.append(run.workflow_run_id)
             continue
@@ -89,6 +103,8 @@ def find_run(search: RunSearch) -> Steps[str | None]:
             raise _uncertain(search, [run.workflow_run_id], "has no inputs that could be compared")
         if is_equal:
             fitting.append(run.workflow_run_id)
+        else:
+            others.add(run.workflow_run_id)
     if len(fitting) > 1:
         raise _uncertain(search, fitting, "each may be it")
     return fitting[0] if fitting else None
@@ -101,10 +117,10 @@ def known_runs(user: str) -> Steps[tuple[str, ...]]:
     :return: their ids; none where the log can't be read.
     """
     try:
-        runs: list[LoggedWorkflowRun] = yield calls.logged_runs(user=user, limit=_PAGE_SIZE)
+        rows: list[LogRow] = yield calls.logged_runs(user=user, limit=_PAGE_SIZE)
     except DifyError:
         return ()
-    return tuple(run.workflow_run_id for run in runs if run.user == user)
+    return tuple(run.workflow_run_id for run in runs_of(rows) if run.user == user)
 
 
 def runs_queue(server_version: str | None) -> bool:
@@ -118,16 +134,30 @@ def runs_queue(server_version: str | None) -> bool:
 
 def _candidates(search: RunSearch) -> Steps[list[LoggedWorkflowRun]]:
     found: list[LoggedWorkflowRun] = []
-    for page in range(1, _MAX_PAGES + 1):
-        rows: list[LoggedWorkflowRun] = yield calls.logged_runs(
-            user=search.user, created_after=search.not_before, page=page, limit=_PAGE_SIZE
-        )
-        found += [row for row in rows if search.is_candidate(row)]
-        is_before = bool(rows) and rows[-1].created_at is not None and rows[-1].created_at < search.not_before
-        if len(rows) < _PAGE_SIZE or is_before:
+    page = LogPage(_PAGE_SIZE)
+    for _ in range(_MAX_PAGES):
+        rows: list[LogRow] = yield page.request(user=search.user, created_after=search.not_before)
+        for row in rows:
+            if isinstance(row, RowWithoutRun) and row.user == search.user:
+                raise without_record(f"a run of user {search.user!r}")
+        runs = runs_of(rows)
+        found += [run for run in runs if search.is_candidate(run)]
+        is_before = bool(runs) and runs[-1].created_at is not None and runs[-1].created_at < search.not_before
+        following = page.after(rows)
+        if following is None or is_before:
             break
-    # Two pages may show a row twice, if a run started in between.
+        page = following
+    # Two pages may show a row twice.
     return list({run.workflow_run_id: run for run in found}.values())
+
+
+def without_record(what: str) -> DifyConnectionError:
+    """
+    Return the error for a row of the log that may be ours, and whose run can't be known yet.
+
+    :param what: the run, in the middle of a sentence.
+    """
+    return DifyConnectionError(f"Dify's log has no record yet of {what}: a worker of Dify writes it. This may pass.")
 
 
 def _uncertain(search: RunSearch, run_ids: list[str], why: str) -> DifyWorkflowRunUncertain:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.session import call_within
 from airflow_provider_dify.api.started_run import StartedRun, wait_until_named
 from airflow_provider_dify.exceptions import (
-    DifyConnectionError,
     DifyError,
     DifyTaskKilled,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.following import RETRY_DELAY, Follower
+from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRun, is_server_from
-from airflow_provider_dify.run_search import known_runs
+from airflow_provider_dify.run_search import find_run, known_runs
 from airflow_provider_dify.starting import (
     StartMemory,
     StartSettings,
@@ -34,12 +35,13 @@ from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
 from airflow_provider_dify.verdict import Outcome, judge
-from airflow_provider_dify.waiting import delay_after
 from airflow_provider_dify.whole_run import still_queued
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
     from airflow.sdk.types import Logger
+
+T = TypeVar("T")
 
 # How long a worker waits for a queued run before it leaves that to the triggerer.
 SECONDS_BEFORE_DEFERRAL = 5.0
@@ -172,29 +174,15 @@ class RunningTask:
         self.stop()
 
     def _find_earlier_start(self) -> TaskStart | None:
-        settings = self._settings
-        failures = 0
-        while True:
-            try:
-                found = self._hook.run_steps(find_earlier_start(self.context, settings))
-                break
-            except DifyConnectionError as error:
-                # Survived as a failed poll is: that Dify is away is no reason to give its run up.
-                failures += 1
-                if failures > settings.max_consecutive_failures or self.clock.is_over:
-                    raise
-                self._log.warning(
-                    "The run of an earlier try could not be looked up, %d in a row of at most %d: %s",
-                    failures,
-                    settings.max_consecutive_failures,
-                    error,
-                )
-                delay = max(settings.poll_interval, delay_after(error, failures, RETRY_DELAY))
-                self._hook.run_steps(self.clock.pause(delay))
+        found = self._look_through_failures(lambda: find_earlier_start(self.context, self._settings))
         if found is None:
             return None
         start, run = found
         return self._continue(start, run) if run is not None else self._continue_unnamed(start)
+
+    def _look_through_failures(self, look: Callable[[], Steps[T]]) -> T:
+        looks = RepeatedLook(self.clock, self._log, self._settings.poll_interval)
+        return self._hook.run_steps(looks.through_failures(look, self._settings.max_consecutive_failures))
 
     def _continue(self, start: TaskStart, run: WorkflowRun) -> TaskStart:
         verdict = judge(run, now=datetime.now(timezone.utc))
@@ -217,6 +205,9 @@ class RunningTask:
         if self._settings.deferrable and start.was_accepted:
             return start
         run_id = self._hook.run_steps(self.follower.search_run(start.search, error, seconds))
+        if run_id is None and not start.was_accepted:
+            # The search goes on through failures. Only a log that was read says that there is no run.
+            run_id = self._look_through_failures(lambda: find_run(start.search))
         if run_id is not None:
             self._remember(replace(start, workflow_run_id=run_id, try_number=self.context["ti"].try_number))
             return self._start

@@ -6,6 +6,7 @@ Tests that start real Airflow processes run after the others, because they depen
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-PYTEST = (sys.executable, "-m", "pytest", "--numprocesses=logical", "--maxprocesses=4")
+PYTEST = (sys.executable, "-m", "pytest")
+CORES = os.cpu_count() or 1
 # pytest's exit codes: all passed; no test was selected, which may happen to one of the parts.
 PASSED, NO_TESTS = 0, 5
 
@@ -33,12 +35,14 @@ PARTS = (
     Part(
         "Tests of the package's parts, and Dags with dag.test()",
         8,
-        ("--dist=worksteal", "-m", "not airflow_processes and not slow"),
+        # More processes than cores: many tests wait for a while.
+        (f"--numprocesses={min(2 * CORES, 8)}", "--dist=worksteal", "-m", "not airflow_processes and not slow"),
     ),
     Part(
         "Dags on real Airflow processes: scheduler, triggerer, API server",
         10,
-        ("--dist=loadfile", "-m", "airflow_processes"),
+        # A file needs an Airflow of its own, or shares one with the other files of its process.
+        (f"--numprocesses={min(CORES + 1, 4)}", "--dist=loadfile", "-m", "airflow_processes"),
     ),
 )
 

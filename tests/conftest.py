@@ -71,4 +71,5 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DifyHook.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
     monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
-    monkeypatch.setattr("airflow_provider_dify.following.RETRY_DELAY", 0.01)
+    for module in ("following", "looking"):
+        monkeypatch.setattr(f"airflow_provider_dify.{module}.RETRY_DELAY", 0.01)

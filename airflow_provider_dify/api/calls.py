@@ -16,7 +16,7 @@ from airflow_provider_dify.api import responses, routes
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.started_run import NextEvent
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.models import AppInfo, LogRow, WorkflowRun
 
 T = TypeVar("T")
 
@@ -106,14 +106,16 @@ def logged_runs(
     user: str | None = None,
     status: str | None = None,
     created_after: datetime | None = None,
+    created_before: datetime | None = None,
     page: int = 1,
     limit: int = 20,
-) -> Call[list[LoggedWorkflowRun]]:
+) -> Call[list[LogRow]]:
     """Return the request for a page of the app's log, newest runs first."""
     params = {
         "created_by_end_user_session_id": user,
         "status": status,
         "created_at__after": created_after.isoformat() if created_after else None,
+        "created_at__before": created_before.isoformat() if created_before else None,
         "page": page,
         "limit": limit,
     }
@@ -121,7 +123,7 @@ def logged_runs(
         "GET",
         routes.LOGS,
         responses.LOG_SUBJECT,
-        responses.parse_logged_workflow_runs,
+        responses.parse_log,
         params={name: value for name, value in params.items() if value is not None},
     )
 

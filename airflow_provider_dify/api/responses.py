@@ -21,7 +21,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.excerpts import REASON_LENGTH
-from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun
 
 # 425 is the one other 4xx that HTTP itself defines as "the same request may succeed later".
 _PASSING_STATUS_CODES = frozenset({408, 425, 429})
@@ -90,7 +90,7 @@ def parse_parameters(response: HttpResponse) -> dict[str, Any]:
     return _parse_object(response, "the app's input form")
 
 
-def parse_logged_workflow_runs(response: HttpResponse) -> list[LoggedWorkflowRun]:
+def parse_log(response: HttpResponse) -> list[LogRow]:
     """
     Parse the response to ``GET /workflows/logs``.
 
@@ -100,18 +100,23 @@ def parse_logged_workflow_runs(response: HttpResponse) -> list[LoggedWorkflowRun
     rows = _parse_object(response, LOG_SUBJECT).get("data")
     if not isinstance(rows, list):
         raise _not_dify(response, LOG_SUBJECT, "JSON without the list 'data'")
-    return [_parse_logged_workflow_run(response, row) for row in rows]
+    return [_parse_log_row(response, row) for row in rows]
 
 
-def _parse_logged_workflow_run(response: HttpResponse, row: Any) -> LoggedWorkflowRun:
-    if not isinstance(row, dict) or not isinstance(row.get("workflow_run"), dict):
+def _parse_log_row(response: HttpResponse, row: Any) -> LogRow:
+    if not isinstance(row, dict) or not isinstance(row.get("workflow_run", ""), (dict, type(None))):
         raise _not_dify(response, LOG_SUBJECT, "a list with a row that has no 'workflow_run'")
-    fields = Fields(response, LOG_SUBJECT, row["workflow_run"])
+    of_row = Fields(response, LOG_SUBJECT, row)
     end_user = row.get("created_by_end_user")
+    user = Fields(response, LOG_SUBJECT, end_user).text("session_id") if isinstance(end_user, dict) else None
+    logged_at = of_row.time("created_at")
+    if row["workflow_run"] is None:
+        return RowWithoutRun(of_row.required_id("id"), user, logged_at)
+    fields = Fields(response, LOG_SUBJECT, row["workflow_run"])
     return LoggedWorkflowRun(
         workflow_run_id=fields.required_id("id"),
         status=fields.status(),
-        user=Fields(response, LOG_SUBJECT, end_user).text("session_id") if isinstance(end_user, dict) else None,
+        user=user,
         error=fields.text("error"),
         total_steps=fields.integer("total_steps"),
         total_tokens=fields.integer("total_tokens"),
@@ -121,7 +126,7 @@ def _parse_logged_workflow_run(response: HttpResponse, row: Any) -> LoggedWorkfl
         exceptions_count=fields.integer("exceptions_count"),
         triggered_from=fields.text("triggered_from"),
         version=fields.text("version"),
-        logged_at=Fields(response, LOG_SUBJECT, row).time("created_at"),
+        logged_at=logged_at,
     )
 
 
@@ -235,6 +240,13 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
         )
         raise DifyRequestError(
             f"{cause}: Dify rejected the request for {subject} with {response.connection_name}.{hint}", **facts
+        )
+    if status_code == 413:
+        # Of a server in front of Dify, whatever it says; the same request would get the same response.
+        raise DifyRequestError(
+            f"{cause}: the request for {subject} at {response.url} is too large for a server in front of Dify. Send "
+            "less, or raise that server's limit (nginx: client_max_body_size).",
+            **facts,
         )
     location = response.header("Location")
     what = "no response of Dify's"

@@ -52,8 +52,12 @@ class ReturnedOutput:
         """Return whether a row's result is there already."""
         return False
 
-    async def begin(self) -> None:
-        """Be ready for the first start."""
+    async def begin(self, last_uncertain: int) -> None:
+        """
+        Be ready for the first start.
+
+        :param last_uncertain: the last row that an earlier try may have started; -1 for none.
+        """
 
     def open(self, row: int, started_at: float) -> None:
         """Take note of a row that is about to be started, or was started by an earlier try."""
@@ -84,8 +88,7 @@ class FileOutput:
     """
     Results that are written into a file, in parts first.
 
-    :param output_path: where they are to be.
-    :param batch_id: names the batch, for its parts.
+    :param files: where they are to be.
     :param max_active_runs: how many rows may be under way at once.
     :param progress: counts the results of earlier tries.
     :param earlier: what earlier tries may have started.
@@ -94,10 +97,9 @@ class FileOutput:
     remembers_stops = True
 
     def __init__(
-        self, output_path: str, batch_id: str, max_active_runs: int, progress: BatchProgress, earlier: EarlierTries
+        self, files: ResultFiles, max_active_runs: int, progress: BatchProgress, earlier: EarlierTries
     ) -> None:
-        self._output_path = output_path
-        self._files = ResultFiles(output_path, batch_id)
+        self._files = files
         written = self._files.read_written(progress.add)
         self._rows: RowSet = written.rows
         self.checkpoint = written.checkpoint
@@ -108,9 +110,9 @@ class FileOutput:
         self.reads_log = written.checkpoint is not None or earlier.can_be
         self.is_first_try = written.checkpoint is None and earlier.is_first_try
         self.since = earlier.since if self.reads_log else time.time()
-        if written.checkpoint is not None:
+        if written.checkpoint is not None and not written.is_damaged:
             self.since = written.checkpoint.open_since
-        self._buffer = PartBuffer(max_active_runs, self.since)
+        self._buffer = PartBuffer(max_active_runs, self.since, len(written.rows))
         self._writing: asyncio.Task[None] | None = None
         self._is_broken = False
 
@@ -118,8 +120,13 @@ class FileOutput:
         """Return whether a row's result is there already."""
         return row in self._rows
 
-    async def begin(self) -> None:
-        """Write the first part, before anything is started."""
+    async def begin(self, last_uncertain: int) -> None:
+        """
+        Write the first part, before anything is started.
+
+        :param last_uncertain: the last row that an earlier try may have started; -1 for none.
+        """
+        self._buffer.last_uncertain = last_uncertain
         if self.checkpoint is None:
             checkpoint = Checkpoint(self.since, self._buffer.max_active_runs)
             await asyncio.to_thread(self._files.begin, checkpoint)
@@ -167,9 +174,13 @@ class FileOutput:
             raise
 
     def finish(self) -> Any:
-        """Merge the parts into the file, and return its path."""
-        self._files.merge()
-        return self._output_path
+        """
+        Merge the parts into the file, and return its path.
+
+        :raises DifyError: if parts were removed, or if the storage failed.
+        """
+        self._files.merge(self._buffer.rows)
+        return self._files.output_path
 
     def remove_parts(self) -> None:
         """Remove what only a further try needs."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyOutputsError
 from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.xcoms import xcom_problem
 
 # A part is written as soon as it has so many rows or bytes, or its first result is so many seconds old.
 PART_ROWS = 1_000
@@ -101,11 +102,13 @@ class Checkpoint:
     :param max_active_runs: how many rows may have been under way at once.
     :param stopped_runs: UUIDs of runs that Dify was asked to stop when the task was killed. Some servers leave their
         records as ``running`` for ever.
+    :param rows: rows whose results are in this part and those before. If fewer are there, a part is gone.
     """
 
     open_since: float
     max_active_runs: int
     stopped_runs: tuple[str, ...] = ()
+    rows: int = 0
 
     def to_line(self) -> str:
         """Return the checkpoint as a line of JSON Lines, with its end."""
@@ -119,7 +122,7 @@ class Checkpoint:
             if data is None:
                 return None
             stopped = tuple(map(str, data["stopped_runs"]))
-            return cls(float(data["open_since"]), int(data["max_active_runs"]), stopped)
+            return cls(float(data["open_since"]), int(data["max_active_runs"]), stopped, int(data["rows"]))
         except (ValueError, RecursionError, KeyError, TypeError):
             return None
 
@@ -185,10 +188,16 @@ class PartBuffer:
 
     :param max_active_runs: how many rows may be under way at once.
     :param open_since: epoch seconds of the batch's own first start, or of the last checkpoint after a crash.
+    :param rows: rows whose results are in a part of an earlier try.
+    :ivar last_uncertain: the last row that an earlier try may have started. Until it is reached, whatever such a try
+        has started is open.
     """
 
     max_active_runs: int
     open_since: float
+    rows: int = 0
+    last_uncertain: int = -1
+    _reached: int = -1
     _open: dict[int, float] = field(default_factory=dict)
     _lines: dict[int, str] = field(default_factory=dict)
     _size: int = 0
@@ -201,6 +210,7 @@ class PartBuffer:
         :param index: the row.
         :param started_at: epoch seconds; for an earlier try's row, the checkpoint that the row was found after.
         """
+        self._reached = max(self._reached, index)
         self._open.setdefault(index, started_at)
 
     def add(self, result: RowResult, now: float, *, is_logged: bool = True) -> None:
@@ -212,6 +222,7 @@ class PartBuffer:
         :param is_logged: whether Dify's log has the run, so that it could be found there after a crash.
         """
         line = result.to_line()
+        self._reached = max(self._reached, result.index)
         self._size += len(line) - len(self._lines.get(result.index, ""))
         self._lines[result.index] = line
         due = now + (PART_SECONDS if is_logged else UNLOGGED_SECONDS)
@@ -234,8 +245,10 @@ class PartBuffer:
         for index, _ in lines:
             self._open.pop(index, None)
         self._lines, self._size, self._due = {}, 0, None
-        self.open_since = max(self.open_since, min(self._open.values(), default=now))
-        return Part(lines, Checkpoint(self.open_since, self.max_active_runs, tuple(stopped_runs)))
+        self.rows += len(lines)
+        if self._reached >= self.last_uncertain:
+            self.open_since = max(self.open_since, min(self._open.values(), default=now))
+        return Part(lines, Checkpoint(self.open_since, self.max_active_runs, tuple(stopped_runs), self.rows))
 
 
 class ReturnedResults:
@@ -259,9 +272,16 @@ class ReturnedResults:
         """
         Take a row's result.
 
-        :raises DifyOutputsError: if the results are more than a return value may have. How much runs return can't be
-            known before they do; so the batch ends as soon as it is known.
+        :raises DifyOutputsError: if Airflow can't store the result, or if the results are more than a return value may
+            have. What runs return can't be known before they do; so the batch ends as soon as it is known.
         """
+        problem = xcom_problem(result.to_dict())
+        if problem:
+            raise DifyOutputsError(
+                f"Row {result.index:,} {problem}, which Airflow cannot store as an XCom: Dify workflow run "
+                f"{result.workflow_run_id} is over, but its result cannot be part of a return value. Set output_path, "
+                "and read the results from that file."
+            )
         self._size += len(result.to_line())
         self._results[result.index] = result
         if self._size > MAX_RETURNED_BYTES:

@@ -19,74 +19,20 @@ inputs must not change between two tries of a task.
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
-from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
-from airflow_provider_dify.api.routes import MAX_USER_LENGTH
+from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
-from airflow_provider_dify.exceptions import DifyConnectionError
-from airflow_provider_dify.following import RETRY_DELAY
-from airflow_provider_dify.models import WAITING_STATUSES, LoggedWorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.run_search import CLOCK_TOLERANCE
-from airflow_provider_dify.starting import shorten_user, task_name
-from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.waiting import delay_after
-
-if TYPE_CHECKING:
-    from airflow.sdk.types import Logger
+from airflow_provider_dify.log_pages import LogPage
+from airflow_provider_dify.models import WAITING_STATUSES, LogRow, RowWithoutRun, WorkflowRunStatus, row_key, runs_of
+from airflow_provider_dify.run_search import CLOCK_TOLERANCE, without_record
 
 _PAGE_SIZE = 100
-# Room for the row and the attempt: "/999999999.999".
-_ROW_LENGTH = 20
-_ROW = re.compile(r"(\d{1,12})\.(\d{1,6})")
-
-
-@dataclass(frozen=True)
-class RowUsers:
-    """
-    The users of a batch's runs.
-
-    :param prefix: what they have in common, without a slash at its end.
-    """
-
-    prefix: str
-
-    @classmethod
-    def of_task(cls, ti: Any, user: str | None = None) -> RowUsers:
-        """
-        Return the users of a task's batch, the same in each of its tries, and others when the task was cleared.
-
-        :param ti: the task instance.
-        :param user: a name of one's own, which takes the place of Airflow's in front; the rest becomes a digest.
-        """
-        # Airflow changes it when a task is cleared, and at no other time.
-        name = f"{task_name(ti)}/{int(ti.max_tries or 0)}"
-        if user is not None:
-            name = f"{user}/{_digest(name)}" if len(user) + 17 <= MAX_USER_LENGTH - _ROW_LENGTH else f"{user}/{name}"
-        return cls(shorten_user(name, MAX_USER_LENGTH - _ROW_LENGTH))
-
-    @property
-    def batch_id(self) -> str:
-        """A short name of the batch, for its files."""
-        return _digest(self.prefix)
-
-    def user_of(self, row: int, attempt: int) -> str:
-        """Return the ``user`` of one start; both count from 0."""
-        return f"{self.prefix}/{row}.{attempt}"
-
-    def parse(self, user: str | None) -> tuple[int, int] | None:
-        """Return the row and the attempt of a user; ``None`` for anyone else's."""
-        if user is None or not user.startswith(f"{self.prefix}/"):
-            return None
-        found = _ROW.fullmatch(user[len(self.prefix) + 1 :])
-        return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True)
@@ -146,45 +92,18 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
     not_before = datetime.fromtimestamp(since, timezone.utc) - CLOCK_TOLERANCE
     found: dict[int, list[FoundRun]] = {}
     seen: set[str] = set()
-    page = 1
-    while True:
-        rows: list[LoggedWorkflowRun] = yield calls.logged_runs(created_after=not_before, page=page, limit=_PAGE_SIZE)
-        # Two pages may show a run twice, if another one was started in between. A page with nothing new is the end,
-        # too: of a server that doesn't know pages.
-        new = [row for row in rows if row.workflow_run_id not in seen]
-        seen = {row.workflow_run_id for row in rows}
+    page: LogPage | None = LogPage(_PAGE_SIZE)
+    while page is not None:
+        rows: list[LogRow] = yield page.request(created_after=not_before)
+        # Two pages may show a run twice. A page with nothing new is the end, too: of a server that doesn't know pages.
+        new = [row for row in rows if row_key(row) not in seen]
+        seen = {row_key(row) for row in rows}
         for row in new:
             _take(users, row, found)
-        is_before = bool(rows) and rows[-1].created_at is not None and rows[-1].created_at < not_before
-        if len(rows) < _PAGE_SIZE or is_before or not new:
-            return found
-        page += 1
-
-
-def read_log_patiently(
-    users: RowUsers, since: float, clock: TaskClock, max_failures: int, log: Logger
-) -> Steps[dict[int, list[FoundRun]]]:
-    """
-    Read the log as :func:`read_log`, again where that fails for a passing reason.
-
-    :param users: as there.
-    :param since: as there.
-    :param clock: the try's deadline.
-    :param max_failures: how often in a row it may fail: without the log, runs would be paid twice.
-    :param log: the task's log.
-    :raises DifyError: as there.
-    """
-    failures = 0
-    while True:
-        try:
-            return (yield from read_log(users, since))
-        except DifyConnectionError as error:
-            failures += 1
-            if failures > max_failures or clock.is_over:
-                raise
-            log.warning("Dify's log could not be read; looking again: %s", error)
-            delay = delay_after(error, failures, RETRY_DELAY)
-        yield from clock.pause(delay)
+        runs = runs_of(rows)
+        is_before = bool(runs) and runs[-1].created_at is not None and runs[-1].created_at < not_before
+        page = None if is_before or not new else page.after(rows)
+    return found
 
 
 def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[FoundRun | None]:
@@ -199,9 +118,7 @@ def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[Fou
     :raises DifyError: if the log can't be read.
     """
     not_before = datetime.fromtimestamp(since, timezone.utc) - CLOCK_TOLERANCE
-    rows: list[LoggedWorkflowRun] = yield calls.logged_runs(
-        user=users.user_of(row, attempt), created_after=not_before, limit=20
-    )
+    rows: list[LogRow] = yield calls.logged_runs(user=users.user_of(row, attempt), created_after=not_before, limit=20)
     found: dict[int, list[FoundRun]] = {}
     for logged in rows:
         _take(users, logged, found)
@@ -209,11 +126,13 @@ def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[Fou
     return _best(runs) if runs else None
 
 
-def _take(users: RowUsers, logged: LoggedWorkflowRun, found: dict[int, list[FoundRun]]) -> None:
+def _take(users: RowUsers, logged: LogRow, found: dict[int, list[FoundRun]]) -> None:
     which = users.parse(logged.user)
     if which is None:
         return
     row, attempt = which
+    if isinstance(logged, RowWithoutRun):
+        raise without_record(f"a run of row {row}")
     run = FoundRun(attempt, logged.workflow_run_id, logged.status)
     runs = found.setdefault(row, [])
     if run.workflow_run_id not in {other.workflow_run_id for other in runs}:
@@ -230,6 +149,7 @@ class Resumption:
     :param checkpoint: the earlier tries' checkpoint, if there is one.
     :param last_written: the last row whose result is written; -1 for none.
     :param is_fresh: whether no earlier try can have started anything.
+    :ivar last_uncertain: the last row that an earlier try may have started; -1 for none.
     """
 
     def __init__(
@@ -250,6 +170,7 @@ class Resumption:
         alive = sum(any(map(self._is_alive, runs)) for runs in found.values())
         self._uncertain_left = 0 if is_fresh else max(0, in_hand - alive)
         self._last_known = max([last_written, *found])
+        self.last_uncertain = -1 if is_fresh else self._last_known + in_hand
 
     def plan(self, row: int) -> RowPlan:
         """
@@ -327,7 +248,3 @@ def _is_over(run: FoundRun) -> bool:
 def _is_alive(run: FoundRun) -> bool:
     # A status that isn't known here is followed: its detail tells whether it is over.
     return not _is_over(run)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api.calls import SendStart, Step, Steps
 from airflow_provider_dify.api.steps import run_steps_async
+from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, RowUsers, look_for
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, look_for
 from airflow_provider_dify.batch.row_follower import PlaceAgain, RowFollower, RowLog
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
@@ -21,6 +23,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
+from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.stopping import stop_run
@@ -214,22 +217,19 @@ class RowRun:
         """Look for a run that an earlier try may have started, until the grace is over."""
         client = self._client
         until = time.monotonic() + client.settings.not_found_grace
-        interval = min(1.0, client.settings.poll_interval)
-        while True:
-            try:
-                found: FoundRun | None = await client.hook.run_steps(
-                    look_for(client.users, self.row, plan.attempt, client.since)
-                )
-            except DifyConnectionError as error:
-                self._log.warning("Dify's log could not be read; looking again: %s", error)
-                found, until = None, max(until, time.monotonic() + interval)
-                client.clock.check()
-            if found is not None:
-                return client.resumption.plan_found(self.row, found)
-            if (time.monotonic() >= until and not client.places.has_queued_runs) or client.clock.is_over:
-                return RowPlan(RowAction.START, plan.attempt, plan.failures)
-            await asyncio.sleep(interval)
-            interval = min(interval * 2, max(client.settings.poll_interval, 1.0))
+
+        def seconds_left(has_failed: bool) -> float:
+            # What can't be read, or may be in Dify's queue, can't be missed.
+            is_open = has_failed or client.places.has_queued_runs
+            return math.inf if is_open else until - time.monotonic()
+
+        looks = RepeatedLook(client.clock, self._log, client.settings.poll_interval)
+        found: FoundRun | None = await client.hook.run_steps(
+            looks.until_found(lambda: look_for(client.users, self.row, plan.attempt, client.since), seconds_left)
+        )
+        if found is not None:
+            return client.resumption.plan_found(self.row, found)
+        return RowPlan(RowAction.START, plan.attempt, plan.failures)
 
     async def _start(self, attempt: int) -> _Outcome:
         """Start a run and follow it; again, if the start got lost."""

@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.batch.concurrency import RunLimit
 from airflow_provider_dify.batch.form_check import FormCheck
+from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowUsers, read_log_patiently
+from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log
 from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
-from airflow_provider_dify.exceptions import (
-    DifyConnectionError,
-    DifyError,
-    DifyTaskKilled,
-    DifyWorkflowRunTimeout,
-)
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyTaskKilled, DifyWorkflowRunTimeout
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
 from airflow_provider_dify.task_clock import TaskClock
 
@@ -165,11 +163,12 @@ class BatchRun:
         found: dict[int, list[FoundRun]] = {}
         if self._output.reads_log:
             self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
-            failures = settings.row.max_consecutive_failures
-            found = await self._hook.run_steps(
-                read_log_patiently(self._users, self._output.since, self._clock, failures, self._log)
+            looks = RepeatedLook(self._clock, self._log, settings.row.poll_interval)
+            # Without the log, runs would be paid twice.
+            steps = looks.through_failures(
+                lambda: read_log(self._users, self._output.since), settings.row.max_consecutive_failures
             )
-        await self._output.begin()
+            found = await self._hook.run_steps(steps)
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
         resumption = Resumption(
@@ -180,6 +179,7 @@ class BatchRun:
             last_written=self._output.last_written,
             is_fresh=self._output.is_first_try and not found,
         )
+        await self._output.begin(resumption.last_uncertain)
         # Later than the batch's own, which ends all rows at once.
         clock = TaskClock(self._clock.deadline + 60.0, math.inf)
         return BatchClient(
@@ -199,6 +199,8 @@ class BatchRun:
                     has_more = row is not None
                     if row is not None:
                         self._take(client, row)
+                        # Rows that are never started may be many, and follow each other at once.
+                        await self._write()
                 await self._wait_for_change()
                 if self._clock.is_over:
                     self._stop(self._timed_out())
@@ -278,13 +280,8 @@ class BatchRun:
             # Too much for a return value. What runs is followed to its end.
             self._failure = self._failure or error
         if is_failure:
-            self._log.warning(
-                "Row %d failed: %s (workflow run %s, status %s)",
-                result.index,
-                result.error,
-                result.workflow_run_id,
-                result.status,
-            )
+            run = f"workflow run {result.workflow_run_id}, status {one_line(result.status, 40)}"
+            self._log.warning("Row %d failed: %s (%s)", result.index, one_line(result.error), run)
 
     async def _wait_for_change(self) -> None:
         until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None

@@ -31,6 +31,17 @@ def storage_path(path: str | os.PathLike[str]) -> Any:
         return found
 
 
+def is_same_file(one: Any, other: Any) -> bool:
+    """
+    Return whether two paths of :func:`storage_path` name one file of one storage.
+
+    :param one: a path.
+    :param other: another one.
+    """
+    names = {path.fs._strip_protocol(path.path) for path in (one, other)}
+    return bool(one.fs == other.fs) and len(names) == 1
+
+
 @contextmanager
 def open_text(path: str | os.PathLike[str], *, newline: str) -> Iterator[Any]:
     """

@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException
 
+from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.output import EarlierTries, FileOutput, Output, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
-from airflow_provider_dify.batch.resuming import RowUsers
-from airflow_provider_dify.batch.rows import count_rows
+from airflow_provider_dify.batch.result_files import ResultFiles
+from airflow_provider_dify.batch.rows import count_rows, load_lazy
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
 
@@ -73,7 +74,8 @@ class BatchTask:
         :raises DifyBatchFailed: if more rows failed than may.
         :raises DifyError: as the operator does.
         """
-        settings, batch = self._settings, self._batch
+        settings = self._settings
+        batch = self._batch = replace(self._batch, inputs=load_lazy(self._batch.inputs))
         deadline = time.time() + batch.row.timeout
         users = RowUsers.of_task(self._ti, settings.user)
         total = count_rows(batch.inputs)
@@ -84,7 +86,7 @@ class BatchTask:
             fail_on_partial_success=batch.row.fail_on_partial_success,
             output_path=settings.output_path,
         )
-        output = self._output(users, total, progress)
+        output = self._output(total, progress)
         self._push(progress.summary(time.time()))
         if progress.over:
             self._log.info("%d of %d rows are over already, by an earlier try.", progress.over, total)
@@ -123,7 +125,7 @@ class BatchTask:
     def _will_be_retried(self) -> bool:
         return bool(self._ti.try_number <= (self._ti.max_tries or 0))
 
-    def _output(self, users: RowUsers, total: int, progress: BatchProgress) -> Output:
+    def _output(self, total: int, progress: BatchProgress) -> Output:
         began = getattr(self._dag_run, "start_date", None)
         since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
         # After a task was cleared its tries go on counting, but what came before was to be done anew.
@@ -132,4 +134,6 @@ class BatchTask:
         path = self._settings.output_path
         if path is None:
             return ReturnedOutput(total, earlier)
-        return FileOutput(path, users.batch_id, self._batch.max_active_runs, progress, earlier)
+        files = ResultFiles(path, BatchName.of_task(self._ti))
+        files.check(self._batch.inputs)
+        return FileOutput(files, self._batch.max_active_runs, progress, earlier)

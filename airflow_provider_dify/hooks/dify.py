@@ -17,7 +17,7 @@ from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.hooks.sending import SendingHook
-from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
 from airflow_provider_dify.task_clock import WEEK, TaskClock
 from airflow_provider_dify.whole_run import run_workflow, wait_for_run
 
@@ -187,14 +187,16 @@ class DifyHook(SendingHook):
         :param user: only runs that this user started.
         :param status: only ``succeeded``, ``failed`` or ``stopped`` ones.
         :param created_after: only runs created at or after this moment.
-        :param page: which page, from 1.
+        :param page: which page, from 1. Dify sorts by whole seconds, and runs of one second in another order on each
+            page: the next page may repeat some and leave others out.
         :param limit: runs a page, up to 100.
-        :return: the page's runs, without inputs and outputs.
+        :return: the page's runs, without inputs and outputs; those that have no record (yet) are left out.
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
-        return self.perform(
+        rows = self.perform(
             calls.logged_runs(user=user, status=status, created_after=created_after, page=page, limit=limit)
         )
+        return runs_of(rows)
 
     def upload_file(
         self,

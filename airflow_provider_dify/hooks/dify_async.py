@@ -21,7 +21,7 @@ from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.shared_connection import read_connection
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun
+from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, runs_of
 from airflow_provider_dify.task_clock import WEEK, TaskClock
 from airflow_provider_dify.whole_run import run_workflow
 
@@ -156,7 +156,8 @@ class DifyAsyncHook:
 
         :raises DifyError: as there.
         """
-        return await self.perform(calls.logged_runs(user=user, created_after=created_after, page=page, limit=limit))
+        rows = await self.perform(calls.logged_runs(user=user, created_after=created_after, page=page, limit=limit))
+        return runs_of(rows)
 
     async def stop_workflow_task(self, task_id: str, user: str) -> None:
         """

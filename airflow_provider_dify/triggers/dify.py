@@ -147,9 +147,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     async def _find_run(self, hook: DifyAsyncHook, deadline: float | None) -> str:
         """Look for a queued run in Dify's log, until it is there."""
         search = RunSearch.deserialize(self.wait.search or {})
+        others: set[str] = set()
         try:
             run_id = await self._search(
-                lambda: hook.run_steps(find_run(search)),
+                lambda: hook.run_steps(find_run(search, others)),
                 deadline,
                 f"The workflow run of user {search.user!r} is queued at Dify, or not in its log yet",
             )
@@ -211,7 +212,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         )
         loop = asyncio.get_running_loop()
         polls = 0
-        has_link = False
+        has_link = self.wait.has_link
         # Triggers that start together, after a restart say, must not poll together for ever.
         due = loop.time() + random.uniform(0, self.wait.poll_interval)  # noqa: S311
         while True:

@@ -192,7 +192,8 @@ class AirflowProcesses:
             yield
         finally:
             for name in reversed(list(self.processes)):
-                self.stop(name)
+                # Nobody needs what they would tidy up.
+                self.stop(name, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import inspect
 import itertools
 import logging
 import sys
@@ -35,7 +36,7 @@ except ImportError:  # Airflow 2
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 from airflow_provider_dify.sensors.dify_latest import DifyLatestWorkflowRunSensor
-from tests.airflow.airflow_runs import received, raised
+from tests.airflow.airflow_runs import clear_task, received, raised
 
 with DAG({dag_id!r}, schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={params!r}) as dag:
 {body}
@@ -54,6 +55,18 @@ def received(name: str, value: Any) -> None:
 def raised(context: Any) -> None:
     """Keep the exception that a try ended with, as a callback of the task."""
     _raised.setdefault(context["ti"].task_id, []).append(context["exception"])
+
+
+def clear_task(dag: Any, ti: Any, task_id: str) -> None:
+    """Clear a task that is over, as a user does in the UI; for a later task of the same Dag run."""
+    from airflow.models.taskinstance import TaskInstance, clear_task_instances
+    from airflow.utils.session import create_session
+
+    # Airflow 2 looks the Dag up where dag.test() doesn't put it.
+    options = {"dag": dag} if "dag" in inspect.signature(clear_task_instances).parameters else {}
+    with create_session() as session:
+        which = {"dag_id": ti.dag_id, "run_id": ti.run_id, "task_id": task_id}
+        clear_task_instances(session.query(TaskInstance).filter_by(**which).all(), session, **options)
 
 
 @dataclass

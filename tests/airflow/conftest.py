@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.airflow import shared_airflow
+from tests.airflow.shared_airflow import SharedAirflow
 from tests.conftest import AIRFLOW_HOME
 
 
@@ -16,3 +19,10 @@ def airflow_db() -> Path:
     """Airflow's database, migrated."""
     subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True)
     return AIRFLOW_HOME / "airflow.db"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[SharedAirflow]:
+    """An Airflow of real processes for all tests that need no settings of their own."""
+    with shared_airflow.shared_airflow() as airflow:
+        yield airflow

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
 import signal
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.airflow.airflow_processes import AIRFLOW_3_0, AirflowProcesses, airflow_processes
+from tests.airflow.airflow_processes import AIRFLOW_3_0
+from tests.airflow.shared_airflow import KEY, Scenario, SharedAirflow, side_by_side
 from tests.dify_stand_in import DifyStandIn, stall
 
 pytestmark = [
@@ -22,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 does not retry a task whose process was killed"),
 ]
 
-KEY = "app-zQ9-the-key-of-this-test"
 ROWS = 24
 ACTIVE = 4
 
@@ -31,7 +32,7 @@ import pendulum
 import time
 from datetime import timedelta
 from pathlib import Path
-from airflow.providers.common.compat.sdk import chain, dag
+from airflow.providers.common.compat.sdk import dag
 from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
 
 FLAG = Path({flag!r})
@@ -53,21 +54,19 @@ class SlowWriting(DifyRunWorkflowBatchOperator):
         result_files.merge_parts = slowly
         return super().execute(context)
 
-@dag(schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
+@dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
 def killed():
-    chain(*[
-        (SlowWriting if name == "writing" else DifyRunWorkflowBatchOperator)(
-            task_id=name,
-            inputs=[{{"task": name, "n": n}} for n in range({rows})],
-            output_path=None if name == "returned" else f"{folder}/{{name}}.jsonl",
-            max_active_runs={active},
-            not_found_grace=3,
-            poll_interval=1,
-            retries=1,
-            retry_delay=timedelta(0),
-        )
-        for name in {names!r}
-    ])
+    {operator}(
+        task_id="run",
+        dify_conn_id={conn_id!r},
+        inputs=[{{"n": n}} for n in range({rows})],
+        output_path={output_path!r},
+        max_active_runs={active},
+        not_found_grace=3,
+        poll_interval=1,
+        retries=1,
+        retry_delay=timedelta(0),
+    )
 
 killed()
 """
@@ -75,87 +74,100 @@ killed()
 NAMES = ["before", "middle", "writing", "returned"]
 
 
+@dataclass
+class Killed:
+    """A Dag whose task was killed once, the Dify that it talked to, and the folder of its results."""
+
+    dag: Scenario
+    folder: Path
+
+    @property
+    def dify(self) -> DifyStandIn:
+        return self.dag.dify
+
+    @property
+    def rows_started(self) -> list[int]:
+        return [started.inputs["n"] for started in self.dify.started]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "results.jsonl"
+
+    def results(self) -> list[dict[str, Any]]:
+        if self.output.exists():
+            return [json.loads(line) for line in self.output.read_text().splitlines()]
+        ((value,),) = self.dag.query("value", "xcom", "key = 'return_value'")
+        results: list[dict[str, Any]] = json.loads(value)
+        return results
+
+
 @pytest.fixture(scope="module")
-def killed() -> Iterator[tuple[DifyStandIn, AirflowProcesses, Path]]:
-    """Run the Dag, and kill each task's process once, at its moment."""
-    with DifyStandIn("1.16.1") as dify, tempfile.TemporaryDirectory() as folder:
-        dify.api_keys = {KEY}
-        dify.run_duration = 0.5
-        flag = Path(folder) / "flag"
-        flag.touch()
-        connection = {"conn_type": "dify", "host": dify.base_url, "password": KEY}
-        environment = {
-            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection),
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
-            "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "3",
-        }
-        # The first starts arrive, and nothing comes of them.
-        dify.misbehave(*[stall(300)] * ACTIVE, only="POST .*/run")
-        moments: dict[str, Callable[[], bool]] = {
-            "before": lambda: sum(request.method == "POST" for request in dify.requests) == ACTIVE,
-            "middle": lambda: len(rows_started(dify, "middle")) >= ROWS // 2,
-            "writing": lambda: not flag.exists(),
-            "returned": lambda: len(rows_started(dify, "returned")) >= ROWS // 2,
-        }
-        with airflow_processes(environment) as airflow:
-            (airflow.dags / "killed.py").write_text(
-                DAG.format(flag=str(flag), half=ROWS // 2, folder=folder, rows=ROWS, active=ACTIVE, names=NAMES)
+def killed(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Killed]]:
+    """Run a Dag for each moment at the same time, and kill its task's process once, at that moment."""
+
+    def run(name: str) -> Killed:
+        with shared.scenario(f"batch_killed_{name}", dialect="1.16.1") as dag:
+            folder = tmp_path_factory.mktemp(name)
+            flag = folder / "flag"
+            flag.touch()
+            task = Killed(dag, folder)
+            dag.dify.run_duration = 0.5
+            if name == "before":
+                # The first starts arrive, and nothing comes of them.
+                dag.dify.misbehave(*[stall(300)] * ACTIVE, only="POST .*/run")
+            moments: dict[str, Callable[[], bool]] = {
+                "before": lambda: sum(request.method == "POST" for request in list(dag.dify.requests)) == ACTIVE,
+                "middle": lambda: len(task.rows_started) >= ROWS // 2,
+                "writing": lambda: not flag.exists(),
+                "returned": lambda: len(task.rows_started) >= ROWS // 2,
+            }
+            dag.add_dag(
+                DAG,
+                operator="SlowWriting" if name == "writing" else "DifyRunWorkflowBatchOperator",
+                flag=str(flag),
+                half=ROWS // 2,
+                output_path=None if name == "returned" else str(task.output),
+                rows=ROWS,
+                active=ACTIVE,
             )
-            for name in NAMES:
-                airflow.wait_for(moments[name], seconds=180)
-                kill(airflow, name)
-            airflow.wait_for(
-                lambda: airflow.query("SELECT count(*) FROM dag_run WHERE state IN ('success', 'failed')") == [(1,)],
-                seconds=240,
-            )
-            for path, content in airflow.everything_written():
-                assert KEY.encode() not in content, path
-            yield dify, airflow, Path(folder)
+            dag.wait_for(moments[name], seconds=240)
+            dag.wait_for(dag.pid, seconds=30)
+            pid = dag.pid()
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            dag.wait_until_over(seconds=240)
+            return task
 
-
-def rows_started(dify: DifyStandIn, name: str) -> list[int]:
-    return [started.inputs["n"] for started in dify.started if started.inputs["task"] == name]
-
-
-def kill(airflow: AirflowProcesses, name: str) -> None:
-    def pids() -> list[tuple[int]]:
-        return airflow.query(
-            "SELECT pid FROM task_instance WHERE task_id = ? AND state = 'running' AND try_number = 1 AND pid > 0", name
-        )
-
-    airflow.wait_for(lambda: bool(pids()), seconds=30)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pids()[0][0], signal.SIGKILL)
-
-
-def results_of(airflow: AirflowProcesses, folder: Path, name: str) -> list[dict[str, Any]]:
-    if name != "returned":
-        return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-    ((value,),) = airflow.query("SELECT value FROM xcom WHERE task_id = ? AND key = 'return_value'", name)
-    results: list[dict[str, Any]] = json.loads(value)
-    return results
+    return side_by_side({name: functools.partial(run, name) for name in NAMES})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_retry_ends_with_each_rows_result_once_and_no_row_was_started_twice(
-    killed: tuple[DifyStandIn, AirflowProcesses, Path], name: str
+    killed: dict[str, Future[Killed]], name: str
 ) -> None:
-    dify, airflow, folder = killed
-    assert airflow.query("SELECT state, try_number FROM task_instance WHERE task_id = ?", name) == [("success", 2)]
-    assert sorted(rows_started(dify, name)) == list(range(ROWS))
-    results = results_of(airflow, folder, name)
+    task = killed[name].result()
+    assert task.dag.query("state, try_number", "task_instance") == [("success", 2)]
+    assert sorted(task.rows_started) == list(range(ROWS))
+    results = task.results()
     assert [row["index"] for row in results] == list(range(ROWS))
-    runs = {started.workflow_run_id: started.inputs for started in dify.started}
-    assert [runs[row["workflow_run_id"]] for row in results] == [{"task": name, "n": n} for n in range(ROWS)]
+    runs = {started.workflow_run_id: started.inputs["n"] for started in task.dify.started}
+    assert [runs[row["workflow_run_id"]] for row in results] == list(range(ROWS))
     assert {row["status"] for row in results} == {"succeeded"}
-    assert dify.stopped == []
+    assert task.dify.stopped == []
 
 
-def test_no_part_is_left(killed: tuple[DifyStandIn, AirflowProcesses, Path]) -> None:
-    _, _, folder = killed
-    assert sorted(path.name for path in folder.iterdir()) == ["before.jsonl", "middle.jsonl", "writing.jsonl"]
+@pytest.mark.parametrize("name", NAMES)
+def test_no_part_is_left(killed: dict[str, Future[Killed]], name: str) -> None:
+    files = {path.name for path in killed[name].result().folder.iterdir()} - {"flag"}
+    assert files == (set() if name == "returned" else {"results.jsonl"})
 
 
-def test_each_user_names_one_row(killed: tuple[DifyStandIn, AirflowProcesses, Path]) -> None:
-    dify, _, _ = killed
-    assert set(Counter(started.user for started in dify.started).values()) == {1}
+@pytest.mark.parametrize("name", NAMES)
+def test_each_user_names_one_row(killed: dict[str, Future[Killed]], name: str) -> None:
+    users = Counter(started.user for started in killed[name].result().dify.started)
+    assert len(users) == ROWS
+
+
+def test_the_key_is_in_no_file_of_airflows(killed: dict[str, Future[Killed]]) -> None:
+    for path, content in killed["middle"].result().dag.airflow.everything_written():
+        assert KEY.encode() not in content, path

@@ -281,6 +281,50 @@ def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
         assert type(result.raised["run"][0]) is DifyWorkflowRunUncertain
 
 
+@pytest.mark.parametrize(
+    "refusal", [replay("auth_bad_key"), replay("detail_disabled_api"), respond(404, '{"code": "not_found"}')]
+)
+def test_a_log_that_refuses_does_not_hide_that_a_start_broke_off(dify: DifyStandIn, refusal: Any) -> None:
+    dify.starts.append(start("running", cut=10, then="reset"))
+    dify.misbehave_always(refusal, only="GET .*/logs")
+    result = run_operator(retries=2, retry_delay=0)
+    assert result.tries["run"] == 1
+    (failure,) = result.raised["run"]
+    assert type(failure) is DifyWorkflowRunUncertain
+    # The cause comes first, and the log's refusal after it.
+    assert re.match(r".+: no run id came back from .+ The log could not be read: ", str(failure))
+    assert len(dify.started) == 1
+
+
+def test_a_log_that_is_busy_does_not_end_the_search_for_a_start(dify: DifyStandIn) -> None:
+    dify.starts.append(start("running", "succeeded", cut=10, then="reset"))
+    dify.misbehave(respond(429), times=3, only="GET .*/logs")
+    result = run_operator(retries=2, retry_delay=0)
+    assert result.tries["run"] == 1
+    assert result.received["outputs"] == OUTPUTS
+    assert len(dify.started) == 1
+
+
+def test_a_start_that_broke_off_is_found_behind_pages_of_other_runs_where_the_server_ignores_the_user(
+    dify: DifyStandIn,
+) -> None:
+    dify.logs_ignore_user = True
+    dify.starts.append(start("running", "succeeded", cut=10, then="reset"))
+
+    async def start_among_others(request: Any) -> Any:
+        try:
+            return await dify.respond_to(request)
+        finally:
+            dify.add_logged_runs(45)
+
+    dify.misbehave(start_among_others, only="POST")
+    result = run_operator()
+    assert result.received["outputs"] == OUTPUTS
+    assert len(dify.started) == 1
+    pages = [request.path for request in dify.requests if "/logs" in request.path]
+    assert len(pages) == 3
+
+
 def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: DifyStandIn) -> None:
     async def send_twice(request: Any) -> Any:
         await dify.respond_to(request)
@@ -521,6 +565,36 @@ def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn,
     assert len(dify.started) == 1
     assert dify.stopped == []
     assert result.received["outputs"] == OUTPUTS
+
+
+def test_retries_that_are_lowered_while_a_task_runs_do_not_make_a_second_run(dify: DifyStandIn) -> None:
+    dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
+    polls = iter(range(100))
+
+    async def lose_sight(request: Any) -> Any:
+        if request.method == "GET" and "/workflows/run/" in request.path and next(polls) < 4:
+            return await respond(503)(request)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(lose_sight)
+    result = run_dag(
+        """
+        class Redeployed(DifyRunWorkflowOperator):
+            # As if the Dag file had been deployed with fewer retries between the two tries.
+            def execute(self, context):
+                if context["ti"].try_number > 1:
+                    self.retries = 0
+                received("retries", self.retries)
+                return super().execute(context)
+
+        Redeployed(
+            task_id="run", inputs={}, poll_interval=0.05, max_consecutive_failures=3, retries=2, retry_delay=0
+        )
+        """
+    )
+    assert (result.state, result.tries["run"], result.received["retries"]) == ("success", 2, 0)
+    assert len(dify.started) == 1
+    assert dify.stopped == []
 
 
 @pytest.mark.skipif(AIRFLOW_3_0, reason="its dag.test() takes the retry of a deferred task for its resumption")

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
-from tests.airflow.airflow_processes import AirflowProcesses, airflow_processes
-from tests.dify_stand_in import API_KEY, DifyStandIn
+from tests.airflow.shared_airflow import Scenario, SharedAirflow
 
 pytestmark = [
     pytest.mark.airflow_processes,
@@ -30,62 +28,55 @@ from datetime import timedelta
 from airflow.sdk import dag
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 
-@dag(schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
+@dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
 def queued():
     for name, deferrable in (("worker", False), ("deferrable", True)):
         DifyRunWorkflowOperator.partial(
-            task_id=name, deferrable=deferrable, poll_interval=1, timeout=300,
+            task_id=name, dify_conn_id={conn_id!r}, deferrable=deferrable, poll_interval=1, timeout=300,
             retries=2, retry_delay=timedelta(seconds=1),
-        ).expand(inputs=[{"item": item, "way": name} for item in range(%d)])
+        ).expand(inputs=[{{"item": item, "way": name}} for item in range({starts})])
 
 queued()
 """
 
 
 @pytest.fixture(scope="module")
-def queued() -> Iterator[tuple[DifyStandIn, AirflowProcesses]]:
-    with DifyStandIn("1.16.1") as dify:
+def queued(shared: SharedAirflow) -> Scenario:
+    with shared.scenario("queued", dialect="1.16.1") as scenario:
+        dify = scenario.dify
         dify.slots = 0
         dify.run_duration = 1.0
-        connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
-        environment = {"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection), "AIRFLOW__LOGGING__JSON_LOGS": "True"}
-        with airflow_processes(environment) as airflow:
-            (airflow.dags / "queued.py").write_text(DAG % STARTS)
-            airflow.wait_for(lambda: len(dify.started) > 0, seconds=120)
-            threading.Timer(BUSY, lambda: setattr(dify, "slots", SLOTS)).start()
-            airflow.wait_for(
-                lambda: airflow.query("SELECT count(*) FROM dag_run WHERE state IN ('success', 'failed')") == [(1,)],
-                seconds=400,
-            )
-            yield dify, airflow
+        scenario.add_dag(DAG, starts=STARTS)
+        scenario.wait_for(lambda: dify.started, seconds=120)
+        threading.Timer(BUSY, lambda: setattr(dify, "slots", SLOTS)).start()
+        scenario.wait_until_over(seconds=400)
+        return scenario
 
 
-def test_every_start_succeeds(queued: tuple[DifyStandIn, AirflowProcesses]) -> None:
+def test_every_start_succeeds(queued: Scenario) -> None:
     # Not at its first try always: a task that resumes before the scheduler has heard of its deferral is taken for dead.
-    _, airflow = queued
-    rows = airflow.query("SELECT task_id, state FROM task_instance")
+    rows = queued.query("task_id, state", "task_instance")
     assert sorted(rows) == sorted((way, "success") for way in ("worker", "deferrable") for _ in range(STARTS))
 
 
-def test_dify_ran_each_of_them_once(queued: tuple[DifyStandIn, AirflowProcesses]) -> None:
-    dify, _ = queued
-    started = sorted((run.inputs["way"], run.inputs["item"]) for run in dify.started)
+def test_dify_ran_each_of_them_once(queued: Scenario) -> None:
+    started = sorted((run.inputs["way"], run.inputs["item"]) for run in queued.dify.started)
     assert started == sorted((way, item) for way in ("worker", "deferrable") for item in range(STARTS))
-    assert dify.stopped == []
+    assert queued.dify.stopped == []
 
 
-def test_a_queued_run_holds_no_worker_if_the_task_is_deferrable(queued: tuple[DifyStandIn, AirflowProcesses]) -> None:
-    _, airflow = queued
-    seconds = [worker_seconds(path) for path in log_files(airflow, "deferrable")]
+def test_a_queued_run_holds_no_worker_if_the_task_is_deferrable(queued: Scenario) -> None:
+    seconds = [worker_seconds(path) for path in log_files(queued, "deferrable")]
     assert len(seconds) == STARTS
     print(f"seconds of a worker for each of {STARTS} deferrable starts: {sorted(round(each, 1) for each in seconds)}")
     # On an idle machine 12 at most; a loaded one starts Python slowly, and runs some tries twice.
     assert max(seconds) < 0.75 * BUSY
 
 
-def log_files(airflow: AirflowProcesses, task_id: str) -> list[Path]:
+def log_files(queued: Scenario, task_id: str) -> list[Path]:
     """Return the workers' logs of a task's instances; the triggerer writes its own beside them."""
-    return [path for path in (airflow.home / "logs").rglob("attempt=1.log") if f"task_id={task_id}" in str(path)]
+    logs = queued.airflow.home / "logs" / f"dag_id={queued.dag_id}"
+    return [path for path in logs.rglob("attempt=1.log") if f"task_id={task_id}" in str(path)]
 
 
 def worker_seconds(log: Path) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0, airflow_processes
-from tests.dify_stand_in import API_KEY, DifyStandIn
+from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
+from tests.airflow.shared_airflow import SharedAirflow
 from tests.dify_stand_in.runs import Started
 
 pytestmark = [
@@ -37,13 +36,14 @@ def tell(context):
         error = context["exception"]
         file.write(json.dumps([context["ti"].task_id, type(error).__name__, str(error)]) + "\\n")
 
-@dag(schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
+@dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
 def limited():
     for name, way in json.loads({tasks!r}).items():
         arguments = {{"retries": 1, **way}}
         DifyRunWorkflowOperator(
-            task_id=name, inputs={{}}, poll_interval=1, execution_timeout=timedelta(seconds=4),
-            retry_delay=timedelta(seconds=1), on_failure_callback=tell, on_retry_callback=tell, **arguments,
+            task_id=name, dify_conn_id={conn_id!r}, inputs={{}}, poll_interval=1,
+            execution_timeout=timedelta(seconds=4), retry_delay=timedelta(seconds=1),
+            on_failure_callback=tell, on_retry_callback=tell, **arguments,
         )
 
 limited()
@@ -62,29 +62,26 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def ended() -> Iterator[dict[str, Ended]]:
-    with DifyStandIn("1.16.1") as dify:
+def ended(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    errors = tmp_path_factory.mktemp("errors") / "errors.jsonl"
+    errors.touch()
+    with shared.scenario("limited", dialect="1.16.1") as scenario:
+        dify = scenario.dify
         dify.run_duration = 300.0
-        connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
-        with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
-            errors = airflow.home / "errors.jsonl"
-            errors.touch()
-            (airflow.dags / "limited.py").write_text(DAG.format(errors=str(errors), tasks=json.dumps(TASKS)))
-            airflow.wait_for(
-                lambda: airflow.query("SELECT count(*) FROM dag_run WHERE state IN ('success', 'failed')") == [(1,)],
-                seconds=240,
+        scenario.add_dag(DAG, errors=str(errors), tasks=json.dumps(TASKS))
+        scenario.wait_until_over(seconds=400)
+        lines = [json.loads(line) for line in errors.read_text().splitlines()]
+        logs = shared.airflow.home / "logs" / "dag_id=limited"
+        return {
+            task_id: Ended(
+                state,
+                "".join(path.read_text() for path in logs.rglob(f"*task_id={task_id}/*.log")),
+                [(kind, text) for name, kind, text in lines if name == task_id],
+                [run for run in dify.started if f"/{task_id}/" in run.user],
+                [task for task, user in dify.stopped if f"/{task_id}/" in user],
             )
-            lines = [json.loads(line) for line in errors.read_text().splitlines()]
-            yield {
-                task_id: Ended(
-                    state,
-                    "".join(path.read_text() for path in (airflow.home / "logs").rglob(f"*task_id={task_id}/*.log")),
-                    [(kind, text) for name, kind, text in lines if name == task_id],
-                    [run for run in dify.started if f"/{task_id}/" in run.user],
-                    [task for task, user in dify.stopped if f"/{task_id}/" in user],
-                )
-                for task_id, state in airflow.query("SELECT task_id, state FROM task_instance")
-            }
+            for task_id, state in scenario.query("task_id, state", "task_instance")
+        }
 
 
 def test_on_a_worker_each_try_stops_its_run_and_the_retry_starts_a_new_one(ended: dict[str, Ended]) -> None:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from tests.dify_stand_in.server import DifyStandIn
 
+# Fields of a run that the log does not show.
+HIDDEN: tuple[str, ...] = ()
 STATUSES = ("succeeded", "failed", "stopped")
 
 
@@ -37,7 +39,12 @@ def logs(stand_in: DifyStandIn, query: Mapping[str, str]) -> web.Response:
     except BadQuery as error:
         return json_response({"code": "invalid_param", "message": str(error), "status": 400}, status=400)
     finished_only = stand_in.log_row_at_end
-    found = [run for run in reversed(stand_in.log) if wanted(run) and not (finished_only and not run.finished)]
+    found = [run for run in stand_in.log if wanted(run) and not (finished_only and not run.finished)]
+    # By whole seconds. Runs of one second come in an order that differs from page to page (seen on 1.12.1, 1.13.0 and
+    # 1.16.1), so that a page by its number repeats some and leaves others out.
+    if page % 2:
+        found.reverse()
+    found.sort(key=_second_of, reverse=True)
     shown = found[(page - 1) * limit : page * limit]
     recorded = stand_in.dialect_rules.recording("logs").fields()["data"][0]
     rows = [_row(recorded, run) for run in shown]
@@ -69,6 +76,11 @@ class _Filter:
         return (self.after is None or created_at >= self.after) and (self.before is None or created_at <= self.before)
 
 
+def _second_of(run: Run) -> float:
+    assert run.now is not None
+    return float(run.now["created_at"])
+
+
 def _row(recorded: dict[str, Any], run: Run) -> dict[str, Any]:
     now = run.now
     assert now is not None
@@ -76,11 +88,16 @@ def _row(recorded: dict[str, Any], run: Run) -> dict[str, Any]:
     known = {key: now[key] for key in workflow_run.keys() & now.keys()}
     if "triggered_from" in workflow_run:
         known["triggered_from"] = run.triggered_from
+    for name in HIDDEN:
+        workflow_run = {key: value for key, value in workflow_run.items() if key != name}
+        known.pop(name, None)
     user = {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.user)), "session_id": run.user}
     return {
         **recorded,
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.id)),
-        "workflow_run": {**workflow_run, **known, "exceptions_count": run.exceptions_count},
+        "workflow_run": None
+        if run.has_no_record
+        else {**workflow_run, **known, "exceptions_count": run.exceptions_count},
         "created_at": now["created_at"],
         "created_by_end_user": {**recorded["created_by_end_user"], **user},
     }

@@ -45,6 +45,8 @@ class Run:
     created_at: int = 0
     exceptions_count: int = 0
     triggered_from: str = "app-run"
+    # Whether its row in the log has no run: its record is not written yet, or deleted already.
+    has_no_record: bool = False
     stop_requested: bool = False
     form: Form | None = None
     events: EventLog = field(default_factory=EventLog)

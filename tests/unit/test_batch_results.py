@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.batch import result_files
+from airflow_provider_dify.batch.naming import BatchName
+from airflow_provider_dify.batch.output import EarlierTries, FileOutput
+from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.result_files import ResultFiles, merge_parts
 from airflow_provider_dify.batch.results import (
     MAX_RETURNED_ROWS,
@@ -31,6 +34,7 @@ from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, 
 from tests.unit.memory_storage import attach_memory
 from tests.unit.test_workflow_run import make_run
 
+BATCH = BatchName("0" * 16)
 RESULT = RowResult(7, "succeeded", {"text": "é\n\ud800"}, None, "run-7", 12, 0.5, 2)
 
 
@@ -130,7 +134,20 @@ def test_a_checkpoint_tells_since_when_rows_are_open() -> None:
     assert buffer.take(122).checkpoint.open_since == 102
     buffer.add(RowResult(1, "succeeded"), 123)
     buffer.add(RowResult(3, "succeeded"), 123)
-    assert buffer.take(130).checkpoint == Checkpoint(130, 8)
+    assert buffer.take(130).checkpoint == Checkpoint(130, 8, rows=4)
+
+
+def test_what_an_earlier_try_has_started_is_open_until_its_last_row_is_reached() -> None:
+    buffer = PartBuffer(1, open_since=100)
+    buffer.last_uncertain = 7
+    # Stopped by hand, so it is started again while rows up to 7 wait, whose runs are alive since 100.
+    buffer.open(3, 150)
+    assert buffer.take(200).checkpoint.open_since == 100
+    buffer.add(RowResult(3, "succeeded"), 210)
+    buffer.open(7, 100)
+    assert buffer.take(220).checkpoint.open_since == 100
+    buffer.add(RowResult(7, "succeeded"), 230)
+    assert buffer.take(240).checkpoint.open_since == 240
 
 
 def test_a_checkpoint_names_the_runs_that_were_stopped() -> None:
@@ -180,10 +197,10 @@ def exists(path: str) -> bool:
 
 
 def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     files.begin(Checkpoint(0, 8))
     write_parts(files, [0, 2, 3], [1, 9], [4, 5, 6], [7, 8])
-    files.merge()
+    files.merge(0)
     assert read(output_path) == "".join(result.to_line() for result in results_of(list(range(10))))
     files.remove_parts()
     assert not exists(f"{output_path}.parts")
@@ -191,20 +208,20 @@ def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> No
 
 
 def test_a_batch_without_rows_has_an_empty_file(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     files.begin(Checkpoint(0, 8))
-    files.merge()
+    files.merge(0)
     assert read(output_path) == ""
 
 
 def test_results_that_were_written_are_read_back(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     assert files.read_written().checkpoint is None
     files.begin(Checkpoint(1, 4, ("a",)))
     write_parts(files, [0, 2], [1], open_since=5)
     files.write(Part([], Checkpoint(3, 2, ("b",))))
     seen: list[RowResult] = []
-    written = ResultFiles(output_path, "batch").read_written(seen.append)
+    written = ResultFiles(output_path, BATCH).read_written(seen.append)
     assert sorted(result.index for result in seen) == [0, 1, 2]
     assert seen[0] == RowResult(seen[0].index, "succeeded", {"n": seen[0].index})
     assert [row in written.rows for row in range(4)] == [True, True, True, False]
@@ -215,21 +232,52 @@ def test_results_that_were_written_are_read_back(output_path: str) -> None:
 
 
 def test_another_batch_with_the_same_path_has_parts_of_its_own(output_path: str) -> None:
-    write_parts(ResultFiles(output_path, "one"), [0, 1])
-    other = ResultFiles(output_path, "two")
+    write_parts(ResultFiles(output_path, BATCH), [0, 1])
+    other = ResultFiles(output_path, BatchName("1" * 16))
     assert len(other.read_written().rows) == 0
     write_parts(other, [0])
-    other.merge()
+    other.merge(0)
     other.remove_parts()
-    assert len(ResultFiles(output_path, "one").read_written().rows) == 2
+    assert len(ResultFiles(output_path, BATCH).read_written().rows) == 2
+
+
+def test_two_mapped_tasks_with_one_file_are_refused_before_anything_is_started(output_path: str) -> None:
+    first, second = (ResultFiles(output_path, replace(BATCH, map_index=index)) for index in (0, 1))
+    first.begin(Checkpoint(0, 8))
+    with pytest.raises(DifyConfigurationError, match=r"map index 0 of this task, too.*{{ ti.map_index }}"):
+        second.begin(Checkpoint(0, 8))
+    # Another Dag run's batch may have left its parts: it is no mistake to replace its results.
+    ResultFiles(output_path, BatchName("1" * 16, 0)).begin(Checkpoint(0, 8))
+    write_parts(first, [0])
+    first.merge(1)
+    first.remove_parts()
+    second.begin(Checkpoint(0, 8))
+
+
+def test_parts_of_before_the_task_was_cleared_are_removed_in_the_end(output_path: str) -> None:
+    before = [ResultFiles(output_path, replace(BATCH, generation=generation)) for generation in (0, 2)]
+    others = [
+        ResultFiles(output_path, name)
+        for name in (replace(BATCH, generation=11), BatchName("1" * 16), replace(BATCH, map_index=3))
+    ]
+    for files in (*before, *others):
+        write_parts(files, [0, 1])
+    cleared = ResultFiles(output_path, replace(BATCH, generation=10))
+    assert len(cleared.read_written().rows) == 0
+    write_parts(cleared, [0])
+    cleared.merge(0)
+    cleared.remove_parts()
+    assert [len(files.read_written().rows) for files in before] == [0, 0]
+    assert [len(files.read_written().rows) for files in others] == [2, 2, 2]
 
 
 def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
-    files = ResultFiles(str(output), "batch")
+    files = ResultFiles(str(output), BATCH)
     files.begin(Checkpoint(1, 8))
     write_parts(files, [0, 1, 2], open_since=99)
-    (part,) = [path for path in (tmp_path / "results.jsonl.parts" / "batch").iterdir() if path.stat().st_size > 200]
+    folder = tmp_path / "results.jsonl.parts" / BATCH.folder
+    (part,) = [path for path in folder.iterdir() if path.stat().st_size > 200]
     whole = part.read_bytes()
     for length in range(len(whole)):
         part.write_bytes(whole[:length])
@@ -238,21 +286,41 @@ def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) ->
         assert len(written.rows) == min(lines, 3)
         # What the cut part would have said of the rest isn't true without its rows.
         assert written.checkpoint == Checkpoint(1, 8)
-        files.merge()
+        files.merge(0)
         assert rows_in(output) == list(range(min(lines, 3)))
-        (tmp_path / "results.jsonl.parts" / "batch" / "merged").unlink()
+        (folder / "merged").unlink()
+
+
+@pytest.mark.parametrize(("damaged", "since"), [(False, 300), (True, 100)])
+def test_after_a_part_was_removed_the_log_is_read_from_the_dag_runs_start(
+    output_path: str, damaged: bool, since: float
+) -> None:
+    from airflow.providers.common.compat.sdk import ObjectStoragePath
+
+    files = ResultFiles(output_path, BATCH)
+    files.begin(Checkpoint(200, 8))
+    buffer = PartBuffer(8, 200)
+    for row in range(4):
+        buffer.add(RowResult(row, "succeeded"), 0)
+        files.write(buffer.take(300))
+    if damaged:
+        next(ObjectStoragePath(f"{output_path}.parts/{BATCH.folder}").glob("000000002-*")).unlink()
+    progress = BatchProgress(4, FailureLimit(0), began_at=0)
+    output = FileOutput(ResultFiles(output_path, BATCH), 8, progress, EarlierTries(100, True, False))
+    assert output.since == since
+    assert [output.has(row) for row in range(4)] == [True, True, not damaged, True]
 
 
 def test_a_row_that_two_parts_have_is_there_once(output_path: str) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     write_parts(files, [0, 1, 2], [1, 2, 3], [2])
     assert len(files.read_written().rows) == 4
-    files.merge()
+    files.merge(0)
     assert [json.loads(line)["index"] for line in read(output_path).splitlines()] == [0, 1, 2, 3]
 
 
 def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     write_parts(files, list(range(50)), list(range(50, 100)))
     real = merge_parts
 
@@ -264,26 +332,28 @@ def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytes
 
     monkeypatch.setattr(result_files, "merge_parts", cut)
     with pytest.raises(KeyboardInterrupt):
-        files.merge()
+        files.merge(0)
     monkeypatch.undo()
-    again = ResultFiles(output_path, "batch")
+    again = ResultFiles(output_path, BATCH)
     assert len(again.read_written().rows) == 100
-    again.merge()
+    again.merge(0)
     assert [json.loads(line)["index"] for line in read(output_path).splitlines()] == list(range(100))
 
 
 def test_after_the_merge_the_file_counts_and_not_what_is_left_of_the_parts(output_path: str) -> None:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
-    files = ResultFiles(output_path, "batch")
+    files = ResultFiles(output_path, BATCH)
     write_parts(files, [0, 1], [2, 3])
-    files.merge()
-    next(path for path in ObjectStoragePath(f"{output_path}.parts/batch").iterdir() if "-" in path.name).unlink()
-    again = ResultFiles(output_path, "batch")
+    files.merge(0)
+    next(
+        path for path in ObjectStoragePath(f"{output_path}.parts/{BATCH.folder}").iterdir() if "-" in path.name
+    ).unlink()
+    again = ResultFiles(output_path, BATCH)
     written = again.read_written()
     assert written.is_complete
     assert len(written.rows) == 4
-    again.merge()
+    again.merge(0)
     assert len(read(output_path).splitlines()) == 4
     again.remove_parts()
     assert not exists(f"{output_path}.parts")
@@ -292,12 +362,12 @@ def test_after_the_merge_the_file_counts_and_not_what_is_left_of_the_parts(outpu
 def test_a_storage_that_can_not_be_written_is_a_dify_error(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl.parts").write_text("a file where a folder should be")
     with pytest.raises(DifyError, match="could not be written"):
-        ResultFiles(str(tmp_path / "results.jsonl"), "batch").begin(Checkpoint(0, 8))
+        ResultFiles(str(tmp_path / "results.jsonl"), BATCH).begin(Checkpoint(0, 8))
 
 
 def test_a_storage_that_is_not_known_fails_without_retry() -> None:
     with pytest.raises(DifyConfigurationError, match="nosuch"):
-        ResultFiles("nosuch://bucket/results.jsonl", "batch")
+        ResultFiles("nosuch://bucket/results.jsonl", BATCH)
 
 
 # --- the merge
@@ -335,7 +405,7 @@ def test_any_order_of_ends_is_merged_in_row_order() -> None:
 
 
 def test_a_merge_holds_no_more_than_a_few_lines_of_each_part(tmp_path: Path) -> None:
-    files = ResultFiles(str(tmp_path / "results.jsonl"), "batch")
+    files = ResultFiles(str(tmp_path / "results.jsonl"), BATCH)
     for start in range(0, 20_000, 1000):
         buffer = PartBuffer(8, 0)
         for row in range(start, start + 1000):
@@ -343,7 +413,7 @@ def test_a_merge_holds_no_more_than_a_few_lines_of_each_part(tmp_path: Path) -> 
         files.write(buffer.take(0))
     tracemalloc.start()
     try:
-        files.merge()
+        files.merge(0)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,24 +11,22 @@ import pendulum
 import pytest
 
 from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
 from airflow_provider_dify.batch.resuming import (
     FoundRun,
     Resumption,
     RowAction,
     RowPlan,
-    RowUsers,
     look_for,
     plan_row,
     read_log,
-    read_log_patiently,
 )
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRunStatus
 from airflow_provider_dify.starting import default_user
-from airflow_provider_dify.task_clock import TaskClock
-from tests.dify_stand_in import DifyStandIn, respond
+from tests.dify_stand_in import DifyStandIn
 
 SINCE = time.time()
 USERS = RowUsers("airflow/1234/dag/task/run/2")
@@ -55,7 +53,7 @@ def logged(
     return LoggedWorkflowRun(f"{name}@{age}", status, name, None, 0, 0, created_at, None, 0.0)
 
 
-def play(steps: Any, log: list[LoggedWorkflowRun], *, pages: bool = True, grows: bool = False) -> tuple[Any, list[Any]]:
+def play(steps: Any, log: Sequence[LogRow], *, pages: bool = True, grows: bool = False) -> tuple[Any, list[Any]]:
     """Run steps over a log that ignores every filter."""
     calls = []
     try:
@@ -90,11 +88,13 @@ def test_another_task_has_other_users(change: dict[str, Any]) -> None:
     one, other = RowUsers.of_task(ti_of()), RowUsers.of_task(ti_of(**change))
     assert one.user_of(0, 0) != other.user_of(0, 0)
     assert other.parse(one.user_of(0, 0)) is None
-    assert one.batch_id != other.batch_id
+    assert BatchName.of_task(ti_of()) != BatchName.of_task(ti_of(**change))
 
 
 def test_each_try_of_a_task_has_the_same_users() -> None:
-    assert RowUsers.of_task(ti_of(try_number=1)) == RowUsers.of_task(ti_of(try_number=2))
+    one, other = ti_of(try_number=1), ti_of(try_number=2)
+    assert RowUsers.of_task(one) == RowUsers.of_task(other)
+    assert BatchName.of_task(one) == BatchName.of_task(other)
 
 
 def test_another_installation_has_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +169,19 @@ def test_runs_from_before_are_not_read_where_the_server_can_not_filter() -> None
     assert 6 in rows
 
 
+def test_rows_of_others_whose_runs_are_deleted_hide_no_run() -> None:
+    gone = [RowWithoutRun(f"row-{number}", None, None) for number in range(250)]
+    assert play(read_log(USERS, SINCE), [*gone, logged(7)])[0].keys() == {7}
+
+
+def test_a_run_of_the_batch_whose_record_is_not_written_yet_is_waited_for() -> None:
+    unwritten = RowWithoutRun("row", USERS.user_of(3, 0), None)
+    with pytest.raises(DifyConnectionError, match="no record yet of a run of row 3"):
+        play(read_log(USERS, SINCE), [unwritten])
+    with pytest.raises(DifyConnectionError, match="no record yet of a run of row 3"):
+        play(look_for(USERS, 3, 0, SINCE), [unwritten])
+
+
 def test_a_server_that_knows_no_pages_is_not_read_for_ever() -> None:
     rows, calls = play(read_log(USERS, SINCE), [logged(row) for row in range(150)], pages=False)
     assert len(calls) == 2
@@ -185,24 +198,6 @@ def test_one_run_is_looked_for_by_its_user() -> None:
     assert (run.attempt, run.status) == (1, RUNNING)
     assert calls[0]["created_by_end_user_session_id"] == USERS.user_of(3, 1)
     assert play(look_for(USERS, 4, 0, SINCE), [logged(3)])[0] is None
-
-
-@pytest.mark.parametrize(("failures", "is_read"), [(0, True), (2, True), (3, False)])
-def test_a_log_that_can_not_be_read_is_asked_for_again(
-    dify: DifyStandIn, dify_connection: str, monkeypatch: pytest.MonkeyPatch, failures: int, is_read: bool
-) -> None:
-    monkeypatch.setattr("airflow_provider_dify.batch.resuming.RETRY_DELAY", 0.01)
-    dify.add_run("running", user=USERS.user_of(7, 0))
-    dify.misbehave(respond(503), times=failures)
-    clock = TaskClock(time.time() + 60, 1.0)
-    with DifyHook(retry_limit=0) as hook:
-        steps = read_log_patiently(USERS, SINCE, clock, 2, logging.getLogger(__name__))
-        if is_read:
-            assert list(hook.run_steps(steps)) == [7]
-        else:
-            with pytest.raises(DifyConnectionError):
-                hook.run_steps(steps)
-    assert len(dify.requests) == min(failures + 1, 3)
 
 
 # --- a row

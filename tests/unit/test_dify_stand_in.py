@@ -630,6 +630,17 @@ def test_ten_thousand_logged_runs_come_in_pages(client: Client, dify: DifyStandI
     assert client.get("/workflows/logs?unknown=x").status_code == 200
 
 
+def test_rows_of_one_second_stand_in_another_order_on_each_page(client: Client, dify: DifyStandIn) -> None:
+    for _ in range(5):
+        dify.add_logged_runs(2, ending=1_800_000_000)
+    pages = [client.log(limit=3, page=page)["data"] for page in (1, 2, 3, 4)]
+    shown = [row["workflow_run"]["id"] for page in pages for row in page]
+    assert len(shown) == 10
+    assert len(set(shown)) < 10
+    seconds = [row["created_at"] for page in pages for row in page]
+    assert seconds == sorted(seconds, reverse=True)
+
+
 def test_the_whole_log_of_ten_thousand_runs_is_read_within_seconds(client: Client, dify: DifyStandIn) -> None:
     ids = dify.add_logged_runs(10_000, user=lambda number: f"batch/{number}.0")
     began = time.monotonic()

@@ -15,18 +15,24 @@ from hypothesis import strategies as st
 
 from airflow_provider_dify.api import routes
 from airflow_provider_dify.api.calls import Call
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.finished_runs import (
-    DETAILS_AT_ONCE,
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyError,
+    DifyRequestError,
+    DifyWorkflowRunNotFound,
+)
+from airflow_provider_dify.finished_runs import DETAILS_AT_ONCE, PAGE_SIZE, look_at_runs
+from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.run_window import (
     MAX_DETAIL_INTERVAL,
+    MAX_OPEN,
     OVERLAP,
-    PAGE_SIZE,
+    FinishedRun,
     Look,
     RunWindow,
     WindowPolicy,
-    look_at_runs,
 )
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, WorkflowRunStatus
 
 NOW = 1_800_000_000.0
 POLICY = WindowPolicy(poll_interval=30.0)
@@ -43,6 +49,8 @@ class SimulatedRun:
     paused_from: float = float("inf")
     paused_until: float = float("inf")
     written_late: float = 0.0
+    # Seconds by which its record is written after its row.
+    recorded_late: float = 0.0
     user: str = "somebody"
     triggered_from: str = "app-run"
 
@@ -88,23 +96,28 @@ class SimulatedDify:
                 return self._detail(run)
         raise DifyWorkflowRunNotFound("unknown", workflow_run_id=run_id)
 
-    def _page(self, params: Any) -> list[LoggedWorkflowRun]:
+    def _page(self, params: Any) -> list[LogRow]:
         after = params.get("created_at__after")
         bound = pendulum.parse(after).timestamp() if after else 0.0  # type: ignore[union-attr]
+        before = params.get("created_at__before")
+        last = pendulum.parse(before).timestamp() if before else float("inf")  # type: ignore[union-attr]
         if self.ignores_filter:
-            bound = 0.0
+            bound, last = 0.0, float("inf")
         listed = [
             run
             for run in self.runs
-            if run.created_at + run.written_late <= self.now and run.created_at + self.clock_ahead >= bound
+            if run.created_at + run.written_late <= self.now and bound <= int(run.created_at + self.clock_ahead) <= last
         ]
-        # By more than the seconds that a row shows.
-        listed.sort(key=lambda run: (run.created_at, run.number), reverse=True)
+        # By whole seconds; runs of the same one stand in another order on each page.
+        order = 1 if params["page"] % 2 else -1
+        listed.sort(key=lambda run: (int(run.created_at + self.clock_ahead), order * run.number), reverse=True)
         start = (params["page"] - 1) * params["limit"]
         return [self._row(run) for run in listed[start : start + params["limit"]]]
 
-    def _row(self, run: SimulatedRun) -> LoggedWorkflowRun:
+    def _row(self, run: SimulatedRun) -> LogRow:
         detail = self._detail(run)
+        if self.now < run.created_at + run.recorded_late:
+            return RowWithoutRun(f"row {run.id}", run.user, detail.created_at)
         return LoggedWorkflowRun(
             run.id,
             detail.status,
@@ -238,6 +251,26 @@ def test_a_row_that_is_written_late_is_news() -> None:
     assert dify.look_until(NOW + 120, RunWindow())[1] == ids(dify.runs[0], late)
 
 
+@pytest.mark.parametrize("begins", [-20.0, 10.0])
+def test_a_run_whose_record_is_written_after_its_row_is_news(begins: float) -> None:
+    late = SimulatedRun(1, NOW + begins, NOW + begins + 30, recorded_late=130)
+    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(20, 100)]
+    _, ended = SimulatedDify([late, *others]).look_until(NOW + 400, RunWindow())
+    assert sorted(ended) == ids(late, *others)
+
+
+def test_a_row_whose_record_is_gone_costs_more_only_while_it_is_young() -> None:
+    gone = SimulatedRun(1, NOW + 1, recorded_late=float("inf"))
+    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(2, 2000)]
+    dify = SimulatedDify([gone, *others])
+    window, ended = dify.look_until(NOW + 900, RunWindow())
+    before = len(dify.requests)
+    _, later = dify.look_until(NOW + 1800, window)
+    # A look every 30 seconds, which finds 30 runs.
+    assert len(dify.requests) - before <= 2 * 31
+    assert [*ended, *later] == ids(*[run for run in others if run.ends_at <= NOW + 1770])
+
+
 def test_pages_that_shift_while_runs_arrive_miss_none() -> None:
     dify = SimulatedDify([SimulatedRun(0, NOW - 10, NOW - 9)])
     window = dify.look(RunWindow()).window
@@ -290,7 +323,7 @@ def test_a_look_that_fails_changes_nothing_and_the_next_one_brings_it_all() -> N
     dify = SimulatedDify(runs)
     window = dify.look(RunWindow()).window
     dify.now += 60
-    dify.failing = lambda request: DifyConnectionError("down") if request.endswith("page=3") else None
+    dify.failing = lambda request: DifyConnectionError("down") if len(dify.requests) == 4 else None
     with pytest.raises(DifyConnectionError):
         dify.look(window)
     dify.failing = lambda request: None
@@ -317,6 +350,37 @@ def test_one_run_that_cannot_be_read_does_not_hold_the_others_up() -> None:
     dify.failing = lambda request: None
     dify.now += 30
     assert [run.workflow_run_id for run in dify.look(window).finished] == ids(broken)
+
+
+@pytest.mark.parametrize("error", [DifyRequestError("rejected"), DifyWorkflowRunNotFound("gone", workflow_run_id="x")])
+def test_one_run_that_dify_refuses_to_show_stops_no_look(error: DifyError) -> None:
+    broken, fine = SimulatedRun(1, NOW - 20), SimulatedRun(2, NOW - 10, NOW + 10)
+    newer = [SimulatedRun(number, NOW + 1 + number, NOW + 2 + number) for number in range(3, 10)]
+    dify = SimulatedDify([broken, fine])
+    window = dify.look(RunWindow()).window
+    dify.runs += newer
+    dify.failing = lambda request: error if broken.id in request else None
+    _, ended = dify.look_until(NOW + 90, window)
+    assert sorted(ended) == ids(fine, *newer)
+
+
+def test_a_key_that_is_refused_for_a_run_fails_the_look() -> None:
+    dify = SimulatedDify([SimulatedRun(1, NOW - 20), SimulatedRun(2, NOW - 10, NOW - 5)])
+    window = dify.look(RunWindow()).window
+    dify.now += 30
+    dify.failing = lambda request: DifyAuthenticationError("refused") if "page=None" in request else None
+    with pytest.raises(DifyAuthenticationError):
+        dify.look(window)
+
+
+def test_runs_that_never_end_do_not_fill_the_state_without_bound() -> None:
+    runs = [SimulatedRun(number, NOW + number) for number in range(MAX_OPEN + 50)]
+    dify = SimulatedDify(runs)
+    window = dify.look(RunWindow()).window
+    dify.now += MAX_OPEN + 50
+    look = dify.look(window)
+    assert len(look.window.open) == MAX_OPEN
+    assert sorted(look.surplus) == ids(*runs[:50])
 
 
 def test_a_run_that_was_deleted_leaves_with_run_timeout() -> None:
@@ -362,11 +426,50 @@ def test_an_event_has_the_runs_facts_and_is_json() -> None:
     assert json.loads(json.dumps(event)) == event
 
 
+def test_an_event_is_such_that_every_database_takes_it() -> None:
+    run = FinishedRun("id", "odd\0status", "a\0b\ud800", None, 10**30, 1.0, None, None)
+    event = run.as_event()
+    assert (event["status"], event["user"], event["total_tokens"]) == ("odd\\x00status", "a\\x00b\\ud800", None)
+
+
 @pytest.mark.parametrize(
-    "data", [None, {}, [], "x", {"version": 2}, {"version": 1, "read_until": "x"}, {"version": 1, "read_until": 1.0}]
+    "data",
+    [
+        None,
+        {},
+        [],
+        "x",
+        {"version": 2},
+        {"version": 1, "read_until": "x"},
+        {"version": 1, "read_until": 1.0},
+        {"version": 1, "read_until": float("nan"), "seen": {}, "open": {}},
+        {"version": 1, "read_until": 1e300, "seen": {}, "open": {}},
+        {"version": 1, "read_until": 10**400, "seen": {}, "open": {}},
+        {"version": 1, "read_until": 1.0, "seen": {"a": float("inf")}, "open": {}},
+        {"version": 1, "read_until": 1.0, "seen": {}, "open": {"a": [1.0, float("nan"), 1.0, None, None]}},
+        {"version": 1, "read_until": 1.0, "seen": {}, "open": {"a": [1.0, 1.0, 1.0, 3, None]}},
+        {"version": 1, "read_until": 1.0, "seen": {}, "open": {"a": [1.0, 1.0, 1.0, None, ["x"]]}},
+    ],
 )
 def test_a_state_that_cannot_be_read_begins_anew(data: Any) -> None:
     assert RunWindow.deserialize(data) == RunWindow()
+
+
+def test_a_row_from_a_clock_that_was_days_ahead_hides_no_later_run() -> None:
+    ahead = SimulatedRun(1, NOW + 400_000, NOW + 400_001)
+    later = [SimulatedRun(number, NOW + 10 * number, NOW + 10 * number + 1) for number in range(2, 20)]
+    dify = SimulatedDify([ahead, *later])
+    real = dify._page
+    # Its row is in the log all the time.
+    dify._page = lambda params: [dify._row(ahead), *real(params)]  # type: ignore[method-assign]
+    _, ended = dify.look_until(NOW + 300, RunWindow())
+    assert [run_id for run_id in ended if run_id != ahead.id] == ids(*later)
+    assert ended.count(ahead.id) <= 1
+
+
+def test_a_state_that_is_days_ahead_loses_no_run_from_now_on() -> None:
+    runs = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(1, 20)]
+    assert SimulatedDify(runs).look_until(NOW + 60, RunWindow(read_until=NOW + 400_000))[1] == ids(*runs)
 
 
 # Many small apps, whose runs begin, end, pause and are written late at any moment, watched by a trigger that is

@@ -133,7 +133,7 @@ PARSERS: list[Callable[[HttpResponse], Any]] = [
     lambda response: responses.parse_workflow_run(response, RUN_ID),
     responses.parse_app_info,
     responses.parse_parameters,
-    responses.parse_logged_workflow_runs,
+    responses.parse_log,
     responses.parse_uploaded_file_id,
     responses.parse_stop,
 ]

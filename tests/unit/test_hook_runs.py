@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -35,6 +36,11 @@ from tests.dify_stand_in import (
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 
 STARTED = f'data: {{"event": "workflow_started", "task_id": "{UUID}", "workflow_run_id": "{UUID}", "data": {{}}}}\n\n'
+
+
+def events(text: str) -> Any:
+    """Respond with an event stream of this text."""
+    return respond(200, text, content_type="text/event-stream")
 
 
 @pytest.fixture
@@ -85,7 +91,7 @@ def test_a_refused_key_raises_an_authentication_error(dify: DifyStandIn, hook: D
 
 @pytest.mark.parametrize(
     "fault",
-    [lambda: too_many_requests(), lambda: replay("run_rate_limited_streaming"), lambda: html(404)],
+    [lambda: too_many_requests(), lambda: replay("run_rate_limited_streaming"), lambda: html(404), lambda: html(300)],
 )
 def test_a_start_that_started_nothing_is_sent_again(
     dify: DifyStandIn, hook: DifyHook, fault: Callable[[], Any]
@@ -95,34 +101,56 @@ def test_a_start_that_started_nothing_is_sent_again(
     assert len(dify.started) == 1
 
 
+@pytest.mark.parametrize(("status", "expected"), [(400, DifyRequestError), (401, DifyAuthenticationError)])
+def test_a_rejection_that_calls_itself_an_event_stream_is_a_rejection(
+    dify: DifyStandIn, hook: DifyHook, status: int, expected: type[Exception]
+) -> None:
+    dify.misbehave(respond(status, '{"code": "c", "message": "m"}', content_type="text/event-stream"))
+    with pytest.raises(expected, match=r"^m "):
+        hook.start_workflow_run({}, "airflow")
+
+
 def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn, hook: DifyHook) -> None:
-    with dify.refusing_connections(), pytest.raises(DifyConnectionError, match="could not be reached"):
+    why = rf"could not be reached for the start of a workflow run at {dify.base_url}/workflows/run"
+    with dify.refusing_connections(), pytest.raises(DifyConnectionError, match=why):
         hook.start_workflow_run({}, "airflow")
     hook.start_workflow_run({}, "airflow").close()
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("fault", "reason"),
     [
-        lambda: reset(),
-        lambda: stall(2),
-        lambda: respond(500, '{"code": "internal_server_error", "message": "broken"}'),
-        lambda: replay("run_redis_down"),
-        lambda: html(504),
-        lambda: html(200),
-        lambda: respond(200, "", content_type="text/event-stream"),
-        lambda: respond(200, 'data: {"event": "error", "message": "boom"}\n\n', content_type="text/event-stream"),
-        lambda: respond(200, "data: {broken\n\n", content_type="text/event-stream"),
-        lambda: respond(200, STARTED.replace(f'"task_id": "{UUID}", ', ""), content_type="text/event-stream"),
-        lambda: respond(200, STARTED.replace(f'"workflow_run_id": "{UUID}", ', ""), content_type="text/event-stream"),
+        (lambda: reset(), "ConnectionError: "),
+        (lambda: stall(2), ""),
+        (lambda: respond(500, '{"code": "internal_server_error", "message": "broken"}'), "broken "),
+        (lambda: replay("run_redis_down"), ""),
+        (lambda: html(504), "HTTP 504, "),
+        (lambda: html(200), "The response for the start of a workflow run at "),
+        (lambda: events(""), "EOFError: the stream ended before the run did: "),
+        (
+            lambda: events('data: {"event": "error", "message": "boom"}\n\n'),
+            "the stream begins with the event 'error': {'message': 'boom'}: ",
+        ),
+        (lambda: events("data: {broken\n\n"), "JSONDecodeError: "),
+        (lambda: events('data: {"event": 5}\n\n'), "ValueError: an event of another shape: b'{"),
+        (lambda: events(f"data: {'[' * 100_000}\n\n"), "ValueError: an event that is nested too deeply: "),
+        (lambda: events(STARTED.replace(f'"task_id": "{UUID}", ', "")), "the event workflow_started names no run: "),
+        (
+            lambda: events(STARTED.replace(f'"workflow_run_id": "{UUID}", ', "")),
+            "the event workflow_started names no run: ",
+        ),
+        (lambda: events(STARTED.replace(f'"task_id": "{UUID}"', '"task_id": ""')), "the event workflow_started names"),
+        (lambda: events(STARTED.replace(f'"task_id": "{UUID}"', '"task_id": 5')), "the event workflow_started names"),
     ],
 )
 def test_a_start_that_may_have_started_a_run_is_not_sent_again(
-    dify: DifyStandIn, hook: DifyHook, fault: Callable[[], Any]
+    dify: DifyStandIn, hook: DifyHook, fault: Callable[[], Any], reason: str
 ) -> None:
     dify.misbehave(fault())
     with pytest.raises(DifyWorkflowRunUncertain, match=r"may or may not have started.*'airflow'") as caught:
         hook.start_workflow_run({}, "airflow")
+    assert str(caught.value).startswith(reason)
+    assert f": no run id came back from {dify.base_url}/workflows/run, so Dify may" in str(caught.value)
     assert caught.value.user == "airflow"
     assert len(dify.requests) == 1
 
@@ -143,8 +171,12 @@ def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(dify: DifyStand
     dify.starts.append(Start(cut=2000, then=then, piece=97))
     with hook.start_workflow_run({}, "airflow") as run:
         broken = rf"events of workflow run {run.workflow_run_id} broke off .*The run goes on\."
-        with pytest.raises(DifyConnectionError, match=broken):
+        with pytest.raises(DifyConnectionError, match=broken) as caught:
             list(run)
+    assert re.match(
+        r"(ProtocolError|EOFError|ReadTimeoutError|no event within [\d.]+ seconds).*: the events", str(caught.value)
+    )
+    assert caught.value.server_version == "1.12.1"
     assert run.workflow_run_id == dify.started[0].workflow_run_id
 
 
@@ -224,6 +256,12 @@ def test_runs_are_listed_by_when_they_were_created(dify: DifyStandIn, hook: Dify
     ids = dify.add_logged_runs(10, ending=now.timestamp())
     listed = hook.list_workflow_runs(created_after=now - timedelta(seconds=3.5))
     assert [run.workflow_run_id for run in listed] == ids[:-5:-1]
+
+
+def test_a_row_whose_run_has_no_record_is_not_listed(dify: DifyStandIn, hook: DifyHook) -> None:
+    ids = dify.add_logged_runs(3)
+    dify.runs[ids[1]].has_no_record = True
+    assert [run.workflow_run_id for run in hook.list_workflow_runs()] == [ids[2], ids[0]]
 
 
 def test_the_recorded_log_is_read(dify: DifyStandIn, hook: DifyHook) -> None:

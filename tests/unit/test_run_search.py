@@ -28,10 +28,13 @@ def search_of(**fields: Any) -> RunSearch:
 
 
 def play(
-    search: RunSearch, log: list[LoggedWorkflowRun], inputs: dict[str, Any] | None = None
+    search: RunSearch,
+    log: list[LoggedWorkflowRun],
+    inputs: dict[str, Any] | None = None,
+    others: set[str] | None = None,
 ) -> tuple[Any, list[Call[Any]]]:
     """Run a search over a log that ignores every filter, and over details with the inputs of each run."""
-    steps = find_run(search)
+    steps = find_run(search, others)
     calls: list[Call[Any]] = []
     try:
         step = next(steps)
@@ -75,10 +78,11 @@ def test_a_run_that_was_known_before_the_start_is_not_taken() -> None:
 
 
 def test_ours_is_found_behind_pages_of_others() -> None:
-    log = [row(f"o{number}", user="other") for number in range(45)]
-    found, calls = play(search_of(user_is_unique=True), [*log, row("ours")])
+    log = [row(f"o{number}", user="other", age=number) for number in range(45)]
+    found, calls = play(search_of(user_is_unique=True), [*log, row("ours", age=45)])
     assert found == "ours"
-    assert len(calls) == 3
+    # The second request shows that this server does not filter by time.
+    assert [(call.params or {})["page"] for call in calls] == [1, 1, 2, 3]
 
 
 def test_the_search_stops_at_runs_from_before_the_start() -> None:
@@ -99,6 +103,16 @@ def test_one_run_of_a_shared_user_proves_nothing_without_inputs_to_compare() -> 
 
 def test_a_concurrent_tasks_run_with_other_inputs_is_not_taken() -> None:
     assert play(search_of(fingerprint=fingerprint({"q": "mine"})), [row("a")], {"a": {"q": "theirs"}})[0] is None
+
+
+def test_a_run_with_other_inputs_is_asked_for_once_however_often_the_log_is_looked_at() -> None:
+    search = search_of(fingerprint=fingerprint({"q": "mine"}))
+    others: set[str] = set()
+    inputs = {"a": {"q": "theirs"}, "b": {"q": "mine"}}
+    assert play(search, [row("a")], inputs, others)[0] is None
+    found, calls = play(search, [row("b"), row("a")], inputs, others)
+    assert found == "b"
+    assert [call.path for call in calls] == ["/workflows/logs", "/workflows/run/b"]
 
 
 def test_a_search_survives_its_way_through_a_serialized_trigger() -> None:

@@ -51,6 +51,34 @@ def test_pings_are_events_and_comments_and_other_fields_are_skipped() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b'data: {"event": "x"}\r\n\r\n',
+        b'data:{"event": "x"}\n\n',
+        b'\ndata: {"event": "x"}\n\n',
+        b'\r\n\r\ndata: {"event": "x"}\r\n\r\n',
+        b'event: other\ndata: {"event": "x"}\n\n',
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_an_event_comes_with_its_last_byte(stream: bytes, size: int) -> None:
+    reader = EventStreamReader()
+    pieces = [stream[start : start + size] for start in range(0, len(stream), size)]
+    assert [reader.feed(piece) for piece in pieces] == [[]] * (len(pieces) - 1) + [[WorkflowEvent("x", None, None, {})]]
+
+
+@pytest.mark.parametrize("ping", [b"event:ping\n\n", b"event: ping\n\n", b"event:  ping \r\n\r\n"])
+def test_a_ping_is_one_however_it_is_written(ping: bytes) -> None:
+    assert read(b"\n" + ping + b"\n" + ping) == [WorkflowEvent("ping", None, None, {})] * 2
+
+
+@pytest.mark.parametrize("value", [5, "", None, ["a"]])
+def test_an_id_that_is_none_is_left_out(value: Any) -> None:
+    event = json.dumps({"event": "x", "task_id": value, "workflow_run_id": value, "data": {}}).encode()
+    assert read(b"data: " + event + b"\n\n") == [WorkflowEvent("x", None, None, {})]
+
+
 def test_data_of_several_lines_is_one_event() -> None:
     assert read(b'data: {"event":\ndata:"x", "data": {"a": 1}}\n\n') == [WorkflowEvent("x", None, None, {"a": 1})]
 

@@ -1,0 +1,104 @@
+"""What a batch is named: the users of its runs, and the folder of its parts. No I/O."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from airflow_provider_dify.api.routes import MAX_USER_LENGTH, check_user
+from airflow_provider_dify.starting import installation_id, shorten_user, task_name
+
+# Room for the row and the attempt: "/999999999.999".
+_ROW_LENGTH = 20
+_ROW = re.compile(r"(\d{1,12})\.(\d{1,6})")
+_FOLDER = re.compile(r"([0-9a-f]{16})\.(-1|\d{1,9})\.(\d{1,9})")
+
+
+@dataclass(frozen=True)
+class RowUsers:
+    """
+    The users of a batch's runs.
+
+    :param prefix: what they have in common, without a slash at its end.
+    """
+
+    prefix: str
+
+    @classmethod
+    def of_task(cls, ti: Any, user: str | None = None) -> RowUsers:
+        """
+        Return the users of a task's batch, the same in each of its tries, and others when the task was cleared.
+
+        :param ti: the task instance.
+        :param user: a name of one's own, which takes the place of Airflow's in front; the rest becomes a digest.
+        :raises DifyConfigurationError: if the name is empty, or no text.
+        """
+        name = f"{task_name(ti)}/{generation_of(ti)}"
+        if user is not None:
+            check_user(user[:MAX_USER_LENGTH] if isinstance(user, str) else user)
+            name = f"{user}/{_digest(name)}" if len(user) + 17 <= MAX_USER_LENGTH - _ROW_LENGTH else f"{user}/{name}"
+        return cls(shorten_user(name, MAX_USER_LENGTH - _ROW_LENGTH))
+
+    def user_of(self, row: int, attempt: int) -> str:
+        """Return the ``user`` of one start; both count from 0."""
+        return f"{self.prefix}/{row}.{attempt}"
+
+    def parse(self, user: str | None) -> tuple[int, int] | None:
+        """Return the row and the attempt of a user; ``None`` for anyone else's."""
+        if user is None or not user.startswith(f"{self.prefix}/"):
+            return None
+        found = _ROW.fullmatch(user[len(self.prefix) + 1 :])
+        return (int(found[1]), int(found[2])) if found else None
+
+
+@dataclass(frozen=True)
+class BatchName:
+    """
+    The name of a task's batch, the same in each of its tries.
+
+    :param task: a digest of the task in its Dag run.
+    :param map_index: which of the mapped tasks; -1 for one that isn't mapped.
+    :param generation: a number that grows when the task is cleared.
+    """
+
+    task: str
+    map_index: int = -1
+    generation: int = 0
+
+    @classmethod
+    def of_task(cls, ti: Any) -> BatchName:
+        """Return the name of a task instance's batch."""
+        map_index = -1 if ti.map_index is None else int(ti.map_index)
+        task = _digest(f"{installation_id()}/{ti.dag_id}/{ti.task_id}/{ti.run_id}")
+        return cls(task, map_index, generation_of(ti))
+
+    @classmethod
+    def parse(cls, folder: str) -> BatchName | None:
+        """Return the batch whose parts are in a folder of this name; ``None`` for any other folder."""
+        found = _FOLDER.fullmatch(folder)
+        return cls(found[1], int(found[2]), int(found[3])) if found else None
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder with its parts."""
+        return f"{self.task}.{self.map_index}.{self.generation}"
+
+    def is_before(self, other: BatchName) -> bool:
+        """Return whether this is the batch of the same task before it was cleared."""
+        is_same_task = (self.task, self.map_index) == (other.task, other.map_index)
+        return is_same_task and self.generation < other.generation
+
+    def is_beside(self, other: BatchName) -> bool:
+        """Return whether this is the batch of another of the mapped tasks."""
+        return self.task == other.task and self.map_index != other.map_index
+
+
+def generation_of(ti: Any) -> int:
+    """Return a number of a task instance that Airflow changes when the task is cleared, and at no other time."""
+    return int(ti.max_tries or 0)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

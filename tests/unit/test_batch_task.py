@@ -1,0 +1,201 @@
+"""A batch as a task's try, over real HTTP: what becomes of its files when something is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.batch import results
+from airflow_provider_dify.batch.row_run import RowSettings
+from airflow_provider_dify.batch.running import BatchSettings
+from airflow_provider_dify.batch.task import BatchTask, TaskSettings
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
+from tests.dify_stand_in import DifyStandIn, Start, respond
+
+pytestmark = pytest.mark.usefixtures("dify_connection")
+
+ROWS = 40
+ROW = RowSettings(
+    workflow_id=None,
+    run_retries=0,
+    fail_on_partial_success=False,
+    timeout=60.0,
+    run_timeout=None,
+    poll_interval=0.05,
+    not_found_grace=0.2,
+    max_consecutive_failures=5,
+)
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"n": n} for n in range(count)]
+
+
+def run_try(
+    inputs: Any,
+    output_path: Any = None,
+    *,
+    user: Any = None,
+    run_retries: int = 0,
+    max_failed_runs: float = 0,
+    try_number: int = 1,
+    at_end: Callable[[], object] = lambda: None,
+) -> Any:
+    """Run a try of a task with one retry; when its runs are over, and before their results are merged, do something."""
+    ti = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, try_number=try_number, max_tries=1)
+    summaries: list[dict[str, Any]] = []
+
+    def push(summary: dict[str, Any]) -> None:
+        summaries.append(summary)
+        if len(summaries) == 2:
+            at_end()
+
+    batch = BatchSettings(inputs, "dify_default", 4, 30.0, replace(ROW, run_retries=run_retries))
+    settings = TaskSettings(user, None if output_path is None else str(output_path), max_failed_runs, 1)
+    task = BatchTask(batch, settings, {"ti": ti}, logging.getLogger("batch"), push)  # type: ignore[typeddict-item]
+    return task.run(lambda app_id: None)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def parts_with_rows(output: Path) -> list[Path]:
+    return sorted(path for path in Path(f"{output}.parts").glob("*/*-*") if '"index"' in path.read_text())
+
+
+def cut(part: Path) -> None:
+    os.truncate(part, part.stat().st_size // 2)
+
+
+@pytest.mark.parametrize("which", [0, 1, -1], ids=["first", "second", "last"])
+@pytest.mark.parametrize("damage", [Path.unlink, cut], ids=["removed", "cut"])
+def test_a_part_that_is_gone_fails_the_try_and_the_retry_reads_its_rows_from_the_log(
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None], which: int
+) -> None:
+    # Many parts: a later one says that what came before is written.
+    monkeypatch.setattr(results, "PART_SECONDS", 0.0)
+    dify.run_duration = 0.1
+    output = tmp_path / "results.jsonl"
+    with pytest.raises(DifyError, match="results are missing") as failure:
+        run_try(numbered(ROWS), output, at_end=lambda: damage(parts_with_rows(output)[which]))
+    # A retry is worth it.
+    assert type(failure.value) is DifyError
+    left = len(lines_of(output))
+    assert 0 < left < ROWS
+    assert f"{ROWS - left} of {ROWS} results are missing" in str(failure.value)
+    run_try(numbered(ROWS), output, try_number=2)
+    assert [row["index"] for row in lines_of(output)] == list(range(ROWS))
+    assert {row["status"] for row in lines_of(output)} == {"succeeded"}
+    # Nothing was paid twice.
+    assert sorted(started.inputs["n"] for started in dify.started) == list(range(ROWS))
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+# --- arguments that can't work: nothing is started
+
+
+@pytest.mark.parametrize("output_path", ["", " "])
+def test_an_output_path_that_names_no_file_is_refused(
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output_path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DifyConfigurationError, match="output_path must name a file"):
+        run_try(numbered(1), output_path)
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("url", ["{}", "{}/", "file://{}"])
+def test_an_output_path_that_is_a_folder_is_refused(dify: DifyStandIn, tmp_path: Path, url: str) -> None:
+    with pytest.raises(DifyConfigurationError, match="is a folder"):
+        run_try(numbered(1), url.format(tmp_path))
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("url", ["{}", "file://{}"])
+def test_results_never_replace_the_inputs(dify: DifyStandIn, tmp_path: Path, url: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"n": 1}\n')
+    with pytest.raises(DifyConfigurationError, match="would replace the inputs"):
+        run_try(str(rows), url.format(rows))
+    assert rows.read_text() == '{"n": 1}\n'
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("user", [5, "", ["me"]])
+def test_a_user_that_is_no_text_is_refused(dify: DifyStandIn, user: Any) -> None:
+    with pytest.raises(DifyConfigurationError, match="user"):
+        run_try(numbered(1), user=user)
+    assert dify.started == []
+
+
+@pytest.mark.parametrize("text", ["[{'n': 1}]", ' [{"n": 1}] ', "{'n': 1}", "[]"])
+def test_a_list_that_was_rendered_to_text_is_refused_with_the_way_out(text: str) -> None:
+    with pytest.raises(DifyConfigurationError, match="render_template_as_native_obj"):
+        run_try(text)
+
+
+# --- results
+
+
+@pytest.mark.parametrize(
+    ("output", "why"),
+    [({"__classname__": "os.system"}, "serialized objects of Airflow"), ([[]] * 3, None)],
+)
+def test_outputs_that_can_not_be_an_xcom_end_a_batch_without_a_file(
+    dify: DifyStandIn, tmp_path: Path, output: Any, why: str | None
+) -> None:
+    dify.starts += [Start(), Start(fields={"outputs": {"answer": output}}), Start()]
+    if why is None:
+        assert run_try(numbered(3))[1]["outputs"] == {"answer": output}
+        return
+    with pytest.raises(DifyOutputsError, match=rf"Row 1 .*{why}.*output_path"):
+        run_try(numbered(3))
+    # A file takes them.
+    run_try(numbered(3), tmp_path / "results.jsonl")
+
+
+def test_a_million_rows_that_can_not_be_run_are_written_in_parts(
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "PART_ROWS", 100)
+    output = tmp_path / "results.jsonl"
+    counted: list[int] = []
+    run_try([None] * 3000, output, max_failed_runs=1.0, at_end=lambda: counted.append(len(parts_with_rows(output))))
+    assert [row["index"] for row in lines_of(output)] == list(range(3000))
+    assert counted[0] > 5
+
+
+def test_a_row_that_is_too_large_for_a_proxy_fails_alone_and_at_once(dify: DifyStandIn) -> None:
+    # As nginx responds, whose limit is 1 MB where nobody has raised it.
+    page = "<html><head><title>413 Request Entity Too Large</title></head></html>"
+    dify.misbehave(respond(413, page, content_type="text/html"), only="POST .*/run")
+    returned = run_try(numbered(6), max_failed_runs=1)
+    assert [row["status"] for row in returned].count("succeeded") == 5
+    (failed,) = [row for row in returned if row["status"] == "failed"]
+    assert failed["attempts"] == 0
+    assert "HTTP 413" in failed["error"]
+    assert "client_max_body_size" in failed["error"]
+    assert sum(request.method == "POST" for request in dify.requests) == 6
+
+
+def test_what_a_run_says_of_its_failure_is_one_short_line_of_the_log(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    said = "no such model\n2026-11-28 INFO all is well \x1b[31m" + "x" * 100_000
+    dify.starts += [Start("run_streaming_failed", fields={"error": said})] * 4
+    returned = run_try(numbered(2), max_failed_runs=2, run_retries=1)
+    # The result has it as it is.
+    assert all(row["error"].startswith(said[:1000]) for row in returned)
+    messages = [record.getMessage() for record in caplog.records if "no such model" in record.getMessage()]
+    assert len(messages) == 4
+    assert all(message.isprintable() and len(message) < 2000 for message in messages)

@@ -1,0 +1,85 @@
+"""How the log is read page by page, over a log that is sorted as Dify sorts it."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import pendulum
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from airflow_provider_dify.log_pages import LogPage
+from airflow_provider_dify.models import LoggedWorkflowRun
+
+NOW = 1_800_000_000
+
+
+def row(number: int, second: int) -> LoggedWorkflowRun:
+    at = pendulum.from_timestamp(NOW + second)
+    return LoggedWorkflowRun(f"run-{number}", "succeeded", "us", None, 1, 1, at, at, 1.0, logged_at=at)
+
+
+class SortedLog:
+    """
+    A log that is sorted by whole seconds, the rows of one second in an order of its own on each page.
+
+    :param seconds: the second of each row.
+    :param filters_by_time: whether the server knows ``created_at__before``.
+    """
+
+    def __init__(self, seconds: list[int], *, filters_by_time: bool = True) -> None:
+        self.rows = [row(number, second) for number, second in enumerate(seconds)]
+        self.filters_by_time = filters_by_time
+        self.requests: list[dict[str, Any]] = []
+
+    def page(self, params: dict[str, Any]) -> list[LoggedWorkflowRun]:
+        self.requests.append(params)
+        before = params.get("created_at__before") if self.filters_by_time else None
+        found = [row for row in self.rows if before is None or str(row.logged_at.isoformat()) <= before]  # type: ignore[union-attr]
+        number, limit = params["page"], params["limit"]
+        shuffled = sorted(found, key=lambda row: zlib.crc32(f"{row.workflow_run_id} {number} {limit}".encode()))
+        shuffled.sort(key=lambda row: row.logged_at.timestamp(), reverse=True)  # type: ignore[union-attr]
+        return shuffled[(number - 1) * limit : number * limit]
+
+    def read(self, size: int = 20) -> set[str]:
+        """Return the ids of all runs that a reader of the whole log sees."""
+        seen: set[str] = set()
+        page: LogPage | None = LogPage(size)
+        while page is not None:
+            rows = self.page(page.request().params or {})
+            seen |= {row.workflow_run_id for row in rows}
+            page = page.after(rows)
+            assert len(self.requests) < 100
+        return seen
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 30), max_size=200), st.sampled_from([2, 7, 20, 100]))
+def test_no_row_is_missed_where_many_are_of_one_second(seconds: list[int], size: int) -> None:
+    log = SortedLog([second for second in seconds if seconds.count(second) <= 100])
+    assert len(log.read(size)) == len(log.rows)
+
+
+def test_a_second_with_more_rows_than_a_page_is_read_in_one_request() -> None:
+    log = SortedLog([5] * 3 + [4] * 90 + [3] * 30)
+    assert len(log.read()) == 123
+    assert [request["limit"] for request in log.requests] == [20, 20, 100, 20, 100]
+
+
+def test_a_server_that_knows_no_filter_by_time_is_read_by_the_pages_numbers() -> None:
+    log = SortedLog(list(range(90)), filters_by_time=False)
+    assert len(log.read()) == 90
+    assert [request["page"] for request in log.requests] == [1, 1, 2, 3, 4, 5]
+
+
+def test_rows_that_tell_no_time_are_read_by_the_pages_numbers() -> None:
+    rows = [LoggedWorkflowRun("a", "succeeded", None, None, None, None, None, None, None)]
+    page = LogPage(1).after(rows)
+    assert page is not None
+    assert page.request().params == {"page": 2, "limit": 1}
+
+
+def test_a_page_that_is_not_full_is_the_last_one() -> None:
+    assert LogPage(20).after([]) is None
+    assert LogPage(20).after([row(number, number) for number in range(19)]) is None
