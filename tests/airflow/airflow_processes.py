@@ -67,6 +67,8 @@ class AirflowProcesses:
             "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
             # Who finds the database locked waits longer than five seconds, for a machine under load.
             "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db?timeout=60",
+            # So does a task that starts; Airflow's five seconds fail it before it has run.
+            "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "60",
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
             **environment,
         }

@@ -95,9 +95,9 @@ class Airflow3UI(AirflowUI):
         if not re.fullmatch(MOMENT, value):
             super().fill_param(name, value)
             return
-        # Two fields, below one that shows what is chosen, and has no name.
+        # Two fields, below one that shows what is chosen, and has no name. The first such one is for the logical date.
         date, time = value.split()
-        chosen = self.form.get_by_test_id("datetime-input")
+        chosen = self.form.get_by_test_id("datetime-input").last
         chosen.click()
         self.page.get_by_placeholder("YYYY/MM/DD").fill(date.replace("-", "/"))
         self.page.get_by_placeholder("HH:mm").fill(time)

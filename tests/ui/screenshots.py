@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 import sqlite3
+import sysconfig
 from pathlib import Path
 
 from PIL import Image, ImageChops
 from playwright.sync_api import Locator, Page
 
 from tests.airflow.airflow_processes import AirflowProcesses
+from tests.airflow.python_blocks import ROOT
 from tests.dify_stand_in import DifyStandIn
 
 # What stands in a picture for what differs from run to run.
 PORT = "5001"
 WORKFLOW_RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"
 MOMENT = "2026-11-21T22:21:04"
+# Where this machine has Airflow and this package, which a traceback shows.
+FOLDERS = {f"{sysconfig.get_path('purelib')}/": "", f"{ROOT}/": ""}
 REPLACE_TEXTS = """
 ([replacements, moment]) => {
     const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -62,7 +66,7 @@ class Screenshots:
         # What fades and slides has come to rest then.
         self.page.wait_for_timeout(1000)
         run_ids = dict.fromkeys((run.workflow_run_id for run in self.dify.started), WORKFLOW_RUN_ID)
-        self.page.evaluate(REPLACE_TEXTS, [{str(self.dify.port): PORT, **run_ids}, MOMENT])
+        self.page.evaluate(REPLACE_TEXTS, [{str(self.dify.port): PORT, **run_ids, **FOLDERS}, MOMENT])
         picture = (what or self.page).screenshot(animations="disabled", caret="hide")
         self.page.set_viewport_size(usual)
         self.folder.mkdir(parents=True, exist_ok=True)
