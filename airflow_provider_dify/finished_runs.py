@@ -13,10 +13,15 @@ from datetime import datetime, timezone
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyRequestError,
+    DifyWorkflowRunNotFound,
+)
 from airflow_provider_dify.log_pages import LogPage
 from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, row_key
-from airflow_provider_dify.run_window import OVERLAP, FinishedRun, Look, OpenRun, RunWindow, WindowPolicy
+from airflow_provider_dify.run_window import MAX_OPEN, OVERLAP, FinishedRun, Look, OpenRun, RunWindow, WindowPolicy
 
 PAGE_SIZE = 20
 # Pages of the first look: runs that go on then are watched if they are among so many of the newest.
@@ -29,6 +34,9 @@ _RUNS_WORTH_A_PAGE = 4
 DETAILS_AT_ONCE = 100
 # Seconds for which a row is read again whose run has no record: Dify may let workers write the records, after the rows.
 RECORD_DELAY = 300.0
+# Seconds by which Dify's clock may be ahead of ours. A row from farther ahead, of a clock that was set right since,
+# must not hide what comes until then.
+MAX_AHEAD = 86_400.0
 # Seconds of the log that are read at most after a time without a look, unless run_timeout is longer.
 CATCH_UP = 86_400.0
 
@@ -52,7 +60,9 @@ def look_at_runs(window: RunWindow, policy: WindowPolicy, now: float) -> Steps[L
     for run_id in reader.runs_to_ask_for():
         try:
             run = yield from calls.look_up_run(run_id)
-        except DifyWorkflowRunNotFound:
+        except DifyAuthenticationError:
+            raise
+        except (DifyWorkflowRunNotFound, DifyRequestError):
             # Deleted, or another app's key was given to the connection: asked for again, until run_timeout is over.
             continue
         except DifyConnectionError as failed:
@@ -70,6 +80,8 @@ class _Reader:
         self._now = now
         self._is_first = window.read_until is None
         self._read_until = window.read_until
+        if self._read_until is not None and self._read_until > now + MAX_AHEAD:
+            self._read_until = now
         self._seen = dict(window.seen)
         self._open = dict(window.open)
         self._finished: dict[str, FinishedRun] = {}
@@ -78,11 +90,11 @@ class _Reader:
         self._awaited = math.inf
         self._pages = self._stale_pages = 0
         # Rows from here on are new unless they were seen; the others were read at an earlier look.
-        if window.read_until is None:
+        if self._read_until is None:
             # Never by chance, where Dify's clock is ahead of ours.
             self._bound = now - policy.lookback if policy.lookback else math.inf
         else:
-            self._bound = max(window.read_until - OVERLAP, now - max(policy.run_timeout, CATCH_UP))
+            self._bound = max(self._read_until - OVERLAP, now - max(policy.run_timeout, CATCH_UP))
 
     @property
     def created_after(self) -> datetime | None:
@@ -128,11 +140,15 @@ class _Reader:
         if known is not None and run.is_over:
             self._finish(run.id, run, known.user, known.triggered_from)
 
-    def look(self, error: DifyError | None) -> Look:
+    def look(self, error: DifyConnectionError | None) -> Look:
         """Return what the look brought."""
-        overdue = [
+        overdue = {
             run_id for run_id, run in self._open.items() if self._now - run.created_at > self._policy.run_timeout
-        ]
+        }
+        watched = {run_id: run for run_id, run in self._open.items() if run_id not in overdue}
+        surplus = sorted(watched, key=lambda run_id: watched[run_id].created_at)[: max(0, len(watched) - MAX_OPEN)]
+        for run_id in surplus:
+            del watched[run_id]
         # Of an app without runs, everything that comes is new.
         read_until = min(self._read_until or 0.0, self._awaited)
         bound = self._bound if self._read_until is None else read_until - OVERLAP
@@ -140,11 +156,12 @@ class _Reader:
             RunWindow(
                 read_until=read_until,
                 seen={run_id: at for run_id, at in self._seen.items() if at >= bound},
-                open={run_id: run for run_id, run in self._open.items() if run_id not in overdue},
+                open=watched,
             ),
             tuple(sorted(self._finished.values(), key=_end)),
-            tuple(overdue),
-            error if isinstance(error, DifyConnectionError) else None,
+            tuple(sorted(overdue)),
+            tuple(surplus),
+            error,
         )
 
     def _due(self) -> dict[str, OpenRun]:
@@ -153,7 +170,8 @@ class _Reader:
     def _take_row(self, row: LogRow) -> None:
         logged_at = _logged_at(row, self._now)
         self._met.add(row_key(row))
-        self._read_until = max(self._read_until or 0.0, logged_at)
+        if logged_at <= self._now + MAX_AHEAD:
+            self._read_until = max(self._read_until or 0.0, logged_at)
         if isinstance(row, LoggedWorkflowRun):
             self._take_run(row, logged_at)
         elif self._now - logged_at < RECORD_DELAY:

@@ -12,7 +12,13 @@ from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.finished_runs import look_at_runs
 from airflow_provider_dify.run_filter import RunFilter
-from airflow_provider_dify.run_window import RunWindow, WindowPolicy
+from airflow_provider_dify.run_window import FinishedRun, RunWindow, WindowPolicy
+
+
+def _moments(run: FinishedRun) -> tuple[float, float]:
+    # Dify has whole seconds only: of runs that were created in the same one, the last to end is the latest.
+    created, finished = (at.timestamp() if at else 0.0 for at in (run.created_at, run.finished_at))
+    return created, finished
 
 
 def parse_time(name: str, value: Any) -> float:
@@ -97,7 +103,7 @@ class LatestRunSearch:
             if look.error is not None:
                 raise look.error
             return None
-        return max(fitting, key=lambda run: run.created_at.timestamp() if run.created_at else 0.0).workflow_run_id
+        return max(fitting, key=_moments).workflow_run_id
 
     def describe(self) -> str:
         """Return which run is waited for, in the middle of a sentence."""

@@ -101,7 +101,7 @@ class WorkflowRun:
             "finished_at": self.finished_at.isoformat() if self.finished_at else None,
             "elapsed_time": self.elapsed_time,
         }
-        return {name: _storable(value) for name, value in values.items()}
+        return {name: storable(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ class LoggedWorkflowRun:
 
     :param workflow_run_id: the run's UUID.
     :param status: as in :class:`WorkflowRun`.
-    :param user: the ``user`` that started it through the API; ``None`` for runs started otherwise.
+    :param user: the ``user`` that started it through the API; a name that Dify made, for a web app's visitor or a
+        webhook; ``None`` for Dify's own schedule.
     :param error: Dify's own words on why it failed.
     :param total_steps: nodes run.
     :param total_tokens: language model tokens used.
@@ -191,7 +192,7 @@ def runs_of(rows: Iterable[LogRow]) -> list[LoggedWorkflowRun]:
     return [row for row in rows if isinstance(row, LoggedWorkflowRun)]
 
 
-def _storable(value: Any) -> Any:
+def storable(value: Any) -> Any:
     """Return a value as every database takes it: text without NUL and lone surrogates, whole numbers of 64 bits."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")

@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 
 from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.models import storable
 
 # Seconds by which a row may be older than one that was seen before it: a row has the time at which Dify began to write
 # it. Rows that are so young are read again at the next look, so a longer time costs requests where runs are many.
@@ -15,6 +16,10 @@ OVERLAP = 5.0
 # A run that goes on is looked at again after this share of its age.
 _SHARE_OF_AGE = 0.05
 MAX_DETAIL_INTERVAL = 300.0
+# Runs that are watched at once, because the state is stored after each look: of 10,000 it takes about a megabyte.
+MAX_OPEN = 10_000
+# Epoch seconds that are no time of a run's any more: the year 5138.
+_NO_TIME = 1e11
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ class FinishedRun:
 
     def as_event(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values; times as ISO 8601 text."""
-        return {
+        event = {
             "workflow_run_id": self.workflow_run_id,
             "status": self.status,
             "user": self.user,
@@ -42,6 +47,7 @@ class FinishedRun:
             "created_at": self.created_at.isoformat() if self.created_at else None,
             "finished_at": self.finished_at.isoformat() if self.finished_at else None,
         }
+        return {name: storable(value) for name, value in event.items()}
 
 
 @dataclass(frozen=True)
@@ -130,14 +136,16 @@ class RunWindow:
             return cls()
         try:
             return cls(
-                read_until=None if data["read_until"] is None else float(data["read_until"]),
-                seen={str(run_id): float(at) for run_id, at in data["seen"].items()},
+                read_until=None if data["read_until"] is None else _moment(data["read_until"]),
+                seen={str(run_id): _moment(at) for run_id, at in data["seen"].items()},
                 open={
-                    str(run_id): OpenRun(float(run[0]), float(run[1]), float(run[2]), run[3], run[4])
+                    str(run_id): OpenRun(
+                        _moment(run[0]), _moment(run[1]), _moment(run[2]), _text(run[3]), _text(run[4])
+                    )
                     for run_id, run in data["open"].items()
                 },
             )
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError):
             return cls()
 
 
@@ -149,10 +157,25 @@ class Look:
     :param window: the window after it.
     :param finished: runs that have ended since the last look, the first to end first.
     :param overdue: ids of runs that are no longer watched, because ``run_timeout`` is over.
+    :param surplus: ids of runs that are no longer watched, because so many others are.
     :param error: why not every run could be asked for; what the look brought counts all the same.
     """
 
     window: RunWindow
     finished: tuple[FinishedRun, ...] = ()
     overdue: tuple[str, ...] = ()
+    surplus: tuple[str, ...] = ()
     error: DifyConnectionError | None = None
+
+
+def _moment(value: object) -> float:
+    number = float(value)  # type: ignore[arg-type]
+    if not abs(number) < _NO_TIME:
+        raise ValueError("not a time")
+    return number
+
+
+def _text(value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError("not a text")
+    return value

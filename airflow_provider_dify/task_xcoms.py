@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
 
+def has_link(operator: Any) -> bool:
+    """Return whether a running task has pushed the XCom of its link."""
+    return getattr(operator, "run_log_url", None) is not None
+
+
 class TaskXComs:
     """
     The XComs of one running task.

@@ -135,7 +135,8 @@ def _judge_failure(run: WorkflowRun) -> Verdict:
             Outcome.FAILED, f"{_error(run)} Dify workflow run {run.id} failed{_facts(run)}.", can_be_repeated=True
         )
     advice = ""
-    if _STREAM_CLOSED in error:
+    # Or with the text of a stop; but one that a person has stopped has no outputs.
+    if _STREAM_CLOSED in error or run.outputs:
         advice = (
             " Dify 1.16.1 is known to end a run like this after it was paused for a person, although its nodes ran to "
             "the end. Its outputs may be complete: see the exception's run, or the run in Dify's console."

@@ -56,6 +56,7 @@ class TriggerWait:
     :param max_wait: as for the sensor, in seconds.
     :param end_from_trigger: end the task on the triggerer when the run succeeded, with its outputs as XComs.
     :param do_xcom_push: whether the task pushes XComs.
+    :param has_link: whether a worker has pushed the XCom of the link.
     :param multiple_outputs: whether each output is an XCom of its own; only used with ``end_from_trigger``.
     :param stop_task_id: Dify's id of the task to stop if a user ends the waiting task (Airflow 3.3 and later).
     :param stop_user: the ``user`` that started the run; ``None`` for a run that goes on.
@@ -74,6 +75,7 @@ class TriggerWait:
     max_wait: float | None = None
     end_from_trigger: bool = False
     do_xcom_push: bool = True
+    has_link: bool = False
     multiple_outputs: bool = True
     stop_task_id: str | None = None
     stop_user: str | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_dify.api.calls import Pause, Steps
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.verdict import Verdict
@@ -15,6 +16,10 @@ from airflow_provider_dify.waiting import RunWait
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
+
+
+# Characters of a warning, which may end with what Dify said.
+_LOG_LENGTH = 1000
 
 
 class RowLog:
@@ -34,7 +39,7 @@ class RowLog:
 
     def warning(self, message: str, *args: Any) -> None:
         """Log a warning of the row's run."""
-        self._log.warning("%s", f"Row {self._row}: {message % args}")
+        self._log.warning("%s", one_line(f"Row {self._row}: {message % args}", _LOG_LENGTH))
 
 
 @dataclass(frozen=True)

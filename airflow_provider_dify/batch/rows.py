@@ -9,8 +9,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
@@ -21,8 +20,9 @@ from airflow_provider_dify.excerpts import one_line
 # Characters of one row. A longer line is an error of its own, so that no file can fill the memory.
 MAX_ROW_LENGTH = 10_000_000
 
-# Rows that are read from a file at once.
+# Rows that are read from a file at once, and the characters after which there are fewer of them.
 _ROWS_READ = 100
+_LENGTH_READ = 1_000_000
 _JSON_LINES = frozenset({".jsonl", ".ndjson"})
 _CSV = frozenset({".csv"})
 
@@ -36,19 +36,21 @@ class Row:
     :param line: the line of the file on which it begins, from 1; ``None`` for a row of a list.
     :param inputs: the inputs of the row's run; ``None`` for a row that has none.
     :param error: why the row has no inputs; ``None`` for one that has.
+    :param length: characters that it has in its file.
     """
 
     index: int
     line: int | None
     inputs: dict[str, Any] | None
     error: str | None = None
+    length: int = field(default=0, compare=False)
 
 
 def read_rows(inputs: Any) -> Iterator[Row]:
     """
     Return the rows of a batch, one at a time.
 
-    A file is read as a stream, and no more than one row of it is in memory. In JSON Lines, blank lines are skipped. In
+    A file is read as a stream, one row at a time. In JSON Lines, blank lines are skipped. In
     CSV, the first line names the inputs, each value is text, and a quoted value may have several lines.
 
     :param inputs: a list of dicts, or the path or URL of a file that ends in ``.jsonl``, ``.ndjson`` or ``.csv``.
@@ -78,6 +80,19 @@ def read_rows(inputs: Any) -> Iterator[Row]:
     )
 
 
+def load_lazy(inputs: Any) -> Any:
+    """
+    Return inputs that any thread can read.
+
+    The results of mapped tasks are a lazy sequence. On Airflow 2 it belongs to the thread of its database session.
+
+    :param inputs: as for :func:`read_rows`.
+    :return: the same; a list for such a sequence.
+    """
+    is_lazy = isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, bytearray, list, tuple))
+    return list(inputs) if is_lazy else inputs
+
+
 def count_rows(inputs: Any) -> int:
     """
     Return how many rows a batch has. A file is read once for that, as a stream.
@@ -101,13 +116,13 @@ def _rows_of(items: Iterable[tuple[int, Any]]) -> Iterator[Row]:
     return (_row(index, None, value) for index, value in items)
 
 
-def _row(index: int, line: int | None, value: Any) -> Row:
+def _row(index: int, line: int | None, value: Any, length: int = 0) -> Row:
     where = f"Row {index}" if line is None else f"Line {line}"
     if not isinstance(value, dict):
         return Row(index, line, None, f"{where} is no object, but {one_line(repr(value), 120)}.")
     if not all(isinstance(name, str) for name in value):
         return Row(index, line, None, f"{where} has an input whose name is no text.")
-    return Row(index, line, value)
+    return Row(index, line, value, length=length)
 
 
 def _rows_of_json_lines(path: Any) -> Iterator[Row]:
@@ -130,7 +145,7 @@ def _parse_json(index: int, line: int, text: str | None) -> Row:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Row(index, line, None, f"Line {line} is no JSON: {one_line(str(error), 120)}.")
-    return _row(index, line, value)
+    return _row(index, line, value, len(text))
 
 
 def _lines(file: Any) -> Iterator[tuple[int, str | None]]:
@@ -218,7 +233,8 @@ def _parse_record(index: int, record: _Record, names: list[str]) -> Row:
         problem = "is not UTF-8"
     if problem:
         return Row(index, record.first, None, f"{record.where} {problem}.")
-    return Row(index, record.first, dict(zip(names, record.fields, strict=True)))
+    length = sum(map(len, record.fields))
+    return Row(index, record.first, dict(zip(names, record.fields, strict=True)), length=length)
 
 
 @contextmanager
@@ -251,5 +267,13 @@ class RowsAhead:
     async def next(self) -> Row | None:
         """Return the next row; ``None`` after the last one."""
         if not self._read:
-            self._read.extend(await asyncio.to_thread(lambda: list(islice(self._rows, _ROWS_READ))))
+            self._read.extend(await asyncio.to_thread(self._read_some))
         return self._read.popleft() if self._read else None
+
+    def _read_some(self) -> list[Row]:
+        rows: list[Row] = []
+        length = 0
+        while len(rows) < _ROWS_READ and length < _LENGTH_READ and (row := next(self._rows, None)) is not None:
+            rows.append(row)
+            length += row.length
+        return rows

@@ -24,6 +24,7 @@ from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyTaskKilled, DifyWorkflowRunTimeout
+from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
@@ -279,13 +280,8 @@ class BatchRun:
             # Too much for a return value. What runs is followed to its end.
             self._failure = self._failure or error
         if is_failure:
-            self._log.warning(
-                "Row %d failed: %s (workflow run %s, status %s)",
-                result.index,
-                result.error,
-                result.workflow_run_id,
-                result.status,
-            )
+            run = f"workflow run {result.workflow_run_id}, status {one_line(result.status, 40)}"
+            self._log.warning("Row %d failed: %s (%s)", result.index, one_line(result.error), run)
 
     async def _wait_for_change(self) -> None:
         until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.output import EarlierTries, FileOutput, Output, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.result_files import ResultFiles
-from airflow_provider_dify.batch.rows import count_rows
+from airflow_provider_dify.batch.rows import count_rows, load_lazy
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
 
@@ -74,7 +74,8 @@ class BatchTask:
         :raises DifyBatchFailed: if more rows failed than may.
         :raises DifyError: as the operator does.
         """
-        settings, batch = self._settings, self._batch
+        settings = self._settings
+        batch = self._batch = replace(self._batch, inputs=load_lazy(self._batch.inputs))
         deadline = time.time() + batch.row.timeout
         users = RowUsers.of_task(self._ti, settings.user)
         total = count_rows(batch.inputs)

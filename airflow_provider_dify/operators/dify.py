@@ -24,7 +24,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.task_xcoms import TaskXComs
+from airflow_provider_dify.task_xcoms import TaskXComs, has_link
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
 
@@ -262,6 +262,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             max_consecutive_failures=self.max_consecutive_failures,
             end_from_trigger=self.end_from_trigger,
             do_xcom_push=self.do_xcom_push,
+            has_link=has_link(self),
             multiple_outputs=bool(self.multiple_outputs),
             stop_task_id=start.task_id,
             stop_user=start.user if self.stop_on_failure else None,

@@ -34,7 +34,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.task_xcoms import TaskXComs
+from airflow_provider_dify.task_xcoms import TaskXComs, has_link
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
 
@@ -305,6 +305,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             max_wait=self.max_wait.total_seconds() if self.max_wait else None,
             end_from_trigger=self.end_from_trigger,
             do_xcom_push=self.do_xcom_push,
+            has_link=has_link(self),
             multiple_outputs=bool(self.multiple_outputs),
         )
 

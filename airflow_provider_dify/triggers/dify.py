@@ -212,7 +212,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         )
         loop = asyncio.get_running_loop()
         polls = 0
-        has_link = False
+        has_link = self.wait.has_link
         # Triggers that start together, after a restart say, must not poll together for ever.
         due = loop.time() + random.uniform(0, self.wait.poll_interval)  # noqa: S311
         while True:

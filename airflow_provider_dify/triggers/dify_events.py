@@ -116,6 +116,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         self._failures = 0
         self._next_complaint = 0.0
         self._is_checked = False
+        self._is_filter_checked = False
         self._last_event: float | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -215,12 +216,30 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
                 run_id,
                 self.policy.run_timeout,
             )
+        if look.surplus:
+            self.log.warning(
+                "%d Dify workflow runs that go on are no longer watched, because %d others are. The first of them: %s.",
+                len(look.surplus),
+                len(look.window.open),
+                look.surplus[0],
+            )
+        if self.filter.triggered_from and not self._is_filter_checked:
+            self._check_filter(look)
         if look.error is not None:
             return self._on_failure(look.error)
         if self._failures:
             self.log.info("Dify's log of connection %r can be read again.", self.dify_conn_id)
         self._failures = 0
         return 0.0
+
+    def _check_filter(self, look: Look) -> None:
+        self._is_filter_checked = bool(look.finished)
+        if any(run.triggered_from is None for run in look.finished):
+            self.log.warning(
+                "The log of connection %r does not say what started the runs, as Dify before 1.10. So the filter "
+                "triggered_from lets none of them through.",
+                self.dify_conn_id,
+            )
 
     def _on_failure(self, error: Exception) -> float:
         """Log a failed look, once a minute at most, and return the seconds before which none may follow."""

@@ -272,6 +272,23 @@ def test_rows_come_from_an_upstream_task_and_the_link_leads_to_the_log(dify: Dif
     assert result.links["run"]["Dify run log"].endswith("/logs")
 
 
+def test_rows_come_from_mapped_tasks(dify: DifyStandIn) -> None:
+    # Their results are a lazy sequence, which Airflow reads from its database.
+    result = run_dag(
+        """
+        from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
+
+        @task
+        def row(n):
+            return {"n": n}
+
+        DifyRunWorkflowBatchOperator(task_id="run", inputs=row.expand(n=[0, 1, 2]), max_active_runs=1)
+        """
+    )
+    assert result.state == "success"
+    assert [started.inputs for started in dify.started] == numbered(3)
+
+
 def test_no_rows_are_a_batch_too(dify: DifyStandIn) -> None:
     result = run_batch(inputs=[])
     assert result.state == "success"

@@ -5,51 +5,19 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from airflow_provider_dify import exceptions
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
-from tests.airflow.airflow_processes import AIRFLOW_2
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
+from tests.airflow.python_blocks import BLOCKS, PAGES, ROOT, Block
 from tests.dify_stand_in import DifyStandIn, Start
 
-ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 REPOSITORY = "https://github.com/airflow-provider-dify/airflow-provider-dify/"
 OUTPUTS = {"text": "hello", "summary": "short"}
 UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page, with the lines before it left empty, so that an error names the page's own line."""
-
-    page: Path
-    line: int
-    code: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.page.stem.lower().replace('-', '_')}_{self.line}"
-
-    def for_this_airflow(self) -> str:
-        """Return the code as its own comments say it is to be written for the Airflow that is installed."""
-        return re.sub(r"^from .*#.*on Airflow 2\.11: (.*)$", r"\1", self.code, flags=re.M) if AIRFLOW_2 else self.code
-
-
-def python_blocks() -> Iterator[Block]:
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for found in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
-            before = text[: found.start(1)].count("\n")
-            yield Block(page, before, "\n" * before + found[1])
-
-
-BLOCKS = list(python_blocks())
-is_dag = re.compile(r"^@dag\b", re.M).search
 
 
 def test_no_python_block_has_another_form() -> None:
@@ -66,11 +34,11 @@ def dify_of_the_pages(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, dify_c
     return dify
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if is_dag(b.code)], ids=lambda block: block.name)
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.dag_id], ids=lambda block: block.name)
 @pytest.mark.usefixtures("airflow_db")
 def test_a_dag_of_the_pages_runs_with_what_its_form_asks_for(block: Block, dify_of_the_pages: DifyStandIn) -> None:
     run_id = dify_of_the_pages.add_run("succeeded", outputs=OUTPUTS, total_tokens=42)
-    with dag_file(block.name, block.for_this_airflow()) as path:
+    with dag_file(block.name, block.code) as path:
         bag = dag_bag(path)
         if "start_from_trigger=True" in block.code and not CAN_START_FROM_TRIGGER:
             # As the block says, it is for later Airflows; this is what its reader sees on an earlier one.
@@ -89,13 +57,13 @@ def test_a_dag_of_the_pages_runs_with_what_its_form_asks_for(block: Block, dify_
     assert dify_of_the_pages.requests
 
 
-@pytest.mark.parametrize("block", [b for b in BLOCKS if not is_dag(b.code)], ids=lambda block: block.name)
+@pytest.mark.parametrize("block", [b for b in BLOCKS if not b.dag_id], ids=lambda block: block.name)
 def test_any_other_block_of_the_pages_runs(
     block: Block, dify_of_the_pages: DifyStandIn, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for run_id in UUID.findall(block.code):
         dify_of_the_pages.add_run("succeeded", run_id=run_id, outputs=OUTPUTS)
-    exec(compile(block.for_this_airflow(), block.page, "exec"), {"__name__": "__main__"})
+    exec(compile(block.code, block.page, "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out
     assert "DifyStandIn" in block.code or dify_of_the_pages.requests
 

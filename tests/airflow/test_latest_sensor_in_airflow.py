@@ -77,6 +77,15 @@ def test_the_latest_run_that_has_ended_passes_its_outputs_on(
     assert result.xcoms["wait"]["answer"] == OUTPUTS["answer"]
 
 
+def test_of_runs_that_were_created_in_the_same_second_it_takes_the_one_that_ended_last(dify: DifyStandIn) -> None:
+    now = int(time.time())
+    ended = [now - 30, now - 10, now - 20]
+    runs = [add_run(dify, "succeeded", age=60, finished_at=at) for at in ended]
+    assert len({dify.runs[run_id].now["created_at"] for run_id in runs}) == 1  # type: ignore[index]
+    result = run_latest()
+    assert result.xcoms["wait"]["workflow_run"]["id"] == runs[1]
+
+
 def test_it_waits_until_a_run_that_fits_ends(dify: DifyStandIn, way: dict[str, Any]) -> None:
     dify.add_logged_runs(50, ending=BEGAN - 60)
     run_id = add_run(dify, "running", age=30)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
-from tests.airflow.airflow_runs import run_operator, run_sensor
+from tests.airflow.airflow_runs import run_dag, run_operator, run_sensor
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection")
@@ -25,6 +26,8 @@ if CAN_START_FROM_TRIGGER:
 OPERATOR_WAYS = {
     name: arguments for name, arguments in WAYS.items() if not {"mode", "start_from_trigger"} & arguments.keys()
 }
+# Neither a sensor that looks for its run nor a mapped one begins on the triggerer.
+WORKER_WAYS = [name for name in WAYS if name != "start_from_trigger"]
 OPERATOR_WAYS["start_only"] = {"wait_for_completion": False}
 
 
@@ -46,6 +49,51 @@ def test_the_operators_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn
     result = run_operator(**OPERATOR_WAYS[way])
     assert result.state == "success"
     assert result.links == {"run": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
+
+
+@pytest.mark.parametrize("way", WORKER_WAYS)
+def test_the_button_of_a_sensor_that_looks_for_its_run_leads_to_the_log_of_the_runs_app(
+    dify: DifyStandIn, way: str
+) -> None:
+    dify.add_run("succeeded", user="nightly", created_at=int(time.time()), inputs=INPUTS)
+    result = run_dag(
+        f"""
+        DifyLatestWorkflowRunSensor(
+            task_id="wait", created_after="2026-01-01T00:00:00Z", poke_interval=0.1, timeout=20, **{WAYS[way]!r}
+        )
+        """
+    )
+    assert result.state == "success"
+    assert result.links == {"wait": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
+
+
+def test_the_button_of_a_batch_leads_to_the_log_of_its_runs_app(dify: DifyStandIn) -> None:
+    result = run_dag(
+        """
+        from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
+
+        DifyRunWorkflowBatchOperator(task_id="run", inputs=[{"n": 1}])
+        """
+    )
+    assert result.state == "success"
+    assert result.links == {"run": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
+
+
+@pytest.mark.parametrize("way", WORKER_WAYS)
+def test_each_mapped_task_has_the_button_of_its_own_run(dify: DifyStandIn, way: str) -> None:
+    apps = [APP_ID, "1c9f1a0e-5b7c-4a57-9c0b-3a1f0f6d2e11"]
+    run_ids = [dify.add_run("running", "succeeded", inputs=json.dumps({"sys.app_id": app})) for app in apps]
+    result = run_dag(
+        f"""
+        DifyWorkflowRunSensor.partial(task_id="wait", poke_interval=0.1, **{WAYS[way]!r}).expand(
+            workflow_run_id={run_ids!r}
+        )
+        """
+    )
+    assert result.state == "success"
+    assert result.links == {
+        f"wait[{number}]": {LINK: f"{console_of(dify)}/app/{app}/logs"} for number, app in enumerate(apps)
+    }
 
 
 @pytest.mark.parametrize("deferrable", [False, True])

@@ -209,13 +209,26 @@ def test_inputs_from_mapped_tasks_become_lists(dify: DifyStandIn) -> None:
     assert dify.started[0].inputs == {"items": [1, 4, 9]}
 
 
-@pytest.mark.parametrize("version", ["1.14.2", "1.15.0", "1.16.1"])
+@pytest.mark.parametrize(
+    ("version", "error_text"),
+    [
+        ("1.14.2", None),
+        ("1.15.0", None),
+        ("1.16.1", "Client response stream closed before app execution completed"),
+        ("1.16.1", "App task was stopped"),
+    ],
+)
 def test_a_run_that_waited_for_a_person_goes_on_and_1_16_1_s_fault_is_named(
-    version: str, way: dict[str, Any], caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    version: str,
+    error_text: str | None,
+    way: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level("INFO")
     with DifyStandIn(version) as dify:
         dify.starts.append(Start("run_streaming_paused"))
+        dify.resumed_error = f"Aborted: {error_text}"
         connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
@@ -233,10 +246,10 @@ def test_a_run_that_waited_for_a_person_goes_on_and_1_16_1_s_fault_is_named(
             person.join()
     printed = capfd.readouterr()
     assert "waits for a person" in printed.out + printed.err + caplog.text
-    if version == "1.16.1":
+    if error_text is not None:
         error = error_of(result)
-        assert "Client response stream closed before app execution completed" in str(error)
-        assert "1.16" in str(error)
+        assert str(error).startswith(f"Aborted: {error_text}")
+        assert "1.16.1 is known to end a run like this" in str(error)
     else:
         assert result.states["run"] == "success"
         assert result.received["outputs"]["comment"] == "fine"

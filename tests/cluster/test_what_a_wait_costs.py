@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import astuple, dataclass
 
 import pytest
 from airflow_cluster import TRIGGERERS, WORKERS, AirflowCluster
 from conftest import Say  # noqa: TC002
+from costs import Cost, cost_until_now
 from waits import COUNTED, COUNTED_INTERVAL, workflow_run_id
 
 from tests.dify_stand_in import DifyStandIn
@@ -16,8 +16,6 @@ WAITS = 10
 RUN_SECONDS = 30
 # So that the starts don't take the two cores from each other.
 SECONDS_BETWEEN = 1.5
-# PostgreSQL's sessions tell what they wrote at the latest when they have been idle for ten seconds.
-STATISTICS_SECONDS = 11
 
 NAMES = {
     "poke": "poke",
@@ -28,21 +26,6 @@ NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What was used: until a moment, or between two."""
-
-    at: float
-    worker_starts: int
-    worker_seconds: float
-    rows_written: int
-    rows_kept: int
-    requests: int
-
-    def __sub__(self, earlier: Cost) -> Cost:
-        return Cost(*(now - then for now, then in zip(astuple(self), astuple(earlier), strict=True)))
-
-
 @pytest.fixture(scope="module")
 def costs(say: Say, dify: DifyStandIn, cluster: AirflowCluster) -> dict[str, Cost]:
     """What each way cost; printed as a table."""
@@ -50,10 +33,10 @@ def costs(say: Say, dify: DifyStandIn, cluster: AirflowCluster) -> dict[str, Cos
         if name not in cluster.processes:
             cluster.start(name)
     cluster.wait_for(cluster.is_up, seconds=120)
-    costs, before = {}, _until_now(dify, cluster)
+    costs, before = {}, cost_until_now(dify, cluster)
     for way in COUNTED:
         _wait(way, dify, cluster)
-        now = _until_now(dify, cluster)
+        now = cost_until_now(dify, cluster)
         costs[way], before = now - before, now
         say(f"{WAITS} waits counted: {NAMES[way]}.")
     _print_table(costs)
@@ -68,17 +51,6 @@ def _wait(way: str, dify: DifyStandIn, cluster: AirflowCluster) -> None:
         cluster.trigger(f"counted_{way}", workflow_run_id=run_id)
         time.sleep(SECONDS_BETWEEN)
     cluster.wait_for(lambda: cluster.is_over(f"counted_{way}"), seconds=240)
-
-
-def _until_now(dify: DifyStandIn, cluster: AirflowCluster) -> Cost:
-    time.sleep(STATISTICS_SECONDS)
-    seconds = cluster.tasks_run_on_workers()
-    # What the scheduler and the other processes write all the time, whatever the tasks do, stands in these tables.
-    ((written, kept),) = cluster.query(
-        "SELECT sum(n_tup_ins + n_tup_upd + n_tup_del), sum(n_tup_ins - n_tup_del) FROM pg_stat_user_tables"
-        " WHERE relname NOT IN ('job', 'dag', 'dag_run')"
-    )
-    return Cost(time.monotonic(), len(seconds), sum(seconds), int(written), int(kept), len(dify.requests))
 
 
 def _print_table(costs: dict[str, Cost]) -> None:

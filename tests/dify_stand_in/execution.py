@@ -8,7 +8,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from tests.dify_stand_in.dialects import FINISHED, RESUMED_ON_1_16, Dialect
+from tests.dify_stand_in.dialects import FINISHED, Dialect
 from tests.dify_stand_in.events import RecordedStream, dump, finished, parse, split, with_fields
 from tests.dify_stand_in.recordings import Recording
 from tests.dify_stand_in.runs import Form, Run
@@ -198,7 +198,7 @@ class Execution:
                 return
             run.events.publish(events[-1])
             run.events.close()
-            error = RESUMED_ON_1_16 if status == "stopped" else None
+            error = self.stand_in.resumed_error if status == "stopped" else None
             run.responses = deque([self._detail(status, run, {"error": error, **fields})])
 
     def _resumption(self, run: Run, inputs: dict[str, Any]) -> list[bytes]:

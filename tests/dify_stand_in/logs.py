@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from tests.dify_stand_in.server import DifyStandIn
 
+# Fields of a run that the log does not show.
+HIDDEN: tuple[str, ...] = ()
 STATUSES = ("succeeded", "failed", "stopped")
 
 
@@ -86,6 +88,9 @@ def _row(recorded: dict[str, Any], run: Run) -> dict[str, Any]:
     known = {key: now[key] for key in workflow_run.keys() & now.keys()}
     if "triggered_from" in workflow_run:
         known["triggered_from"] = run.triggered_from
+    for name in HIDDEN:
+        workflow_run = {key: value for key, value in workflow_run.items() if key != name}
+        known.pop(name, None)
     user = {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, run.user)), "session_id": run.user}
     return {
         **recorded,

@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.dify_stand_in.dialects import DIALECT_OF_VERSION
+from tests.dify_stand_in.dialects import DIALECT_OF_VERSION, RESUMED_ON_1_16
 from tests.dify_stand_in.execution import Execution
 from tests.dify_stand_in.faults import STAND_IN, Fault
 from tests.dify_stand_in.input_form import Form
@@ -73,6 +73,8 @@ class DifyStandIn:
         self.stop_delay = 0.2
         #: Seconds that a run takes to its end after its form was sent.
         self.resume_duration = 0.1
+        #: What 1.16.1 says of a run that went on after its form: it has two texts for that.
+        self.resumed_error = RESUMED_ON_1_16
         #: Whether the detail stays ``running`` after a stop; ``None``: as the version does.
         self.stop_leaves_running: bool | None = None
         #: Starts are turned away while so many runs are queued or running.

@@ -71,14 +71,18 @@ class Airflow2UI(AirflowUI):
         self.save()
         return test
 
-    def trigger(self, dag_id: str, run_id: str, params: dict[str, str] | None = None) -> None:
+    @property
+    def trigger_form(self) -> Locator:
+        return self.page.locator("#trigger_form")
+
+    def open_trigger_form(self, dag_id: str) -> None:
         self.page.goto(f"{self.address}/dags/{dag_id}/trigger")
-        for name, value in (params or {}).items():
-            self.page.locator(f"[name=element_{name}]").fill(value)
-        self.page.get_by_text("Generated Configuration JSON and Dagrun Options").click()
-        self.page.locator("[name=run_id]").fill(run_id)
-        self.page.get_by_role("button", name="Trigger", exact=True).click()
-        expect(self.page.get_by_text(f"Triggered {dag_id} with new Run ID {run_id}")).to_be_visible()
+
+    def submit_trigger_form(self, run_id: str) -> None:
+        self.trigger_form.get_by_text("Generated Configuration JSON and Dagrun Options").click()
+        self.trigger_form.locator("[name=run_id]").fill(run_id)
+        self.trigger_form.get_by_role("button", name="Trigger", exact=True).click()
+        expect(self.page.get_by_text(f"with new Run ID {run_id}")).to_be_visible()
 
     def open_run(self, dag_id: str, run_id: str) -> None:
         self.page.goto(f"{self.address}/dags/{dag_id}/grid?dag_run_id={run_id}&tab=graph")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 from playwright.sync_api import Locator, expect
 
 from tests.ui.airflow_ui import AirflowUI, ConnectionTest
 
+MOMENT = r"\d{4}-\d\d-\d\d \d\d:\d\d"
 FIELD = "[data-scope=field][data-part=root]"
 
 
@@ -80,12 +83,27 @@ class Airflow3UI(AirflowUI):
         expect(note).to_be_visible()
         return ConnectionTest(answer["status"], answer["message"], shown=note.inner_text())
 
-    def trigger(self, dag_id: str, run_id: str, params: dict[str, str] | None = None) -> None:
+    @property
+    def trigger_form(self) -> Locator:
+        return self.form
+
+    def open_trigger_form(self, dag_id: str) -> None:
         self.page.goto(f"{self.address}/dags/{dag_id}")
         self.page.get_by_role("button", name="Trigger").first.click()
-        for name, value in (params or {}).items():
-            self.form.locator(f"[name=element_{name}]").fill(value)
-            self.form.locator(f"[name=element_{name}]").blur()
+
+    def fill_param(self, name: str, value: str) -> None:
+        if not re.fullmatch(MOMENT, value):
+            super().fill_param(name, value)
+            return
+        # Two fields, below one that shows what is chosen, and has no name.
+        date, time = value.split()
+        chosen = self.form.get_by_test_id("datetime-input")
+        chosen.click()
+        self.page.get_by_placeholder("YYYY/MM/DD").fill(date.replace("-", "/"))
+        self.page.get_by_placeholder("HH:mm").fill(time)
+        chosen.click()
+
+    def submit_trigger_form(self, run_id: str) -> None:
         self.form.get_by_role("button", name="Advanced Options").click()
         self.form.locator("[name=dagRunId]").fill(run_id)
         self.form.get_by_role("button", name="Trigger").click()

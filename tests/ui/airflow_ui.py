@@ -78,9 +78,36 @@ class AirflowUI(ABC):
 
     # --- Dags
 
-    @abstractmethod
     def trigger(self, dag_id: str, run_id: str, params: dict[str, str] | None = None) -> None:
         """Trigger a Dag with the defaults of its form, except for these params."""
+        self.open_trigger_form(dag_id)
+        self.fill_params(params or {})
+        self.submit_trigger_form(run_id)
+
+    @property
+    @abstractmethod
+    def trigger_form(self) -> Locator:
+        """The form of the params that *Trigger* asks for."""
+
+    @abstractmethod
+    def open_trigger_form(self, dag_id: str) -> None:
+        """Press *Trigger* on a Dag's page."""
+
+    def fill_param(self, name: str, value: str) -> None:
+        """Fill in a param by its name; a moment as ``2026-01-31 23:59``."""
+        field = self.trigger_form.locator(f"[name=element_{name}]")
+        field.fill(value)
+        # Airflow 3 takes a text when its field is left.
+        field.blur()
+
+    def fill_params(self, params: dict[str, str]) -> None:
+        """Fill in params by their names."""
+        for name, value in params.items():
+            self.fill_param(name, value)
+
+    @abstractmethod
+    def submit_trigger_form(self, run_id: str) -> None:
+        """Press *Trigger* in the open form."""
 
     @abstractmethod
     def open_run(self, dag_id: str, run_id: str) -> None:

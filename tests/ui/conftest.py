@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +18,13 @@ from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 from tests.ui.airflow_2_ui import Airflow2UI
 from tests.ui.airflow_3_ui import Airflow3UI
 from tests.ui.airflow_ui import AirflowUI
+from tests.ui.dags import DAG_IDS, write_dags
 from tests.ui.screenshots import Screenshots
 
 # A machine may be busy with Airflow's processes.
 PATIENCE = 60_000
 expect.set_options(timeout=PATIENCE)
 
-ROOT = Path(__file__).parent.parent.parent
-EXAMPLE_DAGS = ROOT / "example_dags"
-README = ROOT / "README.md"
 OUTPUTS = {"text": "Hello from a workflow run", "score": 0.75}
 ADMIN = "admin"
 CHROMIUM_ARGUMENTS = [
@@ -56,22 +54,20 @@ def dify() -> Iterator[DifyStandIn]:
 
 @pytest.fixture(scope="session")
 def dags(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the example Dags and those of the README."""
+    """A folder with the Dags of README, docs and example_dags."""
     folder = tmp_path_factory.mktemp("dags")
-    for path in EXAMPLE_DAGS.glob("*.py"):
-        shutil.copy(path, folder)
-    blocks = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.M | re.S)
-    for number, block in enumerate(blocks):
-        (folder / f"readme_{number}.py").write_text(block, encoding="utf-8")
+    write_dags(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def airflow(dags: Path) -> Iterator[AirflowProcesses]:
-    """An Airflow with these Dags and no connection."""
+def airflow(dags: Path, dify: DifyStandIn) -> Iterator[AirflowProcesses]:
+    """An Airflow with these Dags, and no connection in its database. The knowledge base's is in the environment."""
+    knowledge = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY}
     environment = {
         "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
         "AIRFLOW__CORE__TEST_CONNECTION": "Enabled",
+        "AIRFLOW_CONN_DIFY_KNOWLEDGE": json.dumps(knowledge),
         "NO_PROXY": "127.0.0.1,localhost",
     }
     if AIRFLOW_2:
@@ -121,7 +117,7 @@ def told_the_key(page: Page) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def ui(airflow: AirflowProcesses, dags: Path, page: Page, told_the_key: list[str]) -> AirflowUI:
+def ui(airflow: AirflowProcesses, page: Page, told_the_key: list[str]) -> AirflowUI:
     """Airflow's UI, logged in, once it answers and knows the Dags."""
     port = airflow.environment["AIRFLOW__WEBSERVER__WEB_SERVER_PORT" if AIRFLOW_2 else "AIRFLOW__API__PORT"]
     address = f"http://127.0.0.1:{port}"
@@ -132,7 +128,7 @@ def ui(airflow: AirflowProcesses, dags: Path, page: Page, told_the_key: list[str
         return False
 
     def knows_the_dags() -> bool:
-        return airflow.query("SELECT count(*) FROM serialized_dag") >= [(len(list(dags.glob("*.py"))),)]
+        return {dag_id for (dag_id,) in airflow.query("SELECT dag_id FROM serialized_dag")} >= set(DAG_IDS)
 
     airflow.wait_for(is_up, seconds=180)
     airflow.wait_for(knows_the_dags, seconds=180)

@@ -16,13 +16,18 @@ from tests.dify_stand_in import DifyStandIn
 # What stands in a picture for what differs from run to run.
 PORT = "5001"
 WORKFLOW_RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"
+MOMENT = "2026-11-21T22:21:04"
 REPLACE_TEXTS = """
-(replacements) => {
+([replacements, moment]) => {
     const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    while (texts.nextNode())
+    while (texts.nextNode()) {
+        const before = texts.currentNode.data;
+        let after = before.replaceAll(/\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d/g, moment);
         for (const [text, other] of Object.entries(replacements))
-            if (texts.currentNode.data.includes(text))
-                texts.currentNode.data = texts.currentNode.data.replaceAll(text, other);
+            after = after.replaceAll(text, other);
+        if (after !== before)
+            texts.currentNode.data = after;
+    }
 }
 """
 
@@ -57,7 +62,7 @@ class Screenshots:
         # What fades and slides has come to rest then.
         self.page.wait_for_timeout(1000)
         run_ids = dict.fromkeys((run.workflow_run_id for run in self.dify.started), WORKFLOW_RUN_ID)
-        self.page.evaluate(REPLACE_TEXTS, {str(self.dify.port): PORT, **run_ids})
+        self.page.evaluate(REPLACE_TEXTS, [{str(self.dify.port): PORT, **run_ids}, MOMENT])
         picture = (what or self.page).screenshot(animations="disabled", caret="hide")
         self.page.set_viewport_size(usual)
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,11 @@ import json
 import re
 from typing import Any
 
-import pytest
 from playwright.sync_api import expect
 
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses
-from tests.dify_stand_in import API_KEY, DifyStandIn, Start
+from tests.dify_stand_in import API_KEY, DifyStandIn
 from tests.ui.airflow_ui import AirflowUI
 from tests.ui.screenshots import Screenshots
 
@@ -23,7 +22,6 @@ CONN_ID = "dify_default"
 DAG_ID = "example_dify_start_then_sensor"
 RUN_ID = "hello"
 TASKS = ["start", "wait", "report"]
-OUTPUTS = {"text": "hello", "summary": "short"}
 PROXIES = '{"https": "http://proxy.example.com:3128"}'
 
 
@@ -156,49 +154,3 @@ def test_the_link_leads_to_the_apps_log_in_difys_console(
         assert re.fullmatch(f"{dify.origin}/app/[0-9a-f-]{{36}}/logs", opened.value.url)
         assert "Authorization" not in dify.requests[-1].headers
         opened.value.close()
-
-
-@pytest.mark.parametrize(
-    ("dag_id", "asks_for_a_run"),
-    [("answers", False), ("summaries", True), ("example_dify_workflow_run", True), ("example_dify_fan_out", False)],
-)
-def test_pressing_trigger_with_what_the_form_asks_for_runs_a_dag(
-    ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn, dag_id: str, asks_for_a_run: bool
-) -> None:
-    dify.starts.extend([Start(fields={"outputs": OUTPUTS, "total_tokens": 42})] * 2)
-    params = {"workflow_run_id": dify.add_run("succeeded", outputs=OUTPUTS, total_tokens=42)} if asks_for_a_run else {}
-    run_id = f"triggered_{dag_id}"
-    ui.trigger(dag_id, run_id, params)
-    over = "SELECT state FROM dag_run WHERE run_id = ? AND state IN ('success', 'failed')"
-    airflow.wait_for(lambda: len(airflow.query(over, run_id)) == 1, seconds=300)
-    assert airflow.query(over, run_id) == [("success",)]
-
-
-@pytest.mark.skipif(AIRFLOW_2, reason="one picture is enough")
-def test_a_failing_runs_log_shows_its_cause_at_1400_pixels(
-    ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn, screenshots: Screenshots
-) -> None:
-    cause = "Run failed: the model is overloaded"
-    dify.starts.append(Start(statuses=("failed",), fields={"error": cause}))
-    ui.trigger("answers", "failing")
-    ended = "SELECT task_id FROM task_instance WHERE run_id = 'failing' AND state IN ('failed', 'up_for_retry')"
-    airflow.wait_for(lambda: len(airflow.query(ended)) == 1, seconds=300)
-    ((task_id,),) = airflow.query(ended)
-    ui.page.set_viewport_size({"width": 1400, "height": 900})
-    ui.open_run("answers", "failing")
-    ui.open_task(task_id)
-    # The message as a whole may be longer than its line; its cause has to be there without scrolling.
-    shown = ui.page.get_by_text(cause).first
-    expect(shown).to_be_in_viewport()
-    box = shown.bounding_box()
-    assert box is not None
-    assert box["x"] + 8 * len(cause) < 1400
-    screenshots.take("failed-run-log", height=900)
-
-
-def test_the_key_came_back_in_no_answer_and_stands_in_no_file(
-    airflow: AirflowProcesses, told_the_key: list[str]
-) -> None:
-    assert told_the_key == []
-    for path, content in airflow.everything_written():
-        assert API_KEY.encode() not in content, path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tracemalloc
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.batch import rows
-from airflow_provider_dify.batch.rows import Row, count_rows, read_rows
+from airflow_provider_dify.batch.rows import Row, RowsAhead, count_rows, read_rows
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
 from tests.unit.memory_storage import attach_memory
 
@@ -176,3 +177,26 @@ def test_a_file_is_never_in_memory(tmp_path: Path, name: str) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 8_000_000
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_few_long_rows_are_read_ahead(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with path.open("w") as file:
+        file.write("text\n" if name.endswith("csv") else "")
+        line = "x" * 1_000_000 if name.endswith("csv") else json.dumps({"text": "x" * 1_000_000})
+        file.writelines([line + "\n"] * 50)
+
+    async def read_all() -> int:
+        ahead, count = RowsAhead(read_rows(str(path))), 0
+        while await ahead.next() is not None:
+            count += 1
+        return count
+
+    tracemalloc.start()
+    try:
+        assert asyncio.run(read_all()) == 50
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 12_000_000

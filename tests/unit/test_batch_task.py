@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,6 +44,7 @@ def run_try(
     output_path: Any = None,
     *,
     user: Any = None,
+    run_retries: int = 0,
     max_failed_runs: float = 0,
     try_number: int = 1,
     at_end: Callable[[], object] = lambda: None,
@@ -56,7 +58,7 @@ def run_try(
         if len(summaries) == 2:
             at_end()
 
-    batch = BatchSettings(inputs, "dify_default", 4, 30.0, ROW)
+    batch = BatchSettings(inputs, "dify_default", 4, 30.0, replace(ROW, run_retries=run_retries))
     settings = TaskSettings(user, None if output_path is None else str(output_path), max_failed_runs, 1)
     task = BatchTask(batch, settings, {"ti": ti}, logging.getLogger("batch"), push)  # type: ignore[typeddict-item]
     return task.run(lambda app_id: None)
@@ -183,3 +185,17 @@ def test_a_row_that_is_too_large_for_a_proxy_fails_alone_and_at_once(dify: DifyS
     assert "HTTP 413" in failed["error"]
     assert "client_max_body_size" in failed["error"]
     assert sum(request.method == "POST" for request in dify.requests) == 6
+
+
+def test_what_a_run_says_of_its_failure_is_one_short_line_of_the_log(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    said = "no such model\n2026-11-28 INFO all is well \x1b[31m" + "x" * 100_000
+    dify.starts += [Start("run_streaming_failed", fields={"error": said})] * 4
+    returned = run_try(numbered(2), max_failed_runs=2, run_retries=1)
+    # The result has it as it is.
+    assert all(row["error"].startswith(said[:1000]) for row in returned)
+    messages = [record.getMessage() for record in caplog.records if "no such model" in record.getMessage()]
+    assert len(messages) == 4
+    assert all(message.isprintable() and len(message) < 2000 for message in messages)

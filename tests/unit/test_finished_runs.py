@@ -15,10 +15,24 @@ from hypothesis import strategies as st
 
 from airflow_provider_dify.api import routes
 from airflow_provider_dify.api.calls import Call
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyError,
+    DifyRequestError,
+    DifyWorkflowRunNotFound,
+)
 from airflow_provider_dify.finished_runs import DETAILS_AT_ONCE, PAGE_SIZE, look_at_runs
 from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.run_window import MAX_DETAIL_INTERVAL, OVERLAP, Look, RunWindow, WindowPolicy
+from airflow_provider_dify.run_window import (
+    MAX_DETAIL_INTERVAL,
+    MAX_OPEN,
+    OVERLAP,
+    FinishedRun,
+    Look,
+    RunWindow,
+    WindowPolicy,
+)
 
 NOW = 1_800_000_000.0
 POLICY = WindowPolicy(poll_interval=30.0)
@@ -338,6 +352,37 @@ def test_one_run_that_cannot_be_read_does_not_hold_the_others_up() -> None:
     assert [run.workflow_run_id for run in dify.look(window).finished] == ids(broken)
 
 
+@pytest.mark.parametrize("error", [DifyRequestError("rejected"), DifyWorkflowRunNotFound("gone", workflow_run_id="x")])
+def test_one_run_that_dify_refuses_to_show_stops_no_look(error: DifyError) -> None:
+    broken, fine = SimulatedRun(1, NOW - 20), SimulatedRun(2, NOW - 10, NOW + 10)
+    newer = [SimulatedRun(number, NOW + 1 + number, NOW + 2 + number) for number in range(3, 10)]
+    dify = SimulatedDify([broken, fine])
+    window = dify.look(RunWindow()).window
+    dify.runs += newer
+    dify.failing = lambda request: error if broken.id in request else None
+    _, ended = dify.look_until(NOW + 90, window)
+    assert sorted(ended) == ids(fine, *newer)
+
+
+def test_a_key_that_is_refused_for_a_run_fails_the_look() -> None:
+    dify = SimulatedDify([SimulatedRun(1, NOW - 20), SimulatedRun(2, NOW - 10, NOW - 5)])
+    window = dify.look(RunWindow()).window
+    dify.now += 30
+    dify.failing = lambda request: DifyAuthenticationError("refused") if "page=None" in request else None
+    with pytest.raises(DifyAuthenticationError):
+        dify.look(window)
+
+
+def test_runs_that_never_end_do_not_fill_the_state_without_bound() -> None:
+    runs = [SimulatedRun(number, NOW + number) for number in range(MAX_OPEN + 50)]
+    dify = SimulatedDify(runs)
+    window = dify.look(RunWindow()).window
+    dify.now += MAX_OPEN + 50
+    look = dify.look(window)
+    assert len(look.window.open) == MAX_OPEN
+    assert sorted(look.surplus) == ids(*runs[:50])
+
+
 def test_a_run_that_was_deleted_leaves_with_run_timeout() -> None:
     run = SimulatedRun(1, NOW - 20)
     dify = SimulatedDify([run])
@@ -381,11 +426,50 @@ def test_an_event_has_the_runs_facts_and_is_json() -> None:
     assert json.loads(json.dumps(event)) == event
 
 
+def test_an_event_is_such_that_every_database_takes_it() -> None:
+    run = FinishedRun("id", "odd\0status", "a\0b\ud800", None, 10**30, 1.0, None, None)
+    event = run.as_event()
+    assert (event["status"], event["user"], event["total_tokens"]) == ("odd\\x00status", "a\\x00b\\ud800", None)
+
+
 @pytest.mark.parametrize(
-    "data", [None, {}, [], "x", {"version": 2}, {"version": 1, "read_until": "x"}, {"version": 1, "read_until": 1.0}]
+    "data",
+    [
+        None,
+        {},
+        [],
+        "x",
+        {"version": 2},
+        {"version": 1, "read_until": "x"},
+        {"version": 1, "read_until": 1.0},
+        {"version": 1, "read_until": float("nan"), "seen": {}, "open": {}},
+        {"version": 1, "read_until": 1e300, "seen": {}, "open": {}},
+        {"version": 1, "read_until": 10**400, "seen": {}, "open": {}},
+        {"version": 1, "read_until": 1.0, "seen": {"a": float("inf")}, "open": {}},
+        {"version": 1, "read_until": 1.0, "seen": {}, "open": {"a": [1.0, float("nan"), 1.0, None, None]}},
+        {"version": 1, "read_until": 1.0, "seen": {}, "open": {"a": [1.0, 1.0, 1.0, 3, None]}},
+        {"version": 1, "read_until": 1.0, "seen": {}, "open": {"a": [1.0, 1.0, 1.0, None, ["x"]]}},
+    ],
 )
 def test_a_state_that_cannot_be_read_begins_anew(data: Any) -> None:
     assert RunWindow.deserialize(data) == RunWindow()
+
+
+def test_a_row_from_a_clock_that_was_days_ahead_hides_no_later_run() -> None:
+    ahead = SimulatedRun(1, NOW + 400_000, NOW + 400_001)
+    later = [SimulatedRun(number, NOW + 10 * number, NOW + 10 * number + 1) for number in range(2, 20)]
+    dify = SimulatedDify([ahead, *later])
+    real = dify._page
+    # Its row is in the log all the time.
+    dify._page = lambda params: [dify._row(ahead), *real(params)]  # type: ignore[method-assign]
+    _, ended = dify.look_until(NOW + 300, RunWindow())
+    assert [run_id for run_id in ended if run_id != ahead.id] == ids(*later)
+    assert ended.count(ahead.id) <= 1
+
+
+def test_a_state_that_is_days_ahead_loses_no_run_from_now_on() -> None:
+    runs = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(1, 20)]
+    assert SimulatedDify(runs).look_until(NOW + 60, RunWindow(read_until=NOW + 400_000))[1] == ids(*runs)
 
 
 # Many small apps, whose runs begin, end, pause and are written late at any moment, watched by a trigger that is

@@ -32,6 +32,7 @@ from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.waiting import delay_after, next_interval
+from airflow_provider_dify.xcoms import RUN_LOG
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
@@ -153,6 +154,24 @@ def test_only_a_success_ends_the_task_from_the_trigger(dify: DifyStandIn) -> Non
     assert payload_of(trigger_of(dify.add_run("failed"), **arguments))["end"] == "run_is_over"
 
 
+@pytest.mark.skipif(not CAN_END_FROM_TRIGGER, reason="this Airflow's triggerer cannot push XComs")
+@pytest.mark.parametrize("has_link", [False, True])
+def test_the_link_is_pushed_once_unless_a_worker_has_pushed_it(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, has_link: bool
+) -> None:
+    pushed: list[str] = []
+
+    async def push(self: Any, xcoms: dict[str, Any], run_id: str) -> bool:
+        pushed.extend(xcoms)
+        return True
+
+    monkeypatch.setattr(DifyWorkflowRunTrigger, "_push", push)
+    trigger = trigger_of(dify.add_run("running", "running", "succeeded"), poll_interval=0.05, has_link=has_link)
+    trigger.task_instance = SimpleNamespace(task_id="wait", task=None)
+    assert payload_of(trigger)["end"] == "run_is_over"
+    assert pushed == ([] if has_link else [RUN_LOG])
+
+
 # --- serialization
 
 
@@ -171,6 +190,7 @@ def test_a_trigger_is_rebuilt_from_its_serialized_form() -> None:
         max_wait=6.5,
         end_from_trigger=True,
         do_xcom_push=False,
+        has_link=True,
         multiple_outputs=False,
         stop_task_id="t",
         stop_user="u",

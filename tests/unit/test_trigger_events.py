@@ -323,6 +323,15 @@ def test_a_row_without_a_run_stops_nothing_and_its_run_is_an_event_once_it_has_a
     assert [event["workflow_run_id"] for event in events] == ids[::-1]
 
 
+def test_a_filter_that_the_server_cannot_serve_is_named(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As Dify before 1.10.
+    monkeypatch.setattr("tests.dify_stand_in.logs.HIDDEN", ("triggered_from",))
+    assert events_of(trigger_of(triggered_from="schedule"), lambda: add_ended(dify, *RUNS[2]), 1, seconds=1.0) == []
+    assert caplog.text.count("does not say what started the runs") == 1
+
+
 def test_retry_after_is_kept(dify: DifyStandIn) -> None:
     dify.misbehave(respond(429, headers={"Retry-After": "2"}), only="logs")
     events_of(trigger_of(), lambda: time.sleep(0.5), 1, seconds=0.1)

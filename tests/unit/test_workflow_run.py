@@ -433,7 +433,10 @@ def test_a_run_that_1_16_1_ends_after_a_form_may_have_its_outputs() -> None:
     error = "Aborted: Client response stream closed before app execution completed"
     advice = "Its outputs may be complete: see the exception's run"
     assert advice in judge(make_run("stopped", error=error), now=NOW).reason
-    assert judge(make_run("stopped", error="Stopped."), now=NOW).reason.endswith("2 steps.")
+    # The other text it has for that, which it has for a stop by a person, too: such a run has no outputs.
+    error = "Aborted: App task was stopped"
+    assert advice in judge(make_run("stopped", error=error, outputs={"text": "q"}), now=NOW).reason
+    assert judge(make_run("stopped", error=error, outputs={}), now=NOW).reason.endswith("2 steps.")
 
 
 @pytest.mark.parametrize(
