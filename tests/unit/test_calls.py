@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -17,21 +18,21 @@ FILTERS = {"user": "me", "status": "failed", "created_after": MOMENT, "page": 3,
 
 
 @pytest.mark.parametrize(
-    ("call", "method", "path", "subject", "params", "body"),
+    ("make", "method", "path", "subject", "params", "body"),
     [
-        (calls.run_detail(RUN_ID), "GET", f"/workflows/run/{RUN_ID}", f"workflow run {RUN_ID}", None, None),
-        (calls.app_info(), "GET", "/info", "the app's name", None, None),
-        (calls.parameters(), "GET", "/parameters", "the app's input form", None, None),
+        (lambda: calls.run_detail(RUN_ID), "GET", f"/workflows/run/{RUN_ID}", f"workflow run {RUN_ID}", None, None),
+        (calls.app_info, "GET", "/info", "the app's name", None, None),
+        (calls.parameters, "GET", "/parameters", "the app's input form", None, None),
         (
-            calls.stop_task(RUN_ID, "me"), "POST", f"/workflows/tasks/{RUN_ID}/stop", f"the stop of task {RUN_ID}",
-            None, {"user": "me"},
+            lambda: calls.stop_task(RUN_ID, "me"), "POST", f"/workflows/tasks/{RUN_ID}/stop",
+            f"the stop of task {RUN_ID}", None, {"user": "me"},
         ),
         (
-            calls.logged_runs(), "GET", "/workflows/logs", "the app's log of workflow runs",
+            calls.logged_runs, "GET", "/workflows/logs", "the app's log of workflow runs",
             {"page": 1, "limit": 20}, None,
         ),
         (
-            calls.logged_runs(**FILTERS), "GET", "/workflows/logs", "the app's log of workflow runs",
+            lambda: calls.logged_runs(**FILTERS), "GET", "/workflows/logs", "the app's log of workflow runs",
             {
                 "created_by_end_user_session_id": "me",
                 "status": "failed",
@@ -44,8 +45,9 @@ FILTERS = {"user": "me", "status": "failed", "created_after": MOMENT, "page": 3,
     ],
 )  # fmt: skip
 def test_a_request_says_what_is_asked_for(
-    call: Call[Any], method: str, path: str, subject: str, params: Any, body: Any
+    make: Callable[[], Call[Any]], method: str, path: str, subject: str, params: Any, body: Any
 ) -> None:
+    call = make()
     assert (call.method, call.path, call.subject, call.params, call.body) == (method, path, subject, params, body)
 
 

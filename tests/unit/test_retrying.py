@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import pytest
@@ -75,3 +76,24 @@ def test_only_what_may_pass_soon_is_asked_again(error: Exception, attempts: int)
     with pytest.raises(type(error)):
         retries.call(work)
     assert len(made) == attempts
+
+
+@pytest.mark.parametrize(("seconds", "attempts"), [(0.5, 1), (60.0, 3)])
+def test_nothing_is_sent_again_after_the_deadline(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, attempts: int
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    retries = RequestRetries(2, 1.0, time.time() + seconds, logging.getLogger())  # type: ignore[arg-type]
+    made = []
+
+    def work() -> None:
+        made.append(1)
+        raise DifyConnectionError("busy")
+
+    with pytest.raises(DifyConnectionError):
+        retries.call(work)
+    assert len(made) == attempts
+    # The pauses are those that the retries ask for.
+    assert all(pause >= 1.0 for pause in pauses)
+    assert len(pauses) == attempts - 1
