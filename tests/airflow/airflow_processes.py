@@ -20,6 +20,8 @@ from urllib.parse import quote
 import psutil
 import requests
 
+from tests.airflow.migrated_database import copy_migrated_database
+
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 AIRFLOW_3_0 = version("apache-airflow").startswith("3.0.")
 
@@ -182,7 +184,7 @@ class AirflowProcesses:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Make the database, start all processes, and stop them in the end."""
-        self.run("db", "migrate")
+        copy_migrated_database(self.home / "airflow.db")
         try:
             for name in self.commands:
                 self.start(name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.airflow import shared_airflow
+from tests.airflow.migrated_database import copy_migrated_database
 from tests.airflow.shared_airflow import SharedAirflow
 from tests.conftest import AIRFLOW_HOME
 
@@ -17,8 +16,9 @@ from tests.conftest import AIRFLOW_HOME
 @pytest.fixture(scope="session")
 def airflow_db() -> Path:
     """Airflow's database, migrated."""
-    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], check=True, capture_output=True)
-    return AIRFLOW_HOME / "airflow.db"
+    database = AIRFLOW_HOME / "airflow.db"
+    copy_migrated_database(database)
+    return database
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,57 @@
+"""Airflow's database, migrated once for all the processes of a test session: that takes as long as a hundred tests."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# xdist gives all its processes one name of the session.
+_FOLDER = Path(tempfile.gettempdir()) / f"airflow-migrated-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+
+
+def copy_migrated_database(database: Path) -> None:
+    """
+    Copy Airflow's empty database, with all its tables.
+
+    :param database: where the SQLite file is to be.
+    """
+    with _locked():
+        migrated = _FOLDER / "airflow.db"
+        if not migrated.exists():
+            atexit.register(_remove)
+            _migrate(_FOLDER / "unfinished.db")
+            (_FOLDER / "unfinished.db").rename(migrated)
+        shutil.copy(migrated, database)
+
+
+def _migrate(database: Path) -> None:
+    environment = {
+        **os.environ,
+        "AIRFLOW_HOME": str(_FOLDER),
+        "AIRFLOW__CORE__LOAD_EXAMPLES": "False",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{database}",
+    }
+    subprocess.run([sys.executable, "-m", "airflow", "db", "migrate"], env=environment, check=True, capture_output=True)
+
+
+@contextmanager
+def _locked() -> Iterator[None]:
+    _FOLDER.mkdir(exist_ok=True)
+    with _FOLDER.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _remove() -> None:
+    # Who comes later migrates another one.
+    with _locked():
+        shutil.rmtree(_FOLDER, ignore_errors=True)
+    _FOLDER.with_suffix(".lock").unlink(missing_ok=True)
