@@ -253,6 +253,8 @@ def _links(dag: Any, tis: Any) -> dict[str, dict[str, str]]:
         from airflow.serialization.serialized_objects import DagSerialization
     except ImportError:  # before Airflow 3.3
         from airflow.serialization.serialized_objects import SerializedDAG as DagSerialization
+    # As the API server does; who clears a task leaves it off.
+    DagSerialization._load_operator_extra_links = True
     serialized = DagSerialization.from_dict(DagSerialization.to_dict(dag))
     links = {}
     for ti in tis:
