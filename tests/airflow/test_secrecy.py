@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -16,14 +17,21 @@ from tests.dify_stand_in import DifyStandIn, replay, respond
 # Unlike the stand-in's usual key, nothing else on the machine reads like it.
 KEY = "app-pBc7-a-key-to-search-for"
 
+# Each with a mode of the sensor.
+ENDINGS = {"succeeded": "poke", "refused": "poke", "broken": "poke", "failed": "reschedule"}
+
 DAG = """
 import pendulum
-from airflow.providers.common.compat.sdk import dag, task
+from airflow.providers.common.compat.sdk import dag
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 
-@dag(schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={{"run": ""}})
+@dag(schedule=None, start_date=pendulum.datetime(2026, 1, 1), params={{"runs": {{}}}})
 def secrecy():
-    DifyWorkflowRunSensor(task_id="wait", workflow_run_id="{{{{ params.run }}}}", poke_interval=0.1, mode="{mode}")
+    for ending, mode in {endings!r}.items():
+        DifyWorkflowRunSensor(
+            task_id=ending, dify_conn_id=f"dify_{{ending}}", poke_interval=0.1, mode=mode,
+            workflow_run_id=f"{{{{{{{{ params.runs.{{ending}} }}}}}}}}",
+        )
 
 secrecy()
 """
@@ -41,40 +49,46 @@ print("searched")
 
 
 @pytest.mark.usefixtures("airflow_db")
-@pytest.mark.parametrize(
-    ("mode", "ending"),
-    [("poke", "succeeded"), ("poke", "refused"), ("poke", "broken"), ("reschedule", "failed")],
-)
-def test_a_run_leaves_the_key_nowhere(dify: DifyStandIn, mode: str, ending: str, tmp_path: Path) -> None:
-    dify.api_keys = {KEY}
-    run_id = dify.add_run("running", "succeeded" if ending == "succeeded" else "failed")
-    if ending == "refused":
-        dify.misbehave_always(replay("auth_bad_key"))
-    if ending == "broken":
+def test_runs_leave_the_key_nowhere(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        servers = {ending: stack.enter_context(DifyStandIn()) for ending in ENDINGS}
+        for dify in servers.values():
+            dify.api_keys = {KEY}
+        runs = {
+            ending: dify.add_run("running", "succeeded" if ending == "succeeded" else "failed")
+            for ending, dify in servers.items()
+        }
+        servers["refused"].misbehave_always(replay("auth_bad_key"))
         # A server that gives back what it was sent.
-        dify.misbehave(respond(500, json.dumps({"message": f"no such key: {KEY}", "code": "unknown"})))
-    (tmp_path / "secrecy.py").write_text(DAG.format(mode=mode))
-    done = subprocess.run(
-        [sys.executable, "-m", "airflow", "dags", "test", "secrecy", "--conf", json.dumps({"run": run_id})],
-        env={
-            **os.environ,
-            **AIRFLOW_SETTINGS,
-            "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path),
-            "AIRFLOW__LOGGING__LOGGING_LEVEL": "DEBUG",
-            # Airflow's own masking would hide what we let through.
-            "AIRFLOW__CORE__HIDE_SENSITIVE_VAR_CONN_FIELDS": "False",
-            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps({"conn_type": "dify", "host": dify.base_url, "password": KEY}),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # The one line that is Airflow's own: its in-process runner tells at DEBUG what it was asked to mask.
-    said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "MaskSecret(" not in line)
-    assert len(dify.requests) >= (1 if ending == "refused" else 2), said[-3000:]
-    assert dify.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+        servers["broken"].misbehave(respond(500, json.dumps({"message": f"no such key: {KEY}", "code": "unknown"})))
+        (tmp_path / "secrecy.py").write_text(DAG.format(endings=ENDINGS))
+        done = subprocess.run(
+            [sys.executable, "-m", "airflow", "dags", "test", "secrecy", "--conf", json.dumps({"runs": runs})],
+            env={
+                **os.environ,
+                **AIRFLOW_SETTINGS,
+                "AIRFLOW__CORE__DAGS_FOLDER": str(tmp_path),
+                "AIRFLOW__LOGGING__LOGGING_LEVEL": "DEBUG",
+                # Airflow's own masking would hide what we let through.
+                "AIRFLOW__CORE__HIDE_SENSITIVE_VAR_CONN_FIELDS": "False",
+                **{
+                    f"AIRFLOW_CONN_DIFY_{ending.upper()}": json.dumps(
+                        {"conn_type": "dify", "host": dify.base_url, "password": KEY}
+                    )
+                    for ending, dify in servers.items()
+                },
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        # The one line that is Airflow's own: its in-process runner tells at DEBUG what it was asked to mask.
+        said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "MaskSecret(" not in line)
+        for ending, dify in servers.items():
+            assert len(dify.requests) >= (1 if ending == "refused" else 2), said[-3000:]
+            assert dify.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+            assert runs[ending] in said
     assert "DEBUG" in said.upper()
-    assert run_id in said
     assert KEY not in said
     # By a process of its own: to read a database that this one has open would lift SQLite's locks on it.
     search = [sys.executable, "-c", SEARCH, KEY, str(AIRFLOW_HOME), str(tmp_path)]
