@@ -105,9 +105,12 @@ class Killed:
 def killed(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Killed]]:
     """Run a Dag for each moment at the same time, and kill its task's process once, at that moment."""
 
+    # pytest makes its own folder at the first of them, and not in two threads at once.
+    folders = {name: tmp_path_factory.mktemp(name) for name in NAMES}
+
     def run(name: str) -> Killed:
         with shared.scenario(f"batch_killed_{name}", dialect="1.16.1") as dag:
-            folder = tmp_path_factory.mktemp(name)
+            folder = folders[name]
             flag = folder / "flag"
             flag.touch()
             task = Killed(dag, folder)
