@@ -20,7 +20,7 @@ from urllib.parse import quote
 import psutil
 import requests
 
-from tests.airflow.migrated_database import copy_migrated_database
+from tests.airflow.empty_airflow import copy_migrated_airflow
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 AIRFLOW_3_0 = version("apache-airflow").startswith("3.0.")
@@ -184,7 +184,7 @@ class AirflowProcesses:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Make the database, start all processes, and stop them in the end."""
-        copy_migrated_database(self.home / "airflow.db")
+        copy_migrated_airflow(self.home)
         try:
             for name in self.commands:
                 self.start(name)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.airflow import shared_airflow
-from tests.airflow.migrated_database import copy_migrated_database
+from tests.airflow.empty_airflow import copy_migrated_airflow
 from tests.airflow.shared_airflow import SharedAirflow
 from tests.conftest import AIRFLOW_HOME
 
@@ -16,9 +16,8 @@ from tests.conftest import AIRFLOW_HOME
 @pytest.fixture(scope="session")
 def airflow_db() -> Path:
     """Airflow's database, migrated."""
-    database = AIRFLOW_HOME / "airflow.db"
-    copy_migrated_database(database)
-    return database
+    copy_migrated_airflow(AIRFLOW_HOME)
+    return AIRFLOW_HOME / "airflow.db"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Airflow's database, migrated once for all the processes of a test session: that takes as long as a hundred tests."""
+"""An empty Airflow, made once for all the processes of a test session: that takes as long as a hundred tests."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from pathlib import Path
 _FOLDER = Path(tempfile.gettempdir()) / f"airflow-migrated-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
 
 
-def copy_migrated_database(database: Path) -> None:
+def copy_migrated_airflow(home: Path) -> None:
     """
-    Copy Airflow's empty database, with all its tables.
+    Copy an empty Airflow: its database with all tables, and its configuration.
 
-    :param database: where the SQLite file is to be.
+    Without a configuration each process would write one, with a key of its own to encrypt what others have to read.
+
+    :param home: Airflow's home; a configuration that is there stays.
     """
     with _locked():
         migrated = _FOLDER / "airflow.db"
@@ -29,7 +31,11 @@ def copy_migrated_database(database: Path) -> None:
             atexit.register(_remove)
             _migrate(_FOLDER / "unfinished.db")
             (_FOLDER / "unfinished.db").rename(migrated)
-        shutil.copy(migrated, database)
+        shutil.copy(migrated, home)
+        configuration = home / "airflow.cfg"
+        if not configuration.exists():
+            text = (_FOLDER / "airflow.cfg").read_text(encoding="utf-8")
+            configuration.write_text(text.replace(str(_FOLDER), str(home)), encoding="utf-8")
 
 
 def _migrate(database: Path) -> None:
