@@ -20,7 +20,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.log_pages import LogPage
-from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, row_key
+from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, WorkflowRun, row_key, time_of
 from airflow_provider_dify.run_window import MAX_OPEN, OVERLAP, FinishedRun, Look, OpenRun, RunWindow, WindowPolicy
 
 PAGE_SIZE = 20
@@ -212,7 +212,7 @@ class _Reader:
 
 
 def _logged_at(row: LogRow, now: float) -> float:
-    at = row.logged_at if isinstance(row, RowWithoutRun) else row.logged_at or row.created_at
+    at = time_of(row)
     return now if at is None else at.timestamp()
 
 

@@ -8,7 +8,7 @@ from datetime import datetime
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Call
-from airflow_provider_dify.models import LoggedWorkflowRun, LogRow
+from airflow_provider_dify.models import LogRow, runs_of, time_of
 
 # The largest page that Dify returns.
 _MAX_SIZE = 100
@@ -52,16 +52,20 @@ class LogPage:
             limit=self.size,
         )
 
-    def after(self, rows: Sequence[LogRow]) -> LogPage | None:
+    def after(self, rows: Sequence[LogRow], *, not_before: datetime | None = None) -> LogPage | None:
         """
         Return the next page.
 
         :param rows: the rows of this one.
-        :return: the page after it; ``None`` at the log's end.
+        :param not_before: when the oldest run that is wanted was created, for a server that knows no such filter.
+        :return: the page after it; ``None`` at the log's end, or where older runs begin.
         """
         if len(rows) < self.size:
             return None
-        newest, oldest = _second_of(rows[0]), _second_of(rows[-1])
+        began = next((run.created_at for run in reversed(runs_of(rows))), None)
+        if not_before is not None and began is not None and began < not_before:
+            return None
+        newest, oldest = time_of(rows[0]), time_of(rows[-1])
         before = self.created_before
         if not self.is_filtered or newest is None or oldest is None or (before is not None and newest > before):
             # A server that knows no such filter, or tells no time.
@@ -73,7 +77,3 @@ class LogPage:
             # All of one second, so that the next page would begin with the same rows.
             return LogPage(_MAX_SIZE, created_before=oldest, next_size=size)
         return replace(self, number=self.number + 1)
-
-
-def _second_of(row: LogRow) -> datetime | None:
-    return row.logged_at or (row.created_at if isinstance(row, LoggedWorkflowRun) else None)

@@ -187,6 +187,11 @@ def row_key(row: LogRow) -> str:
     return row.workflow_run_id if isinstance(row, LoggedWorkflowRun) else row.row_id
 
 
+def time_of(row: LogRow) -> DateTime | None:
+    """Return when Dify wrote a row of the log; when its run began, where the server doesn't say."""
+    return row.logged_at or (row.created_at if isinstance(row, LoggedWorkflowRun) else None)
+
+
 def runs_of(rows: Iterable[LogRow]) -> list[LoggedWorkflowRun]:
     """Return the runs of a log's rows, but those that have no record."""
     return [row for row in rows if isinstance(row, LoggedWorkflowRun)]

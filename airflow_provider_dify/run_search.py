@@ -134,19 +134,16 @@ def runs_queue(server_version: str | None) -> bool:
 
 def _candidates(search: RunSearch) -> Steps[list[LoggedWorkflowRun]]:
     found: list[LoggedWorkflowRun] = []
-    page = LogPage(_PAGE_SIZE)
+    page: LogPage | None = LogPage(_PAGE_SIZE)
     for _ in range(_MAX_PAGES):
+        if page is None:
+            break
         rows: list[LogRow] = yield page.request(user=search.user, created_after=search.not_before)
         for row in rows:
             if isinstance(row, RowWithoutRun) and row.user == search.user:
                 raise without_record(f"a run of user {search.user!r}")
-        runs = runs_of(rows)
-        found += [run for run in runs if search.is_candidate(run)]
-        is_before = bool(runs) and runs[-1].created_at is not None and runs[-1].created_at < search.not_before
-        following = page.after(rows)
-        if following is None or is_before:
-            break
-        page = following
+        found += [run for run in runs_of(rows) if search.is_candidate(run)]
+        page = page.after(rows, not_before=search.not_before)
     # Two pages may show a row twice.
     return list({run.workflow_run_id: run for run in found}.values())
 

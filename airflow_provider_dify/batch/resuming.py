@@ -29,7 +29,7 @@ from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
 from airflow_provider_dify.log_pages import LogPage
-from airflow_provider_dify.models import WAITING_STATUSES, LogRow, RowWithoutRun, WorkflowRunStatus, row_key, runs_of
+from airflow_provider_dify.models import WAITING_STATUSES, LogRow, RowWithoutRun, WorkflowRunStatus, row_key
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, without_record
 
 _PAGE_SIZE = 100
@@ -100,9 +100,7 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
         seen = {row_key(row) for row in rows}
         for row in new:
             _take(users, row, found)
-        runs = runs_of(rows)
-        is_before = bool(runs) and runs[-1].created_at is not None and runs[-1].created_at < not_before
-        page = None if is_before or not new else page.after(rows)
+        page = page.after(rows, not_before=not_before) if new else None
     return found
 
 
