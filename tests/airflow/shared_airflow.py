@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,11 +50,18 @@ class Scenario:
             f"SELECT {columns} FROM {table} WHERE dag_id = ? AND {condition}", self.dag_id, *values
         )
 
-    def pid(self, task_id: str = "run") -> int | None:
-        """Return the process of a task's first try, while it runs."""
-        condition = "task_id = ? AND state = 'running' AND try_number = 1 AND pid > 0"
-        rows = self.query("pid", "task_instance", condition, task_id)
+    def pid(self) -> int | None:
+        """Return the process of the first try of the task ``run``, while it runs."""
+        condition = "task_id = 'run' AND state = 'running' AND try_number = 1 AND pid > 0"
+        rows = self.query("pid", "task_instance", condition)
         return int(rows[0][0]) if rows else None
+
+    def kill(self, how: signal.Signals) -> None:
+        """Send a signal to the process of the first try of the task ``run``, once it runs."""
+        self.wait_for(self.pid, seconds=60)
+        pid = self.pid()
+        assert pid is not None
+        os.kill(pid, how)
 
     def wait_for(self, met: Callable[[], object], seconds: float) -> None:
         """Wait until something is so."""

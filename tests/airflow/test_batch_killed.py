@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -134,10 +133,7 @@ def killed(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> d
                 active=ACTIVE,
             )
             dag.wait_for(moments[name], seconds=240)
-            dag.wait_for(dag.pid, seconds=30)
-            pid = dag.pid()
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
+            dag.kill(signal.SIGKILL)
             dag.wait_until_over(seconds=240)
             return task
 

@@ -543,11 +543,9 @@ def test_a_worker_that_comes_after_the_timeout_still_reads_a_run_that_the_trigge
 # --- retries
 
 
-def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
-    if AIRFLOW_3_0 and way:
-        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
+def the_first_try_loses_sight_of_its_run(dify: DifyStandIn) -> None:
+    """Let all polls of a first try fail that survives three; a retry's start would be the only other request."""
     dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
-    # The first try loses sight of its run: all its polls fail, and the retry's start is the only other request.
     polls = iter(range(100))
 
     async def sometimes(request: Any) -> Any:
@@ -556,6 +554,12 @@ def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn,
         return await dify.respond_to(request)
 
     dify.misbehave_always(sometimes)
+
+
+def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    if AIRFLOW_3_0 and way:
+        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
+    the_first_try_loses_sight_of_its_run(dify)
     result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=3, **way)
     assert result.state == "success"
     assert result.tries["run"] == 2
@@ -566,15 +570,7 @@ def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn,
 
 
 def test_retries_that_are_lowered_while_a_task_runs_do_not_make_a_second_run(dify: DifyStandIn) -> None:
-    dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
-    polls = iter(range(100))
-
-    async def lose_sight(request: Any) -> Any:
-        if request.method == "GET" and "/workflows/run/" in request.path and next(polls) < 4:
-            return await respond(503)(request)
-        return await dify.respond_to(request)
-
-    dify.misbehave_always(lose_sight)
+    the_first_try_loses_sight_of_its_run(dify)
     result = run_dag(
         """
         class Redeployed(DifyRunWorkflowOperator):

@@ -50,10 +50,8 @@ def kill_the_first_try(user: str | None, scenario: Scenario) -> None:
         dify.starts.append(Start(statuses=("running",), cut=900, then="pings"))
     scenario.add_dag(DAG, user=user, deferrable=False)
     # Only when the run's id is in Airflow.
-    scenario.wait_for(lambda: scenario.query("1", "xcom", "key = 'task_id'") and scenario.pid(), seconds=180)
-    pid = scenario.pid()
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    scenario.wait_for(lambda: scenario.query("1", "xcom", "key = 'task_id'"), seconds=180)
+    scenario.kill(signal.SIGKILL)
     scenario.wait_for(lambda: scenario.query("1", "task_instance", "try_number = 2"), seconds=120)
     dify.add_run("running", "running", "succeeded", run_id=dify.started[0].workflow_run_id, outputs=OUTPUTS)
     scenario.wait_until_over(seconds=240)

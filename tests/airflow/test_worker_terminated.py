@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -46,10 +45,7 @@ terminated()
 
 def terminate(scenario: Scenario) -> float:
     """Send SIGTERM to the first try's process, and return when."""
-    scenario.wait_for(scenario.pid, seconds=60)
-    pid = scenario.pid()
-    assert pid is not None
-    os.kill(pid, signal.SIGTERM)
+    scenario.kill(signal.SIGTERM)
     return time.monotonic()
 
 

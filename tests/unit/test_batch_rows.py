@@ -163,13 +163,19 @@ def test_a_storage_that_fails_is_a_dify_error_that_may_pass(tmp_path: Path, monk
     assert not isinstance(failure.value, DifyConfigurationError)
 
 
+def write_rows_of_text(path: Path, *, length: int, count: int) -> Path:
+    """Write a file of rows that each have one input of so many characters."""
+    is_csv = path.suffix == ".csv"
+    text = "x" * length
+    with path.open("w") as file:
+        file.write("text\n" if is_csv else "")
+        file.writelines([(text if is_csv else json.dumps({"text": text})) + "\n"] * count)
+    return path
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_a_file_is_never_in_memory(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    with path.open("w") as file:
-        file.write("text\n" if name.endswith("csv") else "")
-        line = "x" * 1000 if name.endswith("csv") else json.dumps({"text": "x" * 1000})
-        file.writelines([line + "\n"] * 20_000)
+    path = write_rows_of_text(tmp_path / name, length=1000, count=20_000)
     tracemalloc.start()
     try:
         assert sum(row.inputs is not None for row in read_rows(str(path))) == 20_000
@@ -181,11 +187,7 @@ def test_a_file_is_never_in_memory(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_few_long_rows_are_read_ahead(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    with path.open("w") as file:
-        file.write("text\n" if name.endswith("csv") else "")
-        line = "x" * 1_000_000 if name.endswith("csv") else json.dumps({"text": "x" * 1_000_000})
-        file.writelines([line + "\n"] * 50)
+    path = write_rows_of_text(tmp_path / name, length=1_000_000, count=50)
 
     async def read_all() -> int:
         ahead, count = RowsAhead(read_rows(str(path))), 0
