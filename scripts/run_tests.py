@@ -34,7 +34,7 @@ class Part:
 PARTS = (
     Part(
         "Tests of the package's parts, and Dags with dag.test()",
-        6,
+        7,
         # More processes than cores: many tests wait for a while.
         (f"--numprocesses={min(2 * CORES, 8)}", "--dist=worksteal", "-m", "not airflow_processes and not slow"),
     ),
