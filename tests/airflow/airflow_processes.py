@@ -181,10 +181,14 @@ class AirflowProcesses:
             if path.is_file():
                 yield path, path.read_bytes()
 
+    def make_database(self) -> None:
+        """Make the database, with all tables."""
+        copy_migrated_airflow(self.home)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Make the database, start all processes, and stop them in the end."""
-        copy_migrated_airflow(self.home)
+        self.make_database()
         try:
             for name in self.commands:
                 self.start(name)

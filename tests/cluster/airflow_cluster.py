@@ -58,6 +58,10 @@ class AirflowCluster(AirflowProcesses):
             },
         )
 
+    def make_database(self) -> None:
+        """Make the tables in PostgreSQL."""
+        self.run("db", "migrate")
+
     @property
     def commands(self) -> dict[str, list[str]]:
         """The processes of the cluster."""
