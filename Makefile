@@ -14,6 +14,8 @@ VENV := .venv/airflow-$(AIRFLOW)-python$(PYTHON_VERSION)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 AIRFLOWS := $(sort $(filter-out %-docs %-cluster,$(patsubst constraints/airflow-%.txt,%,$(wildcard constraints/airflow-*.txt))))
 PYTHONS := 3.10 3.11 3.12 3.13
+# Without bytecode each of Airflow's many processes would compile Airflow anew, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 ifneq ($(MAKECMDGOALS),clean)
 ifeq ($(filter $(AIRFLOW),$(AIRFLOWS)),)
 $(error There is no AIRFLOW=$(AIRFLOW) here. Choose one of: $(AIRFLOWS))
