@@ -34,13 +34,13 @@ class Part:
 PARTS = (
     Part(
         "Tests of the package's parts, and Dags with dag.test()",
-        7,
+        6,
         # More processes than cores: many tests wait for a while.
         (f"--numprocesses={min(2 * CORES, 8)}", "--dist=worksteal", "-m", "not airflow_processes and not slow"),
     ),
     Part(
         "Dags on real Airflow processes: scheduler, triggerer, API server",
-        6,
+        4,
         # A file needs an Airflow of its own, or shares one with the other files of its process.
         (f"--numprocesses={min(CORES + 1, 4)}", "--dist=loadfile", "-m", "airflow_processes"),
     ),

@@ -25,7 +25,9 @@ def parse(event: bytes) -> dict[str, Any]:
 
 def dump(event: dict[str, Any]) -> bytes:
     """Return the bytes of one event, as Dify writes it: compact, and not ASCII only."""
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    # Half a character goes as JSON writes it: \ud83d.
+    return b"data: " + data.encode(errors="backslashreplace") + b"\n\n"
 
 
 @dataclass(frozen=True)
