@@ -14,7 +14,7 @@ VENV := .venv/airflow-$(AIRFLOW)-python$(PYTHON_VERSION)
 CONSTRAINTS := constraints/airflow-$(AIRFLOW).txt
 AIRFLOWS := $(sort $(filter-out %-docs %-cluster,$(patsubst constraints/airflow-%.txt,%,$(wildcard constraints/airflow-*.txt))))
 PYTHONS := 3.10 3.11 3.12 3.13
-# Without bytecode each of Airflow's many processes would compile Airflow anew, for seconds.
+# Without bytecode each of Airflow's many processes would compile Airflow again, for seconds.
 unexport PYTHONDONTWRITEBYTECODE
 ifneq ($(MAKECMDGOALS),clean)
 ifeq ($(filter $(AIRFLOW),$(AIRFLOWS)),)
@@ -151,7 +151,7 @@ test-ui: .venv/ui-3.3/installed .venv/ui-2.11/installed
 		--editable . --group test --requirements tests/ui/requirements.txt
 	touch $@
 
-# Pins anew what is tested with. Looks at the package index.
+# Pins again what is tested with. Looks at the package index.
 constraints:
 	scripts/pin.sh
 

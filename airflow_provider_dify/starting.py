@@ -104,7 +104,7 @@ class StartMemory:
         """
         Return the last start of this task.
 
-        :return: the start; ``None`` if there is none, or the task was cleared since, which is to start anew.
+        :return: the start; ``None`` if there is none, or the task was cleared since, which is to start from scratch.
         """
         data = self._store.get(STATE_KEY) if self._store is not None else None
         try:
@@ -189,7 +189,7 @@ def _if_it_can_succeed(start: TaskStart, settings: StartSettings) -> Steps[tuple
 def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettings) -> Iterator[tuple[RunSearch, int]]:
     """Return what to look for in Dify's log where Airflow remembers nothing, the last try first."""
     ti: Any = context["ti"]
-    # After a task was cleared its tries go on counting, but what came before was to be done anew.
+    # After a task was cleared its tries go on counting, but what came before was to be done again.
     first_try = (ti.max_tries or 0) - settings.retries + 1
     if first_try > ti.try_number:
         # Impossible, unless `retries` was lowered since: then nothing tells which try was the first.

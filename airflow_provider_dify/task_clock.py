@@ -50,7 +50,7 @@ class TaskClock:
         """
         if self.was_killed:
             raise DifyTaskKilled(
-                "Airflow killed the task while it waited for Dify. A retry starts or finds its run anew."
+                "Airflow killed the task while it waited for Dify. A retry starts or finds its run again."
             )
 
     def pause(self, seconds: float) -> Steps[None]:

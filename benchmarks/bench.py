@@ -121,7 +121,7 @@ class Measured:
     """
     One contender under one load.
 
-    :param cost: what the contender told.
+    :param cost: what the contender reported.
     :param scenario: what the server played.
     :param plan: what the contender was to do.
     :param connections: connections that the server accepted.
@@ -239,15 +239,15 @@ def contender(
             yield from_contender, f"http://127.0.0.1:{control_port}"
 
 
-def ask(url: str, told: Any = None) -> Any:
+def ask(url: str, body: Any = None) -> Any:
     """
     Ask the server's control port.
 
     :param url: the URL.
-    :param told: what to tell, as JSON; nothing if ``None``.
+    :param body: what to send, as JSON; nothing if ``None``.
     :return: the JSON that it answered.
     """
-    data = None if told is None else json.dumps(told).encode()
+    data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(url, data, timeout=30) as answer:  # noqa: S310
         return json.load(answer)
 

@@ -63,7 +63,7 @@ class Server:
     """
     The server's state: what it plays and what it has seen.
 
-    :param scenario: what to play until told otherwise.
+    :param scenario: what to play until another one comes.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -223,7 +223,7 @@ def dbt_answer(run_id: str, over: bool) -> web.Response:
     :param over: whether it is over.
     :return: the answer.
     """
-    told = "2026-01-01 00:00:00.000000+00:00"
+    moment = "2026-01-01 00:00:00.000000+00:00"
     data = {
         "id": int(run_id),
         "trigger_id": 1,
@@ -237,12 +237,12 @@ def dbt_answer(run_id: str, over: bool) -> web.Response:
         "dbt_version": "1.9.0",
         "git_branch": "main",
         "git_sha": "0123456789abcdef0123456789abcdef01234567",
-        "created_at": told,
-        "updated_at": told,
-        "dequeued_at": told,
-        "started_at": told,
-        "finished_at": told if over else None,
-        "last_heartbeat_at": told,
+        "created_at": moment,
+        "updated_at": moment,
+        "dequeued_at": moment,
+        "started_at": moment,
+        "finished_at": moment if over else None,
+        "last_heartbeat_at": moment,
         "owner_thread_id": None,
         "in_progress": not over,
         "is_complete": over,
@@ -310,12 +310,12 @@ def dify_run_id(wait: int) -> str:
     return str(uuid.UUID(int=wait))
 
 
-async def serve(certificate: Path, told: Connection) -> None:
+async def serve(certificate: Path, ports: Connection) -> None:
     """
     Serve on free ports of the loopback interface until cancelled.
 
     :param certificate: PEM file with private key and certificates.
-    :param told: where to tell the two ports: the one with TLS and the one without.
+    :param ports: where to send the two ports: the one with TLS and the one without.
     """
     server = Server(Scenario(finish_at=float("inf"), finish_over=0.0))
     app = web.Application()
@@ -354,22 +354,22 @@ async def serve(certificate: Path, told: Connection) -> None:
     await control_runner.setup()
     control_listening = await loop.create_server(control_runner.server, "127.0.0.1", 0)
 
-    told.send([each.sockets[0].getsockname()[1] for each in (listening, control_listening)])
+    ports.send([each.sockets[0].getsockname()[1] for each in (listening, control_listening)])
     await asyncio.Event().wait()
 
 
-def main(core: int | None, certificate: Path, log: Path, told: Connection) -> None:
+def main(core: int | None, certificate: Path, log: Path, ports: Connection) -> None:
     """
     Run the server in this process.
 
     :param core: the core to stay on; ``None`` for any.
     :param certificate: PEM file with private key and certificates.
     :param log: where to write what would go to the terminal.
-    :param told: where to tell the two ports.
+    :param ports: where to send the two ports.
     """
     stay_on(core)
     write_to(log)
-    asyncio.run(serve(certificate, told))
+    asyncio.run(serve(certificate, ports))
 
 
 def stay_on(core: int | None) -> None:

@@ -14,7 +14,7 @@ from airflow_provider_dify.exceptions import DifyBatchFailed
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.models import WorkflowRunStatus
 
-# Errors that are told apart; a batch of a million rows may have as many texts.
+# Errors that are counted one by one; a batch of a million rows may have as many texts.
 _MAX_ERRORS = 200
 _SHOWN_ERRORS = 3
 # What differs between two texts of one error: ids and numbers.

@@ -128,7 +128,7 @@ class BatchTask:
     def _output(self, total: int, progress: BatchProgress) -> Output:
         began = getattr(self._dag_run, "start_date", None)
         since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
-        # After a task was cleared its tries go on counting, but what came before was to be done anew.
+        # After a task was cleared its tries go on counting, but what came before was to be done again.
         first_try = (self._ti.max_tries or 0) - self._settings.retries + 1
         earlier = EarlierTries(since, self._ti.try_number > 1, self._ti.try_number == first_try)
         path = self._settings.output_path

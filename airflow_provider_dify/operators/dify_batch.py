@@ -43,7 +43,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     what is alive is followed, and the rest is started. Rows that may have been under way at the crash, and starts that
     got lost, are looked for during ``not_found_grace`` first. What is left is one window: a run that Dify has queued,
     and that is still queued when the grace is over, while no other run of this batch is. Such a row runs, and is paid,
-    twice. A task that is cleared starts anew.
+    twice. A task that is cleared starts from scratch.
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
         object storage takes it. Templated.

@@ -295,7 +295,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         try:
             check_outputs(run)
         except DifyError:
-            # Told by a worker, in the task's own log.
+            # Logged by a worker, in the task's own log.
             return False
         return await self._push(xcoms_from_run(run, multiple_outputs=self.wait.multiple_outputs), run.id)
 

@@ -74,8 +74,8 @@ from airflow.providers.common.compat.sdk import dag, task
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 
-def tell(context):
-    with open({told!r}, "a") as file:
+def keep_error(context):
+    with open({kept!r}, "a") as file:
         error = context["exception"]
         file.write(json.dumps([context["ti"].task_id, type(error).__name__, str(error)]) + "\\n")
 
@@ -87,8 +87,8 @@ def waits():
             poke_interval={interval},
             retries=1,
             retry_delay=timedelta(0),
-            on_failure_callback=tell,
-            on_retry_callback=tell,
+            on_failure_callback=keep_error,
+            on_retry_callback=keep_error,
             **arguments,
         )
 
@@ -149,11 +149,11 @@ def tasks() -> Iterator[dict[str, Task]]:
             dify.starts.append(Start(statuses=("running", "running", "succeeded"), fields={"outputs": OUTPUTS}))
         upstream_run = dify.add_run("succeeded", outputs=OUTPUTS)
         with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
-            told = airflow.home / "told.jsonl"
-            told.touch()
+            kept = airflow.home / "errors.jsonl"
+            kept.touch()
             (airflow.dags / "waits.py").write_text(
                 DAG.format(
-                    told=str(told),
+                    kept=str(kept),
                     tasks=json.dumps(arguments),
                     upstream_run=upstream_run,
                     slow_runs={way: dify.add_run("running", "succeeded", outputs=OUTPUTS) for way in WAYS},
@@ -169,15 +169,15 @@ def tasks() -> Iterator[dict[str, Task]]:
             )
             for path, content in airflow.everything_written():
                 assert KEY.encode() not in content, path
-            yield _tasks(airflow, told)
+            yield _tasks(airflow, kept)
 
 
-def _tasks(airflow: Any, told: Path) -> dict[str, Task]:
+def _tasks(airflow: Any, kept: Path) -> dict[str, Task]:
     xcoms: dict[str, dict[str, Any]] = {}
     for task_id, key, value in airflow.query("SELECT task_id, key, value FROM xcom"):
         xcoms.setdefault(task_id, {})[key] = json.loads(value)
     errors: dict[str, list[tuple[str, str]]] = {}
-    for name, kind, text in map(json.loads, told.read_text().splitlines()):
+    for name, kind, text in map(json.loads, kept.read_text().splitlines()):
         errors.setdefault(name, []).append((kind, text))
     # Airflow's own word on a task that it failed because it was resumed or rescheduled sooner than the scheduler heard
     # of the end of the worker process before.
@@ -216,10 +216,10 @@ def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: s
     # then also costs a retry.
     tries = 0 if not exception else 1 if ending in WITHOUT_RETRY else 2
     assert len(task.errors) == tries or (way == "reschedule" and len(task.errors) == 1 <= tries)
-    for kind, told in task.errors:
+    for kind, text in task.errors:
         assert kind == exception
-        assert re.search(message, told)
-        assert _without_numbers(told) == _without_numbers(tasks[f"{ending}-poke"].errors[0][1])
+        assert re.search(message, text)
+        assert _without_numbers(text) == _without_numbers(tasks[f"{ending}-poke"].errors[0][1])
     if ending == "succeeded":
         assert task.xcoms["return_value"] == OUTPUTS
         assert task.xcoms.keys() == {"return_value", "workflow_run", RUN_LOG_KEY, *OUTPUTS}

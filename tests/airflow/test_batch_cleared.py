@@ -1,4 +1,4 @@
-"""A batch task that is cleared starts anew: no row's run, part or result of before is taken for a new one."""
+"""A batch task that is cleared starts from scratch: no row's run, part or result of before is taken for a new one."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_a_batch_that_broke_off_and_is_cleared_runs_all_rows_anew(
     assert (result.state, result.tries["run"]) == ("success", 2 + retries)
     assert len(result.raised["run"]) == 1
     rows = rows_and_generations(dify)
-    anew = [row for row, user in rows if user == rows[-1][1]]
-    assert anew == list(range(ROWS))
+    again = [row for row, user in rows if user == rows[-1][1]]
+    assert again == list(range(ROWS))
     results = results_of(result, output)
     runs = {started.workflow_run_id for started in dify.started[-ROWS:]}
     assert [row["index"] for row in results] == list(range(ROWS))

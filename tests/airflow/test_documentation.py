@@ -125,7 +125,7 @@ FAILURES = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
 RAISING = {name for name in vars(exceptions) if name.startswith("Dify")} | {"AirflowSensorTimeout"}
 # What a wait goes on or succeeds with is no failure to look up.
 FINE = {"Dify workflow run … is …….", "Dify workflow run … succeeded…."}
-# A row must name at least so much of a message that it can be told from others.
+# A row must name at least so much of a message that it can be distinguished from others.
 SHORTEST = len(" is no port")
 
 
@@ -200,8 +200,8 @@ def test_a_message_of_the_package_is_in_the_table(text: str) -> None:
 
 
 def test_every_exception_is_in_the_table() -> None:
-    told = set(re.findall(r"^\| `(Dify\w+)` \|", FAILURES, re.M))
-    assert told == RAISING - {"DifyError", "AirflowSensorTimeout"}
+    documented = set(re.findall(r"^\| `(Dify\w+)` \|", FAILURES, re.M))
+    assert documented == RAISING - {"DifyError", "AirflowSensorTimeout"}
 
 
 # --- contributing

@@ -47,13 +47,13 @@ def consumer(asset):
     @dag(dag_id=f"use_{{asset.name}}", schedule=[asset], start_date=pendulum.datetime(2026, 1, 1), catchup=False)
     def use():
         @task
-        def tell(triggering_asset_events=None):
-            with open({told!r}, "a") as file:
+        def keep(triggering_asset_events=None):
+            with open({received!r}, "a") as file:
                 for events in triggering_asset_events.values():
                     for event in events:
                         file.write(json.dumps([asset.name, event.extra.get("payload", event.extra)]) + "\\n")
 
-        tell()
+        keep()
 
     return use()
 
@@ -68,20 +68,20 @@ EXAMPLE = Path(__file__).parent.parent.parent / "example_dags" / "example_dify_r
 
 @dataclass
 class Watched:
-    """What was started at Dify, what the Dags were told, and what it took."""
+    """What was started at Dify, what the Dags received, and what it took."""
 
     airflow: AirflowProcesses
     dify: DifyStandIn
     started: dict[str, list[str]] = field(default_factory=dict)
 
     @property
-    def told(self) -> list[tuple[str, dict[str, object]]]:
+    def received(self) -> list[tuple[str, dict[str, object]]]:
         """The events that tasks read: the asset's name, and the payload."""
-        text = (self.airflow.home / "told.jsonl").read_text()
+        text = (self.airflow.home / "received.jsonl").read_text()
         return [(name, payload) for name, payload in map(json.loads, text.splitlines())]
 
     def ids(self, asset: str = "runs") -> list[str]:
-        return [str(payload["workflow_run_id"]) for name, payload in self.told if name == asset]
+        return [str(payload["workflow_run_id"]) for name, payload in self.received if name == asset]
 
     def start_runs(self, phase: str, count: int, user: str = "somebody", **start: object) -> list[str]:
         """Start runs as another program does."""
@@ -105,12 +105,12 @@ class Watched:
         with contextlib.suppress(requests.RequestException):
             requests.post(url, json=body, headers=headers, timeout=60)
 
-    def wait_until_told(self, *but: str, seconds: float = 180.0) -> None:
-        """Wait until the Dag has been told of every run, but those of some phases."""
+    def wait_until_received(self, *but: str, seconds: float = 180.0) -> None:
+        """Wait until the Dag has received every run, but those of some phases."""
 
         def missing() -> dict[str, list[str]]:
-            told = set(self.ids())
-            found = {phase: [run_id for run_id in ids if run_id not in told] for phase, ids in self.started.items()}
+            received = set(self.ids())
+            found = {phase: [run_id for run_id in ids if run_id not in received] for phase, ids in self.started.items()}
             return {phase: ids for phase, ids in found.items() if ids and phase not in but}
 
         try:
@@ -118,12 +118,12 @@ class Watched:
         except AssertionError as error:
             stored = self.airflow.query("SELECT extra FROM asset_event")
             events = {run_id: run_id in str(stored) for ids in missing().values() for run_id in ids}
-            raise AssertionError(f"Not told: {missing()}; whether Airflow has an event of it: {events}") from error
+            raise AssertionError(f"Not received: {missing()}; whether Airflow has an event of it: {events}") from error
 
 
 @pytest.fixture(scope="module")
 def watched() -> Iterator[Watched]:
-    """An Airflow that was told of every run."""
+    """An Airflow that received every run."""
     with DifyStandIn("1.16.1") as dify:
         dify.api_keys = {KEY}
         dify.add_logged_runs(100, ending=time.time() - 3600)
@@ -135,10 +135,10 @@ def watched() -> Iterator[Watched]:
         }
         with airflow_processes(environment) as airflow:
             result = Watched(airflow, dify)
-            told = airflow.home / "told.jsonl"
-            told.touch()
+            received = airflow.home / "received.jsonl"
+            received.touch()
             lookback = 0 if keeps_state() else 300
-            (airflow.dags / "dags.py").write_text(DAG.format(told=str(told), lookback=lookback))
+            (airflow.dags / "dags.py").write_text(DAG.format(received=str(received), lookback=lookback))
             example = EXAMPLE.read_text(encoding="utf-8").replace("poll_interval=30", "poll_interval=2")
             (airflow.dags / EXAMPLE.name).write_text(example)
             three = "SELECT count(*) FROM trigger WHERE triggerer_id IS NOT NULL"
@@ -155,7 +155,7 @@ def watched() -> Iterator[Watched]:
             for _ in range(BURST):
                 result.started.setdefault("burst", []).extend(dify.add_logged_runs(1))
                 time.sleep(60 / RUNS_A_MINUTE)
-            result.wait_until_told("long", "paused")
+            result.wait_until_received("long", "paused")
             assert not {*long, *paused} & set(result.ids())
             airflow.wait_for(lambda: is_stored(airflow, result.started["burst"][-1]), seconds=60)
 
@@ -171,12 +171,12 @@ def watched() -> Iterator[Watched]:
                 end_run(dify, paused[0], "paused")
                 end_run(dify, long[0], "running")
                 time.sleep(5)
-            result.wait_until_told()
+            result.wait_until_received()
             if OUTAGE:
                 with dify.refusing_connections():
                     result.started["long outage"] = dify.add_logged_runs(5)
                     time.sleep(OUTAGE)
-                result.wait_until_told()
+                result.wait_until_received()
             # As an HTTP node at the end of a workflow does.
             call_airflow(airflow, "called", {"workflow_run_id": long[0]})
             airflow.wait_for(lambda: bool(result.ids("called")), seconds=120)
@@ -263,7 +263,7 @@ def test_an_event_that_dify_itself_creates_has_the_runs_id(watched: Watched) -> 
 
 
 def test_events_have_no_outputs_and_no_key_is_written_anywhere(watched: Watched) -> None:
-    for asset, payload in watched.told:
+    for asset, payload in watched.received:
         if asset == "called":
             continue
         assert payload.keys() == {

@@ -138,15 +138,16 @@ def test_the_example_with_a_batch_runs_every_row_of_its_file(
 
 
 @pytest.mark.parametrize(
-    ("score", "told", "not_told"), [(0.75, "Published: hello", "To be"), (0.25, "To be reviewed: hello", "Published:")]
+    ("score", "shown", "not_shown"),
+    [(0.75, "Published: hello", "To be"), (0.25, "To be reviewed: hello", "Published:")],
 )
 def test_the_example_that_branches_follows_an_output(
-    dify: DifyStandIn, run_example: Run, score: float, told: str, not_told: str
+    dify: DifyStandIn, run_example: Run, score: float, shown: str, not_shown: str
 ) -> None:
     queue(dify, {"text": "hello", "score": score})
     said = run_example("example_dify_branch", {"query": "Who is there?"})
-    assert told in said
-    assert not_told not in said
+    assert shown in said
+    assert not_shown not in said
 
 
 def test_the_example_with_a_file_starts_a_run_with_the_uploaded_file(

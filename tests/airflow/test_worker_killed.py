@@ -100,15 +100,13 @@ def test_the_retry_continues_the_run_of_the_killed_try(outcomes: dict[str, Futur
         assert KEY.encode() not in content, path
 
 
-@pytest.mark.skipif(
-    not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger is not told that its task is ended"
-)
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger cannot see that its task is ended")
 def test_a_deferred_task_that_a_user_ends_stops_its_run(outcomes: dict[str, Future[Scenario]]) -> None:
     dify = outcomes["failed_by_a_user"].result().dify
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
 
 
-@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger is not told that it is cancelled")
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger cannot see that it is cancelled")
 def test_a_run_is_not_stopped_when_another_triggerer_takes_its_wait_over(shared: SharedAirflow) -> None:
     with shared.scenario("moved") as scenario:
         airflow, dify = scenario.airflow, scenario.dify

@@ -115,7 +115,7 @@ class AirflowCluster(AirflowProcesses):
         return {state for (state,) in states} <= {"success", "failed"}
 
     def tasks_run_on_workers(self) -> list[float]:
-        """Return the seconds that each task took of a worker, as the workers told; a task is run once a start."""
+        """Return the seconds that each task took of a worker, from their logs; a task is run once a start."""
         said = "".join((self.home / f"{name}.out").read_text() for name in WORKERS)
         return [float(seconds) for seconds in TASK_ENDED.findall(said)]
 

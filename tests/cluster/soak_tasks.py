@@ -9,7 +9,7 @@ CONN_ID = "dify_soak"
 DAG_ID = "soak"
 STARTS = 200
 
-# Half of the tasks share a user: their runs are told apart by their inputs.
+# Half of the tasks share a user: their inputs distinguish their runs.
 WAYS: tuple[dict[str, Any], ...] = (
     {},
     {"deferrable": True},

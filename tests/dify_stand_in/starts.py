@@ -141,9 +141,9 @@ class Starts:
         recorded = self.dialect.recording("run_streaming_missing_input").body
         phantom = str(uuid.uuid4())
         stream = RecordedStream.load(recorded, phantom, phantom)
-        told = json.dumps(reason, ensure_ascii=False).encode()
+        said = json.dumps(reason, ensure_ascii=False).encode()
         async with self.stand_in.execution.slots:
-            rest = stream.rest.replace(b'"query is required in input form"', told)
+            rest = stream.rest.replace(b'"query is required in input form"', said)
             events.publish(stream.beginning + rest)
             events.close()
 

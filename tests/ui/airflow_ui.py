@@ -14,12 +14,12 @@ class ConnectionTest:
     What came of pressing Test.
 
     :param works: whether Airflow's server says that the connection works.
-    :param told: what the server says.
+    :param message: what the server says.
     :param shown: what the page shows of that.
     """
 
     works: bool
-    told: str
+    message: str
     shown: str
 
 

@@ -102,22 +102,22 @@ def page() -> Iterator[Page]:
 
 
 @pytest.fixture(scope="session")
-def told_the_key(page: Page) -> list[str]:
-    """The addresses whose answers told the browser the API key."""
-    told: list[str] = []
+def addresses_with_the_key(page: Page) -> list[str]:
+    """The addresses whose responses had the API key."""
+    addresses: list[str] = []
 
     def look_at(response: Response) -> None:
         # Some answers, such as redirects, have no body to ask for.
         with contextlib.suppress(Error):
             if API_KEY.encode() in response.body():
-                told.append(urlsplit(response.url).path)
+                addresses.append(urlsplit(response.url).path)
 
     page.context.on("response", look_at)
-    return told
+    return addresses
 
 
 @pytest.fixture(scope="session")
-def ui(airflow: AirflowProcesses, page: Page, told_the_key: list[str]) -> AirflowUI:
+def ui(airflow: AirflowProcesses, page: Page, addresses_with_the_key: list[str]) -> AirflowUI:
     """Airflow's UI, logged in, once it answers and knows the Dags."""
     port = airflow.environment["AIRFLOW__WEBSERVER__WEB_SERVER_PORT" if AIRFLOW_2 else "AIRFLOW__API__PORT"]
     address = f"http://127.0.0.1:{port}"

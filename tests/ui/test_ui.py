@@ -82,12 +82,12 @@ def test_pressing_test_with_the_right_key_names_the_app(
             "Timeout (seconds)": "20",
             "Verify TLS": "true",
             "Proxies": PROXIES,
-            # Another name of the same server, to tell it from the base URL.
+            # Another name of the same server, to distinguish it from the base URL.
             "Console URL": dify.origin,
         }
     )
     test = ui.test_and_save(CONN_ID)
-    assert test.works, test.told
+    assert test.works, test.message
     assert "as the app 'echo' (workflow)" in test.shown
     if not AIRFLOW_2:
         screenshots.take("connection-test-success", height=560)

@@ -117,7 +117,7 @@ def test_a_user_has_at_most_255_characters_and_tells_row_and_attempt(user: str |
         assert other.prefix != users.prefix
 
 
-def test_long_names_that_begin_alike_are_told_apart() -> None:
+def test_long_names_that_begin_alike_are_distinguished() -> None:
     one, other = (RowUsers.of_task(ti_of(dag_id="d" * 250, run_id=run_id)) for run_id in "ab")
     assert one.prefix != other.prefix
 
@@ -239,10 +239,10 @@ def test_a_run_that_was_stopped_is_not_followed_although_its_record_is_running()
 
 
 def actions(resumption: Resumption, rows: range) -> dict[str, list[int]]:
-    told: dict[str, list[int]] = {}
+    planned: dict[str, list[int]] = {}
     for row in rows:
-        told.setdefault(resumption.plan(row).action.value, []).append(row)
-    return told
+        planned.setdefault(resumption.plan(row).action.value, []).append(row)
+    return planned
 
 
 def test_a_fresh_batch_starts_every_row() -> None:

@@ -39,21 +39,21 @@ def test_a_configuration_error_is_a_value_error() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        exceptions.DifyError("told"),
-        exceptions.DifyConfigurationError("told"),
-        exceptions.DifyConnectionError("told", status_code=503, code="c", dify_message="m", retry_after=7.0),
-        exceptions.DifyRequestError("told", status_code=400, code="c", dify_message="m"),
-        exceptions.DifyAuthenticationError("told", status_code=401, code="c", dify_message="m"),
-        exceptions.DifyWorkflowRunNotFound("told", workflow_run_id="r"),
-        exceptions.DifyWorkflowRunFailed("told", run=read(recorded("detail_failed"))),
-        exceptions.DifyWorkflowRunTimeout("told", run=read(recorded("detail_running_t0"))),
+        exceptions.DifyError("message"),
+        exceptions.DifyConfigurationError("message"),
+        exceptions.DifyConnectionError("message", status_code=503, code="c", dify_message="m", retry_after=7.0),
+        exceptions.DifyRequestError("message", status_code=400, code="c", dify_message="m"),
+        exceptions.DifyAuthenticationError("message", status_code=401, code="c", dify_message="m"),
+        exceptions.DifyWorkflowRunNotFound("message", workflow_run_id="r"),
+        exceptions.DifyWorkflowRunFailed("message", run=read(recorded("detail_failed"))),
+        exceptions.DifyWorkflowRunTimeout("message", run=read(recorded("detail_running_t0"))),
     ],
     ids=lambda error: type(error).__name__,
 )
 def test_errors_pickle_with_all_that_they_hold(error: exceptions.DifyError) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is type(error)
-    assert str(copy) == str(error) == "told"
+    assert str(copy) == str(error) == "message"
     assert vars(copy) == vars(error)
     if "run" in vars(error):
         assert isinstance(copy.run, WorkflowRun)

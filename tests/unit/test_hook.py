@@ -362,32 +362,32 @@ def test_a_stall_is_bounded_by_the_timeout(dify: DifyStandIn, connect: Connect) 
 
 
 def test_the_test_names_the_app(dify: DifyStandIn, connect: Connect) -> None:
-    works, told = connect().test_connection()
+    works, message = connect().test_connection()
     assert works
-    assert "'echo' (workflow)" in told
-    assert dify.base_url in told
+    assert "'echo' (workflow)" in message
+    assert dify.base_url in message
 
 
 def test_the_test_reports_an_app_without_workflow_runs(dify: DifyStandIn, connect: Connect) -> None:
     dify.app_info = "app_info_chat"
-    works, told = connect().test_connection()
+    works, message = connect().test_connection()
     assert not works
-    assert "'chat' of mode chat, which has no workflow runs" in told
+    assert "'chat' of mode chat, which has no workflow runs" in message
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "text"),
     [
         ({"password": "wrong"}, "Access token is invalid"),
         ({"password": ""}, "no password"),
         ({"host": "http://127.0.0.1:9"}, "could not be reached"),
     ],
 )
-def test_the_test_reports_what_is_wrong(connect: Connect, fields: dict[str, Any], told: str) -> None:
+def test_the_test_reports_what_is_wrong(connect: Connect, fields: dict[str, Any], text: str) -> None:
     started = time.monotonic()
     works, message = connect(fields, retry_delay=5).test_connection()
     assert not works
-    assert told in message
+    assert text in message
     assert time.monotonic() - started < 3
 
 
@@ -396,18 +396,18 @@ def test_airflow_itself_can_press_the_button(dify: DifyStandIn, monkeypatch: pyt
 
     connection = Connection(conn_id="new_dify", conn_type="dify", host=dify.base_url, password=API_KEY)
     monkeypatch.setenv("AIRFLOW_CONN_NEW_DIFY", connection.get_uri())
-    works, told = connection.test_connection()
-    assert works, told
-    assert "'echo'" in told
+    works, message = connection.test_connection()
+    assert works, message
+    assert "'echo'" in message
 
 
 @pytest.mark.parametrize(
-    ("password", "told"),
+    ("password", "text"),
     [("wrong", "refused the API key of the connection for"), ("", "The connection cannot be used: it has no password")],
 )
-def test_a_failed_test_does_not_name_the_id_that_airflow_made_up(connect: Connect, password: str, told: str) -> None:
+def test_a_failed_test_does_not_name_the_id_that_airflow_made_up(connect: Connect, password: str, text: str) -> None:
     hook = connect({"password": password})
     works, message = hook.test_connection()
     assert not works
-    assert told in message
+    assert text in message
     assert hook.dify_conn_id not in message

@@ -710,8 +710,8 @@ def test_what_changes_is_logged_and_not_each_poll(dify: DifyStandIn, caplog: pyt
     caplog.set_level(logging.INFO)
     run_id = dify.add_run("running", "running", "paused", "paused", "running", "succeeded")
     payload_of(trigger_of(run_id))
-    told = [record.getMessage() for record in caplog.records if run_id in record.getMessage()]
-    assert [re.sub(r".* (is \w+|succeeded).*", r"\1", line) for line in told] == [
+    logged = [record.getMessage() for record in caplog.records if run_id in record.getMessage()]
+    assert [re.sub(r".* (is \w+|succeeded).*", r"\1", line) for line in logged] == [
         "is running",
         "is paused",
         "is running",

@@ -63,14 +63,14 @@ def test_a_poll_is_judged_and_logged_once_unless_it_becomes_an_exception(
     assert lines == ([] if level is None else [(level, verdicts[0].reason)])
 
 
-def test_the_first_run_is_told_once() -> None:
-    told: list[Any] = []
-    wait = wait_of(on_first_run=told.append)
+def test_the_first_run_is_reported_once() -> None:
+    reported: list[Any] = []
+    wait = wait_of(on_first_run=reported.append)
     wait.on_failed_poll(DifyConnectionError("away"))
-    assert told == []
+    assert reported == []
     wait.on_poll(RUNNING)
     wait.on_poll(make_run("succeeded"))
-    assert told == [RUNNING]
+    assert reported == [RUNNING]
 
 
 def test_a_status_that_stays_has_a_sign_of_life_now_and_then(

@@ -31,13 +31,13 @@ def expected(stream: bytes) -> list[dict[str, object]]:
 def test_a_recorded_stream_is_read_the_same_wherever_it_is_cut(name: str, line_end: bytes) -> None:
     stream = Recording.load(name).body.replace(b"\n", line_end)
     whole = read(stream)
-    told = expected(stream)
+    recorded = expected(stream)
     assert sum(event.name == "ping" for event in whole) == stream.count(b"event: ping")
-    told_by_data = [event for event in whole if event.name != "ping"]
-    assert [event.name for event in told_by_data] == [event["event"] for event in told]
-    assert [event.data for event in told_by_data] == [event["data"] for event in told]
+    with_data = [event for event in whole if event.name != "ping"]
+    assert [event.name for event in with_data] == [event["event"] for event in recorded]
+    assert [event.data for event in with_data] == [event["data"] for event in recorded]
     assert whole[0].name == "workflow_started"
-    assert {event.workflow_run_id for event in told_by_data} == {told[0]["workflow_run_id"]}
+    assert {event.workflow_run_id for event in with_data} == {recorded[0]["workflow_run_id"]}
     for cut in range(len(stream)):
         assert read(stream[:cut], stream[cut:]) == whole
     assert read(*(stream[i : i + 1] for i in range(len(stream)))) == whole

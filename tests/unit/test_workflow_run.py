@@ -114,10 +114,10 @@ def test_null_outputs_are_none(nothing: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [1_795_299_664, 1_795_299_664.0, "Sat, 21 Nov 2026 22:21:04 -0000", "Sat, 21 Nov 2026 23:21:04 +0100"]
+    "value", [1_795_299_664, 1_795_299_664.0, "Sat, 21 Nov 2026 22:21:04 -0000", "Sat, 21 Nov 2026 23:21:04 +0100"]
 )
-def test_times_are_utc_from_epoch_seconds_and_from_rfc_822(told: object) -> None:
-    run = read(http_answer(body=run_fields(created_at=told)))
+def test_times_are_utc_from_epoch_seconds_and_from_rfc_822(value: object) -> None:
+    run = read(http_answer(body=run_fields(created_at=value)))
     assert run.created_at is not None
     assert run.created_at.isoformat() == "2026-11-21T22:21:04+00:00"
     assert run.created_at.timezone_name == "UTC"
