@@ -24,9 +24,11 @@ from airflow_provider_dify.models import (
 
 # How far Dify's clock may be behind ours for a run to count as started after the start was sent.
 CLOCK_TOLERANCE = timedelta(seconds=60)
-# A row costs the server about 2.5 ms; a user's runs of the last minutes are few.
+# A row costs the server about 2.5 ms; a user's runs of the last minutes are few as a rule, and hundreds if many tasks
+# share a user.
 _PAGE_SIZE = 20
-_MAX_PAGES = 10
+_NEXT_PAGE_SIZE = 100
+_MAX_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,11 @@ def find_run(search: RunSearch, others: set[str] | None = None) -> Steps[str | N
     :param others: ids of runs that were started with other inputs; a look adds those that it meets, and the next one
         does not ask for them again.
     :return: the run's id; ``None`` if no run fits yet: it may be queued.
-    :raises DifyWorkflowRunUncertain: if several fit, or one can't be compared.
+    :raises DifyWorkflowRunUncertain: if several fit, one can't be compared, or there are more runs than are read.
     :raises DifyError: if the log can't be read.
     """
     others = set() if others is None else others
-    candidates = yield from _candidates(search)
+    candidates, are_all = yield from _candidates(search)
     fitting = []
     for run in candidates:
         if run.workflow_run_id in others:
@@ -100,13 +102,15 @@ def find_run(search: RunSearch, others: set[str] | None = None) -> Steps[str | N
         detail: WorkflowRun = yield calls.run_detail(run.workflow_run_id)
         is_equal = fits(search.fingerprint, detail.inputs or {})
         if is_equal is None:
-            raise _uncertain(search, [run.workflow_run_id], "has no inputs that could be compared")
+            raise _uncertain(search, f"{run.workflow_run_id} has no inputs that could be compared")
         if is_equal:
             fitting.append(run.workflow_run_id)
         else:
             others.add(run.workflow_run_id)
     if len(fitting) > 1:
-        raise _uncertain(search, fitting, "each may be it")
+        raise _uncertain(search, f"{', '.join(fitting)} may each be it")
+    if not are_all and not (fitting and search.user_is_unique):
+        raise _uncertain(search, f"more than {_MAX_ROWS:,} runs have been started since")
     return fitting[0] if fitting else None
 
 
@@ -132,20 +136,21 @@ def runs_queue(server_version: str | None) -> bool:
     return is_server_from(server_version, (1, 13)) is not False
 
 
-def _candidates(search: RunSearch) -> Steps[list[LoggedWorkflowRun]]:
+def _candidates(search: RunSearch) -> Steps[tuple[list[LoggedWorkflowRun], bool]]:
+    """Return the runs that may be it, and whether these are all that there are."""
     found: list[LoggedWorkflowRun] = []
-    page: LogPage | None = LogPage(_PAGE_SIZE)
-    for _ in range(_MAX_PAGES):
-        if page is None:
-            break
+    number_of_rows = 0
+    page: LogPage | None = LogPage(_PAGE_SIZE, next_size=_NEXT_PAGE_SIZE)
+    while page is not None and number_of_rows < _MAX_ROWS:
         rows: list[LogRow] = yield page.request(user=search.user, created_after=search.not_before)
         for row in rows:
             if isinstance(row, RowWithoutRun) and row.user == search.user:
                 raise without_record(f"a run of user {search.user!r}")
         found += [run for run in runs_of(rows) if search.is_candidate(run)]
+        number_of_rows += len(rows)
         page = page.after(rows, not_before=search.not_before)
     # Two pages may show a row twice.
-    return list({run.workflow_run_id: run for run in found}.values())
+    return list({run.workflow_run_id: run for run in found}.values()), page is None
 
 
 def without_record(what: str) -> DifyConnectionError:
@@ -157,9 +162,9 @@ def without_record(what: str) -> DifyConnectionError:
     return DifyConnectionError(f"Dify's log has no record yet of {what}: a worker of Dify writes it. This may pass.")
 
 
-def _uncertain(search: RunSearch, run_ids: list[str], why: str) -> DifyWorkflowRunUncertain:
+def _uncertain(search: RunSearch, why: str) -> DifyWorkflowRunUncertain:
     return DifyWorkflowRunUncertain(
-        f"The start named no run, and Dify's log of user {search.user!r} does not tell which run it started: "
-        f"{', '.join(run_ids)} ({why}). Look at these runs in Dify's console, then clear the task to start a new run.",
+        f"The start named no run, and Dify's log of user {search.user!r} does not tell which run it started: {why}. "
+        "Look at these runs in Dify's console, then clear the task to start a new run.",
         user=search.user,
     )

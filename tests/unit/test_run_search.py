@@ -78,11 +78,28 @@ def test_a_run_that_was_known_before_the_start_is_not_taken() -> None:
 
 
 def test_ours_is_found_behind_pages_of_others() -> None:
-    log = [row(f"o{number}", user="other", age=number) for number in range(45)]
+    log = [row(f"o{number}", user="other", age=number / 10) for number in range(245)]
     found, calls = play(search_of(user_is_unique=True), [*log, row("ours", age=45)])
     assert found == "ours"
     # The second request shows that this server does not filter by time.
     assert [(call.params or {})["page"] for call in calls] == [1, 1, 2, 3]
+
+
+def test_ours_is_found_behind_hundreds_of_runs_that_the_same_user_started_since() -> None:
+    log = [row(f"o{number}", age=number / 10) for number in range(300)]
+    inputs = {"ours": {"q": "mine"}, **{run.workflow_run_id: {"q": "theirs"} for run in log}}
+    search = search_of(fingerprint=fingerprint({"q": "mine"}))
+    assert play(search, [*log, row("ours", age=40)], inputs)[0] == "ours"
+
+
+@pytest.mark.parametrize("user_is_unique", [True, False])
+def test_more_runs_than_are_read_leave_a_start_uncertain(user_is_unique: bool) -> None:
+    # To call it absent would have the next try start another run.
+    log = [row(f"o{number}", user="other" if user_is_unique else "us", age=number / 50) for number in range(1100)]
+    inputs = {run.workflow_run_id: {"q": "theirs"} for run in log}
+    search = search_of(fingerprint=fingerprint({"q": "mine"}), user_is_unique=user_is_unique)
+    with pytest.raises(DifyWorkflowRunUncertain, match="more than 1,000 runs"):
+        play(search, [*log, row("ours", age=40)], {**inputs, "ours": {"q": "mine"}})
 
 
 def test_the_search_stops_at_runs_from_before_the_start() -> None:
