@@ -7,8 +7,8 @@ from tests.dify_stand_in import API_KEY
 
 
 def test_the_key_came_back_in_no_answer_and_stands_in_no_file(
-    airflow: AirflowProcesses, told_the_key: list[str]
+    airflow: AirflowProcesses, addresses_with_the_key: list[str]
 ) -> None:
-    assert told_the_key == []
+    assert addresses_with_the_key == []
     for path, content in airflow.everything_written():
         assert API_KEY.encode() not in content, path

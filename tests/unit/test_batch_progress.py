@@ -57,7 +57,7 @@ def test_the_speed_is_that_of_the_last_lines() -> None:
     assert "1.0 runs/s" in line
 
 
-def test_slow_runs_are_told_by_the_minute() -> None:
+def test_slow_runs_are_counted_by_the_minute() -> None:
     progress = progress_of(10)
     progress.begin(0)
     add(progress, "succeeded")

@@ -100,7 +100,7 @@ def test_the_last_look_is_at_the_end_of_the_time(monkeypatch: pytest.MonkeyPatch
     assert look.number == 3
 
 
-def test_a_look_that_failed_is_told_apart_from_one_that_found_nothing(
+def test_a_look_that_failed_is_not_taken_for_one_that_found_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     look = Looks(AWAY, AWAY, None)

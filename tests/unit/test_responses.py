@@ -95,7 +95,7 @@ def test_an_error_names_what_was_asked_for(
         (LOG, {"data": [{"workflow_run": "a"}]}, "a list with a row that has no 'workflow_run'"),
     ],
 )
-def test_json_of_another_service_is_told_from_difys(subject: str, body: Any, what: str) -> None:
+def test_json_of_another_service_is_distinguished_from_difys(subject: str, body: Any, what: str) -> None:
     error = failure_of(PARSERS[subject], http_answer(200, body, url=URL))
     assert type(error) is DifyConnectionError
     assert str(error).startswith(f"The response for {subject} at {URL} is {what} (HTTP 200, ")

@@ -107,7 +107,7 @@ def test_the_search_stops_at_runs_from_before_the_start() -> None:
     assert len(play(search_of(user_is_unique=True), log)[1]) == 1
 
 
-def test_a_shared_users_run_is_told_by_its_inputs() -> None:
+def test_a_shared_users_run_is_recognized_by_its_inputs() -> None:
     search = search_of(fingerprint=fingerprint({"q": "mine"}))
     inputs = {"a": {"q": "theirs", "sys.user_id": "us"}, "b": {"q": "mine", "sys.user_id": "us"}}
     assert play(search, [row("a"), row("b")], inputs)[0] == "b"

@@ -350,7 +350,7 @@ def test_a_log_that_cannot_be_read_keeps_a_retry_from_its_start() -> None:
         steps.throw(DifyConnectionError("away"))
 
 
-def test_a_shared_users_run_of_an_earlier_try_is_told_by_its_inputs() -> None:
+def test_a_shared_users_run_of_an_earlier_try_is_recognized_by_its_inputs() -> None:
     context = context_of(2, 2)
     row = replace(row_of(context, 1), user="us")
     ours = make_run("running", finished_at=None, inputs={"q": "1"})

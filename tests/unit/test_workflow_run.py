@@ -212,7 +212,7 @@ def test_recorded_errors_keep_what_dify_said(
         (400, {"status": 400}, DifyConnectionError),
     ],
 )
-def test_an_error_is_told_by_its_status_and_by_what_there_is_of_code_and_message(
+def test_an_error_names_its_status_and_what_there_is_of_code_and_message(
     status: int, body: dict[str, Any], exception: type[DifyError]
 ) -> None:
     error = refused(http_answer(status, body), exception)
@@ -476,7 +476,7 @@ def test_a_run_that_1_16_1_ends_after_a_form_may_have_its_outputs() -> None:
         ),
     ],
 )
-def test_a_failure_is_told_in_whole_sentences(run: WorkflowRun, reason: str) -> None:
+def test_a_failure_is_explained_in_whole_sentences(run: WorkflowRun, reason: str) -> None:
     assert judge(run, now=NOW, fail_on_partial_success=True, run_timeout=60).reason == reason
 
 
@@ -529,7 +529,7 @@ def test_a_failure_names_its_node_and_says_the_nodes_error_once(status: str, nod
         ("a failed: b", "Node 'A' (llm) failed: a failed: b.", "Node 'A' (llm) failed: a failed: b. Dify"),
     ],
 )
-def test_a_nodes_error_is_told_from_its_name(error: str, node: str, reason: str) -> None:
+def test_a_nodes_error_is_separated_from_its_name(error: str, node: str, reason: str) -> None:
     assert judge(make_run("failed", error=error), now=NOW).because_of(node).reason.startswith(reason)
 
 
