@@ -26,10 +26,10 @@ pytestmark = [
 
 KEY = "app-zQ9-the-key-of-this-test"
 # Seconds of an outage of Dify that one triggerer lives through; none by default, where the triggerer is killed in one.
-OUTAGE = float(os.environ.get("DIFY_OUTAGE", "0"))
+OUTAGE = float(os.environ.get("EVENTS_OUTAGE", "0"))
 RUNS_A_MINUTE = 500
 # Three pages; 500 make it a whole minute.
-BURST = int(os.environ.get("DIFY_BURST", "60"))
+BURST = int(os.environ.get("EVENTS_BURST", "60"))
 
 DAG = """
 import json
