@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, TRIGGER_TIMEOUT_MARGIN
+from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
 from airflow_provider_dify.api.routes import parse_workflow_run_id
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
@@ -19,13 +19,12 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.excerpts import one_line
-from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch, find_run
 from airflow_provider_dify.stopping import StopReport, stop_run
+from airflow_provider_dify.triggers.outputs import TriggerXComs
 from airflow_provider_dify.triggers.takeover import is_waiting_elsewhere
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitEnd, delay_after, next_interval
-from airflow_provider_dify.xcoms import RUN_LOG, check_outputs, run_log_url, xcoms_from_run
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -210,6 +209,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             log=self.log,
             first_poll=None if first_poll is None else datetime.fromtimestamp(first_poll, timezone.utc),
         )
+        xcoms = TriggerXComs(getattr(self, "task_instance", None), self.wait, self.log)
         loop = asyncio.get_running_loop()
         polls = 0
         has_link = self.wait.has_link
@@ -228,9 +228,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                     self.log.info("Dify %s at %s.", hook.server_version, hook.connection.base_url)
                 verdict = wait.on_poll(run)
                 if not has_link:
-                    has_link = await self._push_link(run, hook)
+                    await xcoms.push_link(run, hook.connection)
+                    has_link = True
                 if verdict.outcome is not Outcome.WAIT:
-                    if verdict.outcome is Outcome.DONE and self.wait.end_from_trigger and await self._push_outputs(run):
+                    if verdict.outcome is Outcome.DONE and self.wait.end_from_trigger and await xcoms.push_outputs(run):
                         return _task_success()
                     # A failure is left to a worker: there it has a log, callbacks and no retry.
                     return self._event(WaitEnd.RUN_IS_OVER, verdict.reason, status=run.status)
@@ -272,56 +273,6 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             return TRIGGER_TIMEOUT_MARGIN
         # Airflow's limit is the execution_timeout, which may come before the sensor's.
         return float(TRIGGER_TIMEOUT_MARGIN - (limit - task.execution_timeout).total_seconds())
-
-    async def _push_link(self, run: WorkflowRun, hook: DifyAsyncHook) -> bool:
-        """Push the XCom of the link, which no worker may ever see; return whether there is nothing left to do."""
-        if not (self.wait.do_xcom_push and CAN_END_FROM_TRIGGER and run.app_id and hook.connection is not None):
-            return True
-        if getattr(self, "task_instance", None) is not None:
-            await self._push({RUN_LOG: run_log_url(hook.connection, run.app_id)}, run.id)
-        return True
-
-    async def _push_outputs(self, run: WorkflowRun) -> bool:
-        """
-        Push the XComs of a run that succeeded.
-
-        Not as part of the event that ends the task: Airflow 3.2 keeps the XComs of that as text within JSON, so that
-        the next task gets a text where it should get a dict.
-
-        :return: whether that worked; else a worker has to end the task.
-        """
-        if not self.wait.do_xcom_push:
-            return True
-        try:
-            check_outputs(run)
-        except DifyError:
-            # Logged by a worker, in the task's own log.
-            return False
-        return await self._push(xcoms_from_run(run, multiple_outputs=self.wait.multiple_outputs), run.id)
-
-    async def _push(self, xcoms: dict[str, Any], run_id: str) -> bool:
-        from airflow.providers.common.compat.sdk import XCom
-        from asgiref.sync import sync_to_async
-
-        ti: Any = self.task_instance
-        try:
-            for key, value in xcoms.items():
-                await sync_to_async(XCom.set)(
-                    key=key,
-                    value=value,
-                    dag_id=ti.dag_id,
-                    task_id=ti.task_id,
-                    run_id=ti.run_id,
-                    map_index=ti.map_index,
-                )
-        except Exception:
-            self.log.warning(
-                "The XComs of Dify workflow run %s could not be pushed from the triggerer; a worker will do it.",
-                run_id,
-                exc_info=True,
-            )
-            return False
-        return True
 
     def _event(
         self, end: WaitEnd, message: str, *, status: object = None, error: DifyError | None = None

@@ -31,6 +31,7 @@ from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, Dif
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
+from airflow_provider_dify.triggers.outputs import TriggerXComs
 from airflow_provider_dify.waiting import delay_after, next_interval
 from airflow_provider_dify.xcoms import RUN_LOG
 from tests.dify_stand_in import (
@@ -165,7 +166,7 @@ def test_the_link_is_pushed_once_unless_a_worker_has_pushed_it(
         pushed.extend(xcoms)
         return True
 
-    monkeypatch.setattr(DifyWorkflowRunTrigger, "_push", push)
+    monkeypatch.setattr(TriggerXComs, "_push", push)
     trigger = trigger_of(dify.add_run("running", "running", "succeeded"), poll_interval=0.05, has_link=has_link)
     trigger.task_instance = SimpleNamespace(task_id="wait", task=None)
     assert payload_of(trigger)["end"] == "run_is_over"
