@@ -64,6 +64,12 @@ def dify_connection(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
+def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let deferred tasks resume at once: no executor has to see the end of a worker's process."""
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.resume_delay", 0.0)
+
+
+@pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let retries, failed polls and searches follow each other at once."""
     from airflow_provider_dify.hooks.dify import DifyHook

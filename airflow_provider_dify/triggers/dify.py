@@ -56,6 +56,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     retry_delay = 1.0
     # Seconds that the templates of a task that starts here may take.
     render_timeout = 60.0
+    # Seconds from the trigger's start to an event that resumes its task. Airflow may see the end of the worker's
+    # process 5 seconds late ([workers] min_heartbeat_interval). A task that is queued again before that counts as dead,
+    # and fails without a message (3.3.2).
+    resume_delay = 10.0
 
     def __init__(
         self, workflow_run_id: str | None = None, dify_conn_id: str = "dify_default", **arguments: Any
@@ -83,6 +87,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     async def run(self) -> AsyncIterator[TriggerEvent]:
         """Poll until the wait is over, and yield its one event."""
+        resumable = asyncio.get_running_loop().time() + self.resume_delay
         try:
             if self._render_context is not None:
                 self._render_templates(self._render_context)
@@ -96,6 +101,9 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 f"The wait on Dify workflow run {self.workflow_run_id} broke: {type(error).__name__}: {error!s:.300}"
             )
             event = self._event(WaitEnd.FAILED, reason, error=DifyError(reason))
+        if isinstance(event.payload, dict) and self._render_context is None:
+            # The event resumes a task that a worker has deferred.
+            await self._sleep_until(resumable, None)
         yield event
 
     async def on_kill(self) -> None:

@@ -13,6 +13,11 @@ from tests.airflow.shared_airflow import SharedAirflow
 from tests.conftest import AIRFLOW_HOME
 
 
+@pytest.fixture(autouse=True)
+def in_one_process(quick_resumption: None) -> None:
+    """Let what ``dag.test()`` defers resume at once."""
+
+
 @pytest.fixture(scope="session")
 def airflow_db() -> Path:
     """Airflow's database, migrated."""

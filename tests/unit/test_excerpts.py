@@ -99,6 +99,7 @@ def test_the_error_of_a_run_is_one_line_in_the_exception_and_whole_in_the_run(
         respond(302, headers={"Location": "http://other.example/" + "x" * 5000, "X-Version": "9" * 3000}),
     ],
 )
+@pytest.mark.usefixtures("quick_resumption")
 def test_the_event_of_a_trigger_and_the_xcom_of_the_run_stay_small(
     dify: DifyStandIn, dify_connection: str, fault: Any
 ) -> None:

@@ -36,6 +36,9 @@ Connect = Callable[..., None]
 Ask = Callable[[], BaseException]
 
 
+pytestmark = pytest.mark.usefixtures("quick_resumption")
+
+
 @pytest.fixture(autouse=True)
 def no_proxy_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_PROXY", "no_proxy"):

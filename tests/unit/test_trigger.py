@@ -46,7 +46,7 @@ from tests.dify_stand_in import (
     truncate_body,
 )
 
-pytestmark = pytest.mark.usefixtures("dify_connection")
+pytestmark = pytest.mark.usefixtures("dify_connection", "quick_resumption")
 
 
 @pytest.fixture(autouse=True)
@@ -171,6 +171,25 @@ def test_the_link_is_pushed_once_unless_a_worker_has_pushed_it(
     trigger.task_instance = SimpleNamespace(task_id="wait", task=None)
     assert payload_of(trigger)["end"] == "run_is_over"
     assert pushed == ([] if has_link else [RUN_LOG])
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed", None])
+def test_a_task_resumes_only_when_airflow_has_seen_the_end_of_its_worker(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, status: str | None
+) -> None:
+    monkeypatch.setattr(DifyWorkflowRunTrigger, "resume_delay", 1.5)
+    run_id = dify.add_run(status) if status else str(uuid.uuid4())
+    began = time.monotonic()
+    payload_of(trigger_of(run_id))
+    assert 1.5 <= time.monotonic() - began < 3.0
+
+
+@pytest.mark.skipif(not CAN_END_FROM_TRIGGER, reason="this Airflow's triggerer cannot end tasks")
+def test_a_task_that_ends_on_the_triggerer_ends_at_once(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DifyWorkflowRunTrigger, "resume_delay", 5.0)
+    began = time.monotonic()
+    run(events_of(trigger_of(dify.add_run("succeeded"), end_from_trigger=True, do_xcom_push=False)))
+    assert time.monotonic() - began < 3.0
 
 
 # --- serialization
