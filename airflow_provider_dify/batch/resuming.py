@@ -141,7 +141,8 @@ class Resumption:
     """
     What is to be done with each row, after an earlier try. To be asked in row order.
 
-    :param found: what :func:`read_log` returned; empty for a batch that starts afresh.
+    :param found: what :func:`read_log` returned, without rows whose results are written; empty for a batch that starts
+        afresh.
     :param max_active_runs: rows that may be in hand at once in this try.
     :param run_retries: how often a row's run that failed is started again.
     :param checkpoint: the earlier tries' checkpoint, if there is one.

@@ -171,13 +171,16 @@ class BatchRun:
             found = await self._hook.run_steps(steps)
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
+        # A row that is written is in nobody's hand, even if its run's record stays `running` for ever.
+        is_fresh = self._output.is_first_try and not found
+        found = {row: runs for row, runs in found.items() if not self._output.has(row)}
         resumption = Resumption(
             found,
             max_active_runs=settings.max_active_runs,
             run_retries=settings.row.run_retries,
             checkpoint=self._output.checkpoint,
             last_written=self._output.last_written,
-            is_fresh=self._output.is_first_try and not found,
+            is_fresh=is_fresh,
         )
         await self._output.begin(resumption.last_uncertain)
         # Later than the batch's own, which ends all rows at once.

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from airflow_provider_dify.batch import results
+from airflow_provider_dify.batch.naming import BatchName, RowUsers
+from airflow_provider_dify.batch.result_files import ResultFiles
+from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult
 from airflow_provider_dify.batch.row_run import RowSettings
 from airflow_provider_dify.batch.running import BatchSettings
 from airflow_provider_dify.batch.task import BatchTask, TaskSettings
@@ -98,6 +104,33 @@ def test_a_part_that_is_gone_fails_the_try_and_the_retry_reads_its_rows_from_the
     # Nothing was paid twice.
     assert sorted(started.inputs["n"] for started in dify.started) == list(range(ROWS))
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_rows_that_are_written_hide_no_queued_start_although_their_runs_are_running_for_ever(
+    dify: DifyStandIn, tmp_path: Path
+) -> None:
+    # Dify 1.13 and 1.14 never write the end of a run that was stopped, as at `run_timeout`.
+    output = tmp_path / "results.jsonl"
+    earlier = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, try_number=1, max_tries=1)
+    users = RowUsers.of_task(earlier)
+    files = ResultFiles(str(output), BatchName.of_task(earlier))
+    began = time.time()
+    files.begin(Checkpoint(began, 4))
+    written = [RowResult(row, "failed", workflow_run_id=str(uuid.uuid4())) for row in range(4)]
+    lines = [(result.index, result.to_line()) for result in written]
+    files.write(Part(lines, Checkpoint(began, 4, rows=4)))
+    for result in written:
+        user = users.user_of(result.index, 0)
+        dify.add_run("running", run_id=result.workflow_run_id, user=user, created_at=int(began))
+    # The start of row 4 was queued when the worker was killed.
+    run_try(numbered(5), output, max_failed_runs=5, try_number=2)
+    user = users.user_of(4, 0)
+    looks = [seen.at for seen in dify.requests if f"session_id={quote(user, safe='/')}" in seen.path]
+    started = [start.user for start in dify.started]
+    assert started == [user]
+    # It is looked for until the grace is over, and started then.
+    assert len(looks) >= 2
+    assert max(looks) - min(looks) > ROW.not_found_grace / 2
 
 
 # --- arguments that can't work: nothing is started
