@@ -19,13 +19,13 @@ class EarlierTries:
 
     :param since: epoch seconds from which on Dify's log may have runs of the batch.
     :param can_be: whether this is no task's first try.
-    :param is_first_try: whether this seems to be the first one since the task was cleared; a Dag whose ``retries`` were
-        lowered may mislead.
+    :param number: how many there seem to have been since the task was cleared; a Dag whose ``retries`` were lowered may
+        mislead, also to less than none.
     """
 
     since: float
     can_be: bool
-    is_first_try: bool
+    number: int
 
 
 class ReturnedOutput:
@@ -45,7 +45,8 @@ class ReturnedOutput:
     def __init__(self, total: int, earlier: EarlierTries) -> None:
         self.since = earlier.since
         self.reads_log = earlier.can_be
-        self.is_first_try = earlier.is_first_try
+        self.is_first_try = earlier.number == 0
+        self.earlier_tries = earlier.number
         self._results = ReturnedResults(total)
 
     def has(self, row: int) -> bool:
@@ -108,7 +109,8 @@ class FileOutput:
         # The first part is written before anything is started. Without it an earlier try may have started all the same:
         # it may have removed the parts at its end, or written them on another worker's disk.
         self.reads_log = written.checkpoint is not None or earlier.can_be
-        self.is_first_try = written.checkpoint is None and earlier.is_first_try
+        self.is_first_try = written.checkpoint is None and earlier.number == 0
+        self.earlier_tries = earlier.number
         self.since = earlier.since if self.reads_log else time.time()
         if written.checkpoint is not None and not written.is_damaged:
             self.since = written.checkpoint.open_since

@@ -5,10 +5,10 @@ Each run's ``user`` names the batch, the row and the attempt, so that Dify's log
 over is read, what is alive is followed, what failed may be started again, and the rest is started.
 
 A run that is queued at Dify is not in the log yet. Nobody can say whether such a row was started before the crash, but
-rows are started in order, and no more than ``max_active_runs`` of them are in hand at once. So of the rows that neither
-log nor results show, only the first few are *uncertain*: those before the last row that is known, and after it as many
-as were in hand and are not among the runs that are alive. They are looked for until a grace is over, while other rows
-go on, and are started then.
+rows are started in order, and each try has no more than ``max_active_runs`` of them in hand at once, beside those that
+it looks for. So of the rows that neither log nor results show, only the first few are *uncertain*: those before the
+last row that is known, and after it as many as all earlier tries may have had in hand, without the runs that are alive.
+They are looked for until a grace is over, while other rows go on, and are started then.
 
 One window can't be closed: a start that Dify took just before the crash, and that stays queued until after the grace.
 Such a row runs, and is paid, twice: as the queued run, and as the one that this try starts. There is no such window on
@@ -148,6 +148,7 @@ class Resumption:
     :param checkpoint: the earlier tries' checkpoint, if there is one.
     :param last_written: the last row whose result is written; -1 for none.
     :param is_fresh: whether no earlier try can have started anything.
+    :param earlier_tries: how many there were: each may have started rows beside those that it looked for.
     :ivar last_uncertain: the last row that an earlier try may have started; -1 for none.
     """
 
@@ -160,12 +161,13 @@ class Resumption:
         checkpoint: Checkpoint | None = None,
         last_written: int = -1,
         is_fresh: bool = False,
+        earlier_tries: int = 1,
     ) -> None:
         self._found = found
         self._run_retries = run_retries
         self._stopped = frozenset(checkpoint.stopped_runs if checkpoint else ())
         # The argument may have been lowered since.
-        in_hand = max(max_active_runs, checkpoint.max_active_runs if checkpoint else 0)
+        in_hand = max(max_active_runs, checkpoint.max_active_runs if checkpoint else 0) * max(1, earlier_tries)
         alive = sum(any(map(self._is_alive, runs)) for runs in found.values())
         self._uncertain_left = 0 if is_fresh else max(0, in_hand - alive)
         self._last_known = max([last_written, *found])

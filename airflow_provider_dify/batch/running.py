@@ -181,6 +181,7 @@ class BatchRun:
             checkpoint=self._output.checkpoint,
             last_written=self._output.last_written,
             is_fresh=is_fresh,
+            earlier_tries=self._output.earlier_tries,
         )
         await self._output.begin(resumption.last_uncertain)
         # Later than the batch's own, which ends all rows at once.

@@ -130,7 +130,7 @@ class BatchTask:
         since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
         # After a task was cleared its tries go on counting, but what came before was to be done again.
         first_try = (self._ti.max_tries or 0) - self._settings.retries + 1
-        earlier = EarlierTries(since, self._ti.try_number > 1, self._ti.try_number == first_try)
+        earlier = EarlierTries(since, self._ti.try_number > 1, self._ti.try_number - first_try)
         path = self._settings.output_path
         if path is None:
             return ReturnedOutput(total, earlier)

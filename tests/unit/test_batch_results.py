@@ -306,7 +306,7 @@ def test_after_a_part_was_removed_the_log_is_read_from_the_dag_runs_start(
     if damaged:
         next(ObjectStoragePath(f"{output_path}.parts/{BATCH.folder}").glob("000000002-*")).unlink()
     progress = BatchProgress(4, FailureLimit(0), began_at=0)
-    output = FileOutput(ResultFiles(output_path, BATCH), 8, progress, EarlierTries(100, True, False))
+    output = FileOutput(ResultFiles(output_path, BATCH), 8, progress, EarlierTries(100, True, 1))
     assert output.since == since
     assert [output.has(row) for row in range(4)] == [True, True, not damaged, True]
 

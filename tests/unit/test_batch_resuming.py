@@ -269,6 +269,12 @@ def test_rows_after_a_crash_before_the_first_run_are_looked_for() -> None:
     assert actions(Resumption({}, max_active_runs=3), range(6)) == {"look_for": [0, 1, 2], "start": [3, 4, 5]}
 
 
+def test_each_try_that_crashed_may_have_started_rows_beside_those_that_it_looked_for() -> None:
+    # The first started rows 0 and 1; the second looked for them, and started 2 and 3. All four may be queued.
+    resumption = Resumption({}, max_active_runs=2, earlier_tries=2)
+    assert actions(resumption, range(6)) == {"look_for": [0, 1, 2, 3], "start": [4, 5]}
+
+
 def test_the_limit_of_the_try_that_crashed_counts_if_it_was_higher() -> None:
     resumption = Resumption({}, max_active_runs=2, checkpoint=Checkpoint(0, 5))
     assert actions(resumption, range(8))["look_for"] == [0, 1, 2, 3, 4]
