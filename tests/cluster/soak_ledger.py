@@ -19,6 +19,8 @@ from tests.dify_stand_in import DifyStandIn, Started
 RUN_ID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 STOP_ROUTE = re.compile(r"/v1/workflows/tasks/([^/]+)/stop")
 UNCERTAIN = "DifyWorkflowRunUncertain"
+# What the log says of a run that runs on, because it was queued when its task was killed.
+STOPS_NO_QUEUED_RUN = "Dify stops no queued run"
 # What the log says of a stop, whether Dify's response came back or not.
 SAYS_STOP = re.compile(r"(?:Asked Dify to stop|Dify stopped) workflow run|could not be stopped|Dify does not stop")
 
@@ -169,6 +171,8 @@ class Ledger:
             return f"known to a task that failed: {task.reason}"
         if task.reason == UNCERTAIN:
             return "not found, and its task says so"
+        if any(STOPS_NO_QUEUED_RUN in message for message in task.messages):
+            return "queued when its task was killed, which the task's log says"
         return "not found: its task was ended by SIGKILL" if task.reason == "ended by SIGKILL" else "lost"
 
     def started_while_another_could_be_used(self) -> list[tuple[ServerRun, ServerRun]]:
