@@ -189,8 +189,7 @@ def _if_it_can_succeed(start: TaskStart, settings: StartSettings) -> Steps[tuple
 def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettings) -> Iterator[tuple[RunSearch, int]]:
     """Return what to look for in Dify's log where Airflow remembers nothing, the last try first."""
     ti: Any = context["ti"]
-    # After a task was cleared its tries go on counting, but what came before was to be done again.
-    first_try = (ti.max_tries or 0) - settings.retries + 1
+    first_try = first_try_number(ti, settings.retries)
     if first_try > ti.try_number:
         # Impossible, unless `retries` was lowered since: then nothing tells which try was the first.
         first_try = 1
@@ -206,6 +205,18 @@ def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettin
     newest = ti.try_number - 1 if StartMemory(context).is_kept else ti.try_number
     for number in range(newest, first_try - 1, -1):
         yield RunSearch(default_user(ti, number), not_before, True, prints, skips_failed=True), number
+
+
+def first_try_number(ti: Any, retries: int) -> int:
+    """
+    Return the number of a task's first try since it was cleared.
+
+    Its tries go on counting then, but what came before was to be done again.
+
+    :param ti: the task instance.
+    :param retries: the task's; if they were lowered since, the number is too high.
+    """
+    return int(ti.max_tries or 0) - retries + 1
 
 
 def earliest_start(context: Mapping[str, Any]) -> float:

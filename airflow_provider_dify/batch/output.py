@@ -27,6 +27,11 @@ class EarlierTries:
     can_be: bool
     number: int
 
+    @property
+    def is_first_try(self) -> bool:
+        """Whether this seems to be the first try since the task was cleared."""
+        return self.number == 0
+
 
 class ReturnedOutput:
     """
@@ -45,7 +50,7 @@ class ReturnedOutput:
     def __init__(self, total: int, earlier: EarlierTries) -> None:
         self.since = earlier.since
         self.reads_log = earlier.can_be
-        self.is_first_try = earlier.number == 0
+        self.is_first_try = earlier.is_first_try
         self.earlier_tries = earlier.number
         self._results = ReturnedResults(total)
 
@@ -109,7 +114,7 @@ class FileOutput:
         # The first part is written before anything is started. Without it an earlier try may have started all the same:
         # it may have removed the parts at its end, or written them on another worker's disk.
         self.reads_log = written.checkpoint is not None or earlier.can_be
-        self.is_first_try = written.checkpoint is None and earlier.number == 0
+        self.is_first_try = written.checkpoint is None and earlier.is_first_try
         self.earlier_tries = earlier.number
         self.since = earlier.since if self.reads_log else time.time()
         if written.checkpoint is not None and not written.is_damaged:

@@ -18,6 +18,7 @@ from airflow_provider_dify.batch.result_files import ResultFiles
 from airflow_provider_dify.batch.rows import count_rows, load_lazy
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
+from airflow_provider_dify.starting import first_try_number
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -128,9 +129,8 @@ class BatchTask:
     def _output(self, total: int, progress: BatchProgress) -> Output:
         began = getattr(self._dag_run, "start_date", None)
         since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
-        # After a task was cleared its tries go on counting, but what came before was to be done again.
-        first_try = (self._ti.max_tries or 0) - self._settings.retries + 1
-        earlier = EarlierTries(since, self._ti.try_number > 1, self._ti.try_number - first_try)
+        number = self._ti.try_number - first_try_number(self._ti, self._settings.retries)
+        earlier = EarlierTries(since, self._ti.try_number > 1, number)
         path = self._settings.output_path
         if path is None:
             return ReturnedOutput(total, earlier)
