@@ -57,7 +57,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     with one that Dify was asked to stop. What is left is one window: a worker that is killed between the request and
     Dify's response, while the run is queued. Airflow 3.3 remembers the request, and the retry waits for its run; on
     older ones the retry looks into Dify's log, which does not show a queued run yet, and starts a second one. With a
-    ``user`` of your own inputs distinguish the log's runs, too. A task that is cleared starts a new run.
+    ``user`` of your own, the inputs distinguish the runs in the log, too. A task that is cleared starts a new run.
 
     :param inputs: the workflow's inputs by name. Templated. Checked against the app's form before the start.
     :param user: who starts the run, as Dify's log shows it, up to 255 characters; by default one that names Airflow

@@ -54,7 +54,7 @@ def rows_and_generations(dify: DifyStandIn) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize(("has_file", "retries"), [(True, 0), (False, 2)])
-def test_a_batch_that_succeeded_and_is_cleared_runs_all_rows_anew(
+def test_a_batch_that_succeeded_and_is_cleared_runs_all_rows_again(
     dify: DifyStandIn, tmp_path: Path, has_file: bool, retries: int
 ) -> None:
     output = tmp_path / "results.jsonl" if has_file else None
@@ -73,7 +73,7 @@ def test_a_batch_that_succeeded_and_is_cleared_runs_all_rows_anew(
 
 
 @pytest.mark.parametrize("retries", [0, 1])
-def test_a_batch_that_broke_off_and_is_cleared_runs_all_rows_anew(
+def test_a_batch_that_broke_off_and_is_cleared_runs_all_rows_again(
     dify: DifyStandIn, tmp_path: Path, retries: int
 ) -> None:
     output = tmp_path / "results.jsonl"

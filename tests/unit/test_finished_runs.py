@@ -452,7 +452,7 @@ def test_an_event_is_such_that_every_database_takes_it() -> None:
         {"version": 1, "read_until": 1.0, "seen": {}, "open": {"a": [1.0, 1.0, 1.0, None, ["x"]]}},
     ],
 )
-def test_a_state_that_cannot_be_read_begins_anew(data: Any) -> None:
+def test_a_state_that_cannot_be_read_begins_from_scratch(data: Any) -> None:
     assert RunWindow.deserialize(data) == RunWindow()
 
 

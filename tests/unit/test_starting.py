@@ -209,7 +209,7 @@ def test_a_retry_whose_memory_was_lost_looks_for_the_earlier_tries() -> None:
     assert asked == [default_user(context["ti"], number) for number in (2, 1)]
 
 
-def test_a_cleared_task_starts_anew() -> None:
+def test_a_cleared_task_starts_from_scratch() -> None:
     store = Store()
     remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
     # Cleared after its first try: Airflow adds the tries that it had.
