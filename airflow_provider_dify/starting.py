@@ -18,7 +18,7 @@ from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunNotFound,
 from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
-from airflow_provider_dify.stopping import StopReport, stop_run
+from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.verdict import judge
 
 STATE_KEY = "dify_workflow_run"
@@ -242,20 +242,9 @@ def stop_start(start: TaskStart, server_version: str | None) -> Steps[StopReport
     :param server_version: Dify's version; ``None`` where it isn't known.
     :return: what became of it. Never raises a :class:`DifyError`.
     """
-    run_id = start.workflow_run_id
-    if run_id is None and start.search.user_is_unique:
-        try:
-            run_id = yield from find_run(start.search)
-        except DifyError:
-            run_id = None
-    if run_id is None:
-        return StopReport(
-            False,
-            f"The workflow run of user {start.user!r} is queued, and Dify stops no queued run: it runs later. Look for "
-            "the user in the app's log in Dify's console.",
-            is_warning=True,
-        )
-    return (yield from stop_run(run_id, start.task_id, start.user, server_version))
+    if start.workflow_run_id is None:
+        return (yield from stop_queued(start.search, start.task_id, server_version))
+    return (yield from stop_run(start.workflow_run_id, start.task_id, start.user, server_version))
 
 
 def installation_id() -> str:

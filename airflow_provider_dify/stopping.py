@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import LiveTaskId, Pause, Steps
 from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus, is_server_from
+from airflow_provider_dify.run_search import RunSearch, find_run
 
 # Airflow 3 kills a task's process 5 seconds after on_kill began: two attempts, a pause, a look.
 STOP_TIMEOUT = 1.5
@@ -60,6 +62,29 @@ def stop_run(workflow_run_id: str, task_id: str | None, user: str, server_versio
     except DifyError:
         run = None
     return _report(workflow_run_id, run, server_version)
+
+
+def stop_queued(search: RunSearch, task_id: str | None, server_version: str | None) -> Steps[StopReport]:
+    """
+    Stop a run that Dify has not named yet; it is looked for in Dify's log first.
+
+    :param search: what is known of the run.
+    :param task_id: as for :func:`stop_run`.
+    :param server_version: as for :func:`stop_run`.
+    :return: what became of it. Never raises a :class:`DifyError`.
+    """
+    run_id: str | None = None
+    if search.user_is_unique:
+        with suppress(DifyError):
+            run_id = yield from find_run(search)
+    if run_id is None:
+        return StopReport(
+            False,
+            f"The workflow run of user {search.user!r} is queued, and Dify stops no queued run: it runs later. Look "
+            "for the user in the app's log in Dify's console.",
+            is_warning=True,
+        )
+    return (yield from stop_run(run_id, task_id, search.user, server_version))
 
 
 def _ask_twice(task_id: str, user: str) -> Steps[None]:

@@ -8,6 +8,7 @@ import time
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
+from airflow.providers.common.compat.sdk import conf
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
@@ -20,8 +21,9 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.run_search import RunSearch, find_run
-from airflow_provider_dify.stopping import StopReport, stop_run
+from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.triggers.outputs import TriggerXComs
+from airflow_provider_dify.triggers.shielding import run_shielded
 from airflow_provider_dify.triggers.takeover import is_waiting_elsewhere
 from airflow_provider_dify.verdict import Outcome
 from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitEnd, delay_after, next_interval
@@ -108,15 +110,29 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     async def on_kill(self) -> None:
         """Stop the run, when a user ends the waiting task (Airflow 3.3 and later)."""
-        if self.wait.stop_user is None or self.workflow_run_id is None:
+        user = self.wait.stop_user
+        if user is None:
             return
+        timeout = conf.getfloat("triggerer", "on_kill_timeout", fallback=30.0)
+        try:
+            await run_shielded(self._stop(user), timeout)
+        except asyncio.TimeoutError:
+            run = self.workflow_run_id or f"of user {user!r}"
+            self.log.warning(
+                "Workflow run %s may go on: [triggerer] on_kill_timeout of %g seconds is over.", run, timeout
+            )
+
+    async def _stop(self, user: str) -> None:
         if await is_waiting_elsewhere(getattr(self, "task_instance", None), self.log):
             return
         hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
-            report: StopReport = await hook.run_steps(
-                stop_run(self.workflow_run_id, self.wait.stop_task_id, self.wait.stop_user, hook.server_version)
-            )
+            version = hook.server_version
+            if self.workflow_run_id is None:
+                steps = stop_queued(RunSearch.deserialize(self.wait.search or {}), self.wait.stop_task_id, version)
+            else:
+                steps = stop_run(self.workflow_run_id, self.wait.stop_task_id, user, version)
+            report: StopReport = await hook.run_steps(steps)
         (self.log.warning if report.is_warning else self.log.info)("%s", report.message)
 
     def _render_templates(self, context: Context) -> None:

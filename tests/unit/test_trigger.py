@@ -581,6 +581,40 @@ def test_a_killed_wait_stops_the_run_that_its_operator_started(dify: DifyStandIn
     assert dify.stopped == [(task_id, "airflow")]
 
 
+async def kill_as_airflow_does(trigger: DifyWorkflowRunTrigger, every: float = 0.2) -> None:
+    """Call ``on_kill``, and cancel it again and again, as Airflow 3.3 does each second until the trigger has ended."""
+    killing = asyncio.create_task(asyncio.wait_for(trigger.on_kill(), 30))
+    while not killing.done():
+        await asyncio.wait([killing], timeout=every)
+        killing.cancel("user-action")
+    with contextlib.suppress(asyncio.CancelledError):
+        await killing
+    # Before Python 3.12 wait_for ends at the second of these, and leaves on_kill to go on.
+    while others := asyncio.all_tasks() - {asyncio.current_task()}:
+        await asyncio.wait(others)
+
+
+def test_a_killed_wait_stops_the_run_although_airflow_cancels_it_meanwhile(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "wait")
+    run_id, task_id = dify.add_run("running"), str(uuid.uuid4())
+    dify.misbehave(stall(0.5), only="/stop")
+    run(kill_as_airflow_does(trigger_of(run_id, stop_task_id=task_id, stop_user="airflow")))
+    assert dify.stopped == [(task_id, "airflow")]
+    assert f"Asked Dify to stop workflow run {run_id}" in caplog.text
+
+
+def test_a_killed_wait_whose_time_is_over_says_that_the_run_goes_on(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AIRFLOW__TRIGGERER__ON_KILL_TIMEOUT", "1")
+    run_id = dify.add_run("running")
+    dify.misbehave_always(stall(5), only="/stop")
+    run(trigger_of(run_id, stop_task_id="t", stop_user="airflow").on_kill())
+    assert f"Workflow run {run_id} may go on: [triggerer] on_kill_timeout of 1 seconds is over" in caplog.text
+
+
 def test_a_killed_wait_of_a_sensor_stops_nothing(dify: DifyStandIn) -> None:
     run(trigger_of(dify.add_run("running")).on_kill())
     assert dify.requests == []
@@ -663,10 +697,25 @@ def test_a_run_that_was_found_in_the_log_is_named_in_log_and_event(
     assert lines[0] == f"Dify's log names the run: workflow run {run_id}."
 
 
-def test_a_killed_wait_for_a_queued_run_stops_nothing(dify: DifyStandIn) -> None:
+def test_a_killed_wait_for_a_queued_run_stops_it_if_it_has_begun(dify: DifyStandIn) -> None:
+    task_id = str(uuid.uuid4())
+    dify.add_run("running", user="us")
     search = RunSearch("us", time.time(), True).serialize()
+    run(trigger_of(None, search=search, stop_task_id=task_id, stop_user="us").on_kill())
+    assert dify.stopped == [(task_id, "us")]
+
+
+@pytest.mark.parametrize("is_unique", [True, False])
+def test_a_killed_wait_for_a_queued_run_says_that_the_run_will_run(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, is_unique: bool
+) -> None:
+    if not is_unique:
+        # It may be another task's.
+        dify.add_run("running", user="us")
+    search = RunSearch("us", time.time(), is_unique).serialize()
     run(trigger_of(None, search=search, stop_task_id="t", stop_user="us").on_kill())
-    assert dify.requests == []
+    assert dify.stopped == []
+    assert "The workflow run of user 'us' is queued, and Dify stops no queued run: it runs later." in caplog.text
 
 
 def test_a_wait_that_breaks_says_what_broke(
