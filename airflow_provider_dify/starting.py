@@ -190,9 +190,6 @@ def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettin
     """Return what to look for in Dify's log where Airflow remembers nothing, the last try first."""
     ti: Any = context["ti"]
     first_try = first_try_number(ti, settings.retries)
-    if first_try > ti.try_number:
-        # Impossible, unless `retries` was lowered since: then nothing tells which try was the first.
-        first_try = 1
     not_before = earliest_start(context)
     prints = fingerprint(settings.inputs)
     if settings.user is not None and ti.try_number > first_try:
@@ -214,9 +211,12 @@ def first_try_number(ti: Any, retries: int) -> int:
     Its tries go on counting then, but what came before was to be done again.
 
     :param ti: the task instance.
-    :param retries: the task's; if they were lowered since, the number is too high.
+    :param retries: the task's; if they were lowered since, the number may be too high.
+    :return: the number, up to this try's.
     """
-    return int(ti.max_tries or 0) - retries + 1
+    number = int(ti.max_tries or 0) - retries + 1
+    # More is impossible, unless `retries` was lowered since: then nothing tells which try was the first.
+    return number if number <= ti.try_number else 1
 
 
 def earliest_start(context: Mapping[str, Any]) -> float:

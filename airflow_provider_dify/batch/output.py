@@ -20,7 +20,7 @@ class EarlierTries:
     :param since: epoch seconds from which on Dify's log may have runs of the batch.
     :param can_be: whether this is no task's first try.
     :param number: how many there seem to have been since the task was cleared; a Dag whose ``retries`` were lowered may
-        mislead, also to less than none.
+        mislead.
     """
 
     since: float

@@ -7,8 +7,9 @@ over is read, what is alive is followed, what failed may be started again, and t
 A run that is queued at Dify is not in the log yet. Nobody can say whether such a row was started before the crash, but
 rows are started in order, and each try has no more than ``max_active_runs`` of them in hand at once, beside those that
 it looks for. So of the rows that neither log nor results show, only the first few are *uncertain*: those before the
-last row that is known, and after it as many as all earlier tries may have had in hand, without the runs that are alive.
-They are looked for until a grace is over, while other rows go on, and are started then.
+last row that is known, and after it as many as all earlier tries may have had in hand. Runs that are alive don't make
+them fewer: a row may have given up its run, whose record stays ``running``. The uncertain rows are looked for until a
+grace is over, while other rows go on, and are started then.
 
 One window can't be closed: a start that Dify took just before the crash, and that stays queued until after the grace.
 Such a row runs, and is paid, twice: as the queued run, and as the one that this try starts. There is no such window on
@@ -168,8 +169,7 @@ class Resumption:
         self._stopped = frozenset(checkpoint.stopped_runs if checkpoint else ())
         # The argument may have been lowered since.
         in_hand = max(max_active_runs, checkpoint.max_active_runs if checkpoint else 0) * max(1, earlier_tries)
-        alive = sum(any(map(self._is_alive, runs)) for runs in found.values())
-        self._uncertain_left = 0 if is_fresh else max(0, in_hand - alive)
+        self._uncertain_left = 0 if is_fresh else in_hand
         self._last_known = max([last_written, *found])
         self.last_uncertain = -1 if is_fresh else self._last_known + in_hand
 
@@ -197,9 +197,6 @@ class Resumption:
 
     def _plan_known(self, runs: Iterable[FoundRun]) -> RowPlan:
         return plan_row(runs, run_retries=self._run_retries, stopped_runs=self._stopped)
-
-    def _is_alive(self, run: FoundRun) -> bool:
-        return _is_alive(run) and run.workflow_run_id not in self._stopped
 
 
 def plan_row(runs: Iterable[FoundRun], *, run_retries: int, stopped_runs: frozenset[str] = frozenset()) -> RowPlan:

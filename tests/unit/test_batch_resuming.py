@@ -254,9 +254,14 @@ def test_no_more_rows_are_uncertain_than_were_in_hand() -> None:
     assert actions(Resumption(runs, max_active_runs=4), range(10)) == {
         "read": [0],
         "follow": [1, 3],
-        "look_for": [2, 4],
-        "start": [5, 6, 7, 8, 9],
+        "look_for": [2, 4, 5, 6],
+        "start": [7, 8, 9],
     }
+
+
+def test_a_run_that_is_running_may_have_left_its_place() -> None:
+    # It was given up at its `run_timeout`, and Dify 1.13 and 1.14 never write its end. The start after it was queued.
+    assert Resumption({0: [found(0, RUNNING)]}, max_active_runs=1).plan(1) == RowPlan(RowAction.LOOK_FOR)
 
 
 def test_every_row_before_the_last_known_one_is_uncertain() -> None:

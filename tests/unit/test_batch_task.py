@@ -53,10 +53,12 @@ def run_try(
     run_retries: int = 0,
     max_failed_runs: float = 0,
     try_number: int = 1,
+    max_tries: int = 1,
     at_end: Callable[[], object] = lambda: None,
 ) -> Any:
     """Run a try of a task with one retry; when its runs are over, and before their results are merged, do something."""
-    ti = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, try_number=try_number, max_tries=1)
+    ti = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, try_number=try_number)
+    ti.max_tries = max_tries
     summaries: list[dict[str, Any]] = []
 
     def push(summary: dict[str, Any]) -> None:
@@ -131,6 +133,15 @@ def test_rows_that_are_written_hide_no_queued_start_although_their_runs_are_runn
     # It is looked for until the grace is over, and started then.
     assert len(looks) >= 2
     assert max(looks) - min(looks) > ROW.not_found_grace / 2
+
+
+def test_after_retries_were_lowered_all_tries_before_this_one_may_have_left_queued_starts(dify: DifyStandIn) -> None:
+    # Four retries when the task was made, one now. Each of two tries left four starts in Dify's queue.
+    ti = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, max_tries=4)
+    users = RowUsers.of_task(ti)
+    run_try(numbered(8), try_number=3, max_tries=4)
+    for row in range(8):
+        assert any(f"session_id={quote(users.user_of(row, 0), safe='/')}" in seen.path for seen in dify.requests), row
 
 
 # --- arguments that can't work: nothing is started
