@@ -39,6 +39,36 @@ def test_the_node_that_failed_and_its_error_are_kept() -> None:
     assert progress.failed_node == "Node 'Ask' (llm) failed: no such model."
 
 
+@pytest.mark.parametrize(
+    ("data", "end"),
+    [
+        ({}, ""),
+        ({"elapsed_time": 1.5}, " after 1.50 seconds"),
+        ({"execution_metadata": {"total_tokens": 5}}, ", 5 tokens"),
+        ({"execution_metadata": {"total_tokens": 0}}, ""),
+        ({"execution_metadata": {"total_tokens": "5"}}, ""),
+        ({"elapsed_time": 2, "error": "no such model."}, " after 2.00 seconds: no such model"),
+    ],
+)
+def test_a_node_that_is_over_has_a_line_with_what_is_known(data: dict[str, Any], end: str) -> None:
+    line = RunProgress().on_event(event("node_finished", title="Ask", node_type="llm", status="succeeded", **data))
+    assert line == f"Node 'Ask' (llm) succeeded{end}."
+
+
+@pytest.mark.parametrize(
+    ("data", "end"),
+    [
+        ({}, ""),
+        ({"form_content": "Fine?", "expiration_time": 1795856749}, ", form 'Fine?', which expires at {}"),
+        ({"expiration_time": "soon"}, ""),
+    ],
+)
+def test_a_pause_says_what_is_known_of_its_form(data: dict[str, Any], end: str) -> None:
+    line = RunProgress().on_event(event("human_input_required", node_title="pause", **data))
+    end = end.format("2026-11-28T09:05:49+00:00")
+    assert line == f"The run is paused: it waits for a person at the node 'pause'{end}."
+
+
 def test_a_node_that_runs_again_has_a_line() -> None:
     data = {"title": "Ask", "node_type": "llm", "retry_index": 2, "error": "busy"}
     assert (
@@ -46,15 +76,28 @@ def test_a_node_that_runs_again_has_a_line() -> None:
     )
 
 
-@pytest.mark.parametrize(("name", "word"), [("iteration_completed", "Iteration"), ("loop_completed", "Loop")])
-def test_an_iteration_has_one_line_and_none_for_the_nodes_of_its_items(name: str, word: str) -> None:
+ITERATIONS = [("iteration_completed", "Iteration", "iteration_id"), ("loop_completed", "Loop", "loop_id")]
+
+
+@pytest.mark.parametrize(("name", "word", "id_name"), ITERATIONS)
+def test_an_iteration_has_one_line_and_none_for_the_nodes_of_its_items(name: str, word: str, id_name: str) -> None:
     progress = RunProgress()
     for index in range(3):
-        data = {"title": f"item {index}", "node_type": "code", "status": "succeeded", "iteration_id": "i"}
+        data = {"title": f"item {index}", "node_type": "code", "status": "succeeded", id_name: "i"}
         assert progress.on_event(event("node_started", **data)) is None
         assert progress.on_event(event("node_finished", **data)) is None
     line = progress.on_event(event(name, title="Each", status="succeeded", elapsed_time=1.5, steps=3))
     assert line == f"{word} 'Each' succeeded after 1.50 seconds, 3 items."
+
+
+@pytest.mark.parametrize(("name", "word", "id_name"), ITERATIONS)
+def test_an_iteration_that_failed_says_why_and_so_does_the_node_in_it(name: str, word: str, id_name: str) -> None:
+    progress = RunProgress()
+    node = {"title": "Ask", "node_type": "llm", "status": "failed", "error": "busy", id_name: "i"}
+    assert progress.on_event(event("node_finished", **node)) is None
+    assert progress.failed_node == "Node 'Ask' (llm) failed: busy."
+    line = progress.on_event(event(name, title="Each", status="failed", error="item 2 broke."))
+    assert line == f"{word} 'Each' failed: item 2 broke."
 
 
 def priced(price: object, currency: object = "USD") -> WorkflowEvent:
@@ -98,6 +141,24 @@ def test_a_run_that_runs_is_never_taken_for_a_rejected_one(version: str) -> None
         progress.on_event(each)
     assert not progress.was_rejected
     assert progress.final_status == "succeeded"
+
+
+@pytest.mark.parametrize("version", ["1.12.1", "1.16.1"])
+def test_a_run_that_fails_is_not_taken_for_a_rejected_one(version: str) -> None:
+    progress = RunProgress()
+    assert progress.was_rejected is False
+    for each in EventStreamReader().feed(Recording.load("run_streaming_failed", version).body):
+        progress.on_event(each)
+    assert progress.was_rejected is False
+    assert progress.final_status == "failed"
+    assert progress.final_error
+    assert progress.failed_node
+
+
+def test_an_end_whose_status_and_error_are_no_texts_says_neither() -> None:
+    progress = RunProgress()
+    assert progress.on_event(event("workflow_finished", status=5, error={"a": 1})) is None
+    assert (progress.final_status, progress.final_error) == (None, None)
 
 
 @pytest.mark.parametrize(

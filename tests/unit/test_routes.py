@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -37,3 +38,8 @@ def test_an_id_goes_into_its_path_in_lower_case() -> None:
     upper = "2D7A7544-770C-496F-8EF9-4E622682B330"
     assert start_path(upper) == f"/workflows/{upper.lower()}/run"
     assert stop_path(upper) == f"/workflows/tasks/{upper.lower()}/stop"
+
+
+def test_an_id_may_be_a_uuid() -> None:
+    run_id = uuid.uuid4()
+    assert parse_workflow_run_id(run_id) == str(run_id)
