@@ -29,6 +29,7 @@ from airflow_provider_dify.api import async_session
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.triggers.outputs import TriggerXComs
@@ -671,9 +672,9 @@ def test_the_last_look_for_a_queued_run_is_at_the_deadline(dify: DifyStandIn, ca
     caplog.set_level(logging.INFO, "wait")
     deadline = time.time() + 1
     search = RunSearch("us", time.time(), True).serialize()
-    payload = payload_of(trigger_of(None, search=search, poll_interval=0.6, deadline=deadline))
+    payload = payload_of(trigger_of(None, search=search, poll_interval=60.0, deadline=deadline))
     assert deadline - 0.05 <= time.time() < deadline + 5
-    assert len(dify.requests) == 3
+    assert len(dify.requests) == 2
     assert (payload["workflow_run_id"], payload["end"]) == (None, "failed")
     error = DifyError.from_event(payload["error"])
     assert type(error) is DifyWorkflowRunUncertain
@@ -695,6 +696,34 @@ def test_a_run_that_was_found_in_the_log_is_named_in_log_and_event(
     assert (payload["workflow_run_id"], payload["status"]) == (run_id, "succeeded")
     lines = [record.getMessage() for record in caplog.records if record.name == "wait"]
     assert lines[0] == f"Dify's log names the run: workflow run {run_id}."
+
+
+def test_a_run_of_another_task_is_asked_for_its_inputs_once(dify: DifyStandIn) -> None:
+    # They share a user, so the inputs have to tell their runs apart.
+    began = time.time()
+    dify.add_run("running", user="us", inputs={"n": "other"})
+    search = RunSearch("us", began, user_is_unique=False, fingerprint=fingerprint({"n": "ours"})).serialize()
+    payload = payload_of(trigger_of(None, search=search, poll_interval=0.1, deadline=began + 1))
+    assert payload["workflow_run_id"] is None
+    looks = [request for request in dify.requests if "/logs" in request.path]
+    details = [request for request in dify.requests if "/run/" in request.path]
+    assert len(looks) > 3
+    assert len(details) == 1
+
+
+def test_a_log_that_cannot_be_read_is_said_at_each_look_and_in_the_end(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    dify.misbehave_always(respond(503), only="/logs")
+    search = RunSearch("us", time.time(), True).serialize()
+    payload = payload_of(trigger_of(None, search=search, max_consecutive_failures=2))
+    error = DifyError.from_event(payload["error"])
+    assert type(error) is DifyWorkflowRunUncertain
+    assert "503" in str(error)
+    assert str(error).endswith("The log could not be read, so the run of user 'us' was not found.")
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 2
+    assert all(line.startswith("Dify's log could not be read; looking again: ") and "503" in line for line in lines)
 
 
 def test_a_killed_wait_for_a_queued_run_stops_it_if_it_has_begun(dify: DifyStandIn) -> None:
