@@ -145,7 +145,7 @@ class RunningTask:
         # A session and limits of its own: this may be a signal's handler, in the middle of another request.
         with DifyHook(self._hook.dify_conn_id, timeout=STOP_TIMEOUT, retry_limit=0) as hook:
             hook._connection = replace(self._hook.connection, timeout=STOP_TIMEOUT)
-            report: StopReport = hook.run_steps(stop_start(start, self._hook.server_version))
+            report: StopReport = hook.run_steps(stop_start(start, hook))
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._stop_was_asked = True

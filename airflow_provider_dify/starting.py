@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import conf
 
@@ -19,6 +19,9 @@ from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
 from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
+
+if TYPE_CHECKING:
+    from airflow_provider_dify.following import Server
 from airflow_provider_dify.verdict import judge
 
 STATE_KEY = "dify_workflow_run"
@@ -234,17 +237,17 @@ def earliest_start(context: Mapping[str, Any]) -> float:
     return (datetime.now(timezone.utc) - timedelta(days=7)).timestamp()
 
 
-def stop_start(start: TaskStart, server_version: str | None) -> Steps[StopReport]:
+def stop_start(start: TaskStart, server: Server) -> Steps[StopReport]:
     """
     Stop the run of a start; one that Dify has not named yet is looked for in its log first.
 
     :param start: the start.
-    :param server_version: Dify's version; ``None`` where it isn't known.
+    :param server: as for :func:`~airflow_provider_dify.stopping.stop_run`.
     :return: what became of it. Never raises a :class:`DifyError`.
     """
     if start.workflow_run_id is None:
-        return (yield from stop_queued(start.search, start.task_id, server_version))
-    return (yield from stop_run(start.workflow_run_id, start.task_id, start.user, server_version))
+        return (yield from stop_queued(start.search, start.task_id, server))
+    return (yield from stop_run(start.workflow_run_id, start.task_id, start.user, server))
 
 
 def installation_id() -> str:

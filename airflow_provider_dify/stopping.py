@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import LiveTaskId, Pause, Steps
 from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus, is_server_from
 from airflow_provider_dify.run_search import RunSearch, find_run
+
+if TYPE_CHECKING:
+    from airflow_provider_dify.following import Server
 
 # Airflow 3 kills a task's process 5 seconds after on_kill began: two attempts, a pause, a look.
 STOP_TIMEOUT = 1.5
@@ -34,14 +38,14 @@ class StopReport:
     is_warning: bool = False
 
 
-def stop_run(workflow_run_id: str, task_id: str | None, user: str, server_version: str | None) -> Steps[StopReport]:
+def stop_run(workflow_run_id: str, task_id: str | None, user: str, server: Server) -> Steps[StopReport]:
     """
     Stop a run, and look once what came of it.
 
     :param workflow_run_id: the run.
     :param task_id: what the stop route takes; ``None`` where only the run is known.
     :param user: who started the run.
-    :param server_version: Dify's version; ``None`` where it isn't known.
+    :param server: what is known of Dify, at the latest when the stop was answered: what a record shows depends on it.
     :return: what became of it. Never raises a :class:`DifyError`.
     """
     if task_id is None:
@@ -61,16 +65,16 @@ def stop_run(workflow_run_id: str, task_id: str | None, user: str, server_versio
         run: WorkflowRun | None = yield calls.run_detail(workflow_run_id)
     except DifyError:
         run = None
-    return _report(workflow_run_id, run, server_version)
+    return _report(workflow_run_id, run, server.server_version)
 
 
-def stop_queued(search: RunSearch, task_id: str | None, server_version: str | None) -> Steps[StopReport]:
+def stop_queued(search: RunSearch, task_id: str | None, server: Server) -> Steps[StopReport]:
     """
     Stop a run that Dify has not named yet; it is looked for in Dify's log first.
 
     :param search: what is known of the run.
     :param task_id: as for :func:`stop_run`.
-    :param server_version: as for :func:`stop_run`.
+    :param server: as for :func:`stop_run`.
     :return: what became of it. Never raises a :class:`DifyError`.
     """
     run_id: str | None = None
@@ -84,7 +88,7 @@ def stop_queued(search: RunSearch, task_id: str | None, server_version: str | No
             "for the user in the app's log in Dify's console.",
             is_warning=True,
         )
-    return (yield from stop_run(run_id, task_id, search.user, server_version))
+    return (yield from stop_run(run_id, task_id, search.user, server))
 
 
 def _ask_twice(task_id: str, user: str) -> Steps[None]:

@@ -289,7 +289,7 @@ class RowRun:
             repeats = isinstance(error, DifyWorkflowRunFailed)
             return _Outcome("failed", str(error), run_id=run_id, can_be_repeated=repeats)
         if verdict.outcome is Outcome.TIMED_OUT:
-            await self._take(stop_run(run_id, self.task_id, self.user, self._client.hook.server_version))
+            await self._take(stop_run(run_id, self.task_id, self.user, self._client.hook))
         return _outcome_of(run, verdict)
 
     async def _take(self, steps: Steps[Any]) -> Any:

@@ -30,8 +30,7 @@ async def stop_runs(hook: DifyAsyncHook, runs: Iterable[RowRun], log: Logger) ->
     :param log: the task's log.
     :return: UUIDs of the runs that Dify was asked to stop.
     """
-    version = hook.server_version
-    stops = [asyncio.get_running_loop().create_task(_stop(hook, run, version)) for run in runs]
+    stops = [asyncio.get_running_loop().create_task(_stop(hook, run)) for run in runs]
     if not stops:
         return ()
     done, late = await asyncio.wait(stops, timeout=SECONDS_TO_STOP)
@@ -46,11 +45,11 @@ async def stop_runs(hook: DifyAsyncHook, runs: Iterable[RowRun], log: Logger) ->
     return stopped
 
 
-async def _stop(hook: DifyAsyncHook, run: RowRun, version: str | None) -> tuple[str, StopReport] | None:
+async def _stop(hook: DifyAsyncHook, run: RowRun) -> tuple[str, StopReport] | None:
     until = time.monotonic() + _SECONDS_TO_BE_NAMED
     while run.is_starting and time.monotonic() < until:  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     run_id = run.workflow_run_id
     if run_id is None:
         return None
-    return run_id, await hook.run_steps(stop_run(run_id, run.task_id, run.user, version))
+    return run_id, await hook.run_steps(stop_run(run_id, run.task_id, run.user, hook))

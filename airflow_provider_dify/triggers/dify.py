@@ -127,11 +127,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             return
         hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
-            version = hook.server_version
             if self.workflow_run_id is None:
-                steps = stop_queued(RunSearch.deserialize(self.wait.search or {}), self.wait.stop_task_id, version)
+                steps = stop_queued(RunSearch.deserialize(self.wait.search or {}), self.wait.stop_task_id, hook)
             else:
-                steps = stop_run(self.workflow_run_id, self.wait.stop_task_id, user, version)
+                steps = stop_run(self.workflow_run_id, self.wait.stop_task_id, user, hook)
             report: StopReport = await hook.run_steps(steps)
         (self.log.warning if report.is_warning else self.log.info)("%s", report.message)
 

@@ -49,14 +49,14 @@ def events(*parts: str, pause: float = 0.0, status: int = 200, end: bool = True)
 
 def stop_in_a_thread(workflow_run_id: str) -> StopReport:
     with DifyHook(retry_limit=0) as hook:
-        report: StopReport = hook.run_steps(stop_run(workflow_run_id, None, "airflow", None))
+        report: StopReport = hook.run_steps(stop_run(workflow_run_id, None, "airflow", hook))
         return report
 
 
 def stop_on_a_loop(workflow_run_id: str) -> StopReport:
     async def stop() -> StopReport:
         async with DifyAsyncHook() as hook:
-            report: StopReport = await hook.run_steps(stop_run(workflow_run_id, None, "airflow", None))
+            report: StopReport = await hook.run_steps(stop_run(workflow_run_id, None, "airflow", hook))
             return report
 
     return asyncio.run(stop())

@@ -38,6 +38,7 @@ from airflow_provider_dify.starting import (
 from tests.unit.test_workflow_run import RUN_ID, make_run
 
 RUNNING = make_run("running", finished_at=None)
+SERVER = SimpleNamespace(server_version="1.16.1", response_timeout=1.0)
 
 
 class Store(dict[str, Any]):
@@ -412,7 +413,7 @@ def test_a_failed_run_of_a_shared_user_is_no_reason_to_doubt() -> None:
 def test_a_start_whose_run_was_never_named_is_looked_for_before_it_is_stopped(user: str | None, is_found: bool) -> None:
     context = context_of(1, 0)
     # With a user of one's own the run in the log may be somebody else's, who goes on with it.
-    steps = stop_start(new_start(context["ti"], user, {}, (), time.time() - 300), "1.16.1")
+    steps = stop_start(new_start(context["ti"], user, {}, (), time.time() - 300), SERVER)
     asked: list[str] = []
     try:
         step = next(steps)

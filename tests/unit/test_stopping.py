@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +23,16 @@ SECONDS_OF_AIRFLOW = 5.0
 def play(task_id: str | None, version: str | None, **responses: Any) -> tuple[StopReport, list[Any], float]:
     """Run a stop with responses to ``stop`` (a list), ``detail`` and ``live``; return the longest it may take, too."""
     stops = list(responses.get("stop", [None]))
-    steps = stop_run(RUN_ID, task_id, "airflow", version)
+    server = SimpleNamespace(server_version=None, response_timeout=STOP_TIMEOUT)
+    steps = stop_run(RUN_ID, task_id, "airflow", server)
     taken: list[Any] = []
     longest = 0.0
     try:
         step = next(steps)
         while True:
             taken.append(step)
+            # Known from the first response on.
+            server.server_version = version
             result: Any = None
             if isinstance(step, Pause):
                 longest += step.seconds

@@ -582,6 +582,20 @@ def test_a_killed_wait_stops_the_run_that_its_operator_started(dify: DifyStandIn
     assert dify.stopped == [(task_id, "airflow")]
 
 
+@pytest.mark.parametrize(
+    ("dialect", "said"),
+    [("1.14.2", "can stay running for ever"), ("1.16.1", "its record does not show it yet")],
+    indirect=["dialect"],
+)
+def test_a_killed_wait_says_what_the_record_of_its_run_will_show(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, dialect: str, said: str
+) -> None:
+    caplog.set_level(logging.INFO, "wait")
+    # No run of this task is there, so that none ends.
+    run(trigger_of(dify.add_run("running"), stop_task_id=str(uuid.uuid4()), stop_user="airflow").on_kill())
+    assert said in caplog.text
+
+
 async def kill_as_airflow_does(trigger: DifyWorkflowRunTrigger, every: float = 0.2) -> None:
     """Call ``on_kill``, and cancel it again and again, as Airflow 3.3 does each second until the trigger has ended."""
     killing = asyncio.create_task(asyncio.wait_for(trigger.on_kill(), 30))
