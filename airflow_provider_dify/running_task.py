@@ -149,10 +149,8 @@ class RunningTask:
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._stop_was_asked = True
-            self._start = stopped = replace(start, stop_was_asked=True)
-            # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
-            with contextlib.suppress(TimeoutError):
-                call_within(1.0, lambda: self._memory.save(stopped), lambda: None)
+            self._start = replace(start, stop_was_asked=True)
+            self._is_remembered(self._start)
 
     def stop_after_kill(self) -> None:
         """Stop the run of a task that was killed, also one whose start is under way."""
@@ -167,11 +165,23 @@ class RunningTask:
             return
         ti: Any = self.context["ti"]
         will_be_retried = ti.try_number <= (ti.max_tries or 0)
-        if will_be_retried and not self._memory.is_kept and not is_server_from(self._hook.server_version, (1, 16)):
-            # Neither this Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
+        is_recorded = is_server_from(self._hook.server_version, (1, 16))
+        if will_be_retried and not is_recorded and not self._is_remembered(self._start):
+            # Neither Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
             self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
             return
         self.stop()
+
+    def _is_remembered(self, start: TaskStart) -> bool:
+        """Return whether Airflow keeps a start for the retry; within a second, because Airflow is killing the task."""
+        try:
+            # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
+            call_within(1.0, lambda: self._memory.save(start), lambda: None)
+        except Exception as error:
+            # Of many types: the task's process talks to Airflow's API server, which may be why it is killed.
+            self._log.debug("Airflow's task state could not be written: %r", error)
+            return False
+        return self._memory.is_kept
 
     def _find_earlier_start(self) -> TaskStart | None:
         found = self._look_through_failures(lambda: find_earlier_start(self.context, self._settings))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from airflow_provider_dify.running_task import RunningTask
 from airflow_provider_dify.starting import StartMemory, new_start
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.task_xcoms import TaskXComs
-from tests.dify_stand_in import DifyStandIn, respond
+from tests.dify_stand_in import DifyStandIn, Start, respond
 from tests.unit.test_starting import Store, context_of, settings_of
 
 pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries")
@@ -36,6 +37,72 @@ def retry_of_a_killed_start(hook: DifyHook) -> RunningTask:
         logging.getLogger(__name__),
         TaskXComs(operator, context),
     )
+
+
+class FailingStore(Store):
+    """Airflow's memory of a task while its API server is away: it refuses, or says nothing for a while."""
+
+    def __init__(self, failure: Callable[[], None]) -> None:
+        super().__init__()
+        self.failure: Callable[[], None] = failure
+        self.is_away = False
+
+    def set(self, key: str, value: Any) -> None:
+        if self.is_away:
+            self.failure()
+        super().set(key, value)
+
+
+def refuse() -> None:
+    raise RuntimeError("no Airflow")
+
+
+FAILURES: dict[str, Callable[[], None]] = {"refuses": refuse, "says_nothing": lambda: time.sleep(3)}
+
+
+def kill_while_airflow_is_away(dify: DifyStandIn, failure: str, *, max_tries: int) -> RunningTask:
+    """Kill a task's first try, whose run is running, while Airflow's API server is away."""
+    dify.starts.append(Start(statuses=("running",)))
+    store = FailingStore(FAILURES[failure])
+    context: Any = context_of(1, max_tries, store)
+    with DifyHook(retry_limit=0) as hook:
+        task = RunningTask(
+            settings_of(poll_interval=0.05),
+            context,
+            hook,
+            TaskClock(time.time() + 60),
+            logging.getLogger(__name__),
+            TaskXComs(SimpleNamespace(multiple_outputs=False, do_xcom_push=False), context),
+        )
+        task.start()
+        store.is_away = True
+        began = time.monotonic()
+        task.stop_after_kill()
+        # Airflow kills the process 5 seconds after it has asked it to end.
+        assert time.monotonic() - began < 5
+        task.close()
+    return task
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("dialect", ["1.12.1", "1.14.2"], indirect=True)
+def test_a_run_whose_stop_nobody_would_remember_is_left_to_the_retry(
+    dify: DifyStandIn, dialect: str, failure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The record of a run that was stopped can stay running here, and the retry would wait for it.
+    caplog.set_level(logging.INFO)
+    kill_while_airflow_is_away(dify, failure, max_tries=1)
+    assert dify.stopped == []
+    assert f"Workflow run {dify.started[0].workflow_run_id} goes on for the retry of this task." in caplog.text
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(("dialect", "max_tries"), [("1.14.2", 0), ("1.16.1", 1)], indirect=["dialect"])
+def test_a_run_whose_stop_needs_no_memory_is_stopped_although_airflow_is_away(
+    dify: DifyStandIn, dialect: str, max_tries: int, failure: str
+) -> None:
+    kill_while_airflow_is_away(dify, failure, max_tries=max_tries)
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
 
 
 def test_a_retry_starts_nothing_as_long_as_the_log_can_not_say_what_the_killed_try_has_started(
