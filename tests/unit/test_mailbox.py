@@ -6,14 +6,28 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from queue import Empty
 from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.mailbox import Mailbox
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
 from airflow_provider_dify.api.session import DifySession, call_within
 from airflow_provider_dify.connection import DifyConnection
 from tests.dify_stand_in import API_KEY, DifyStandIn
+
+
+def test_a_wait_goes_on_after_an_item_that_was_there_before_it() -> None:
+    mailbox: Mailbox[int] = Mailbox()
+    mailbox.put(1)
+    assert mailbox.get(5) == 1
+    threading.Timer(0.2, mailbox.put, [2]).start()
+    assert mailbox.get(5) == 2
+    began = time.monotonic()
+    with pytest.raises(Empty):
+        mailbox.get(0.2)
+    assert 0.15 < time.monotonic() - began < 3
 
 
 @pytest.fixture
