@@ -25,6 +25,9 @@ CAN_END_FROM_TRIGGER = _AIRFLOW >= (3, 0)
 CAN_START_FROM_TRIGGER = _AIRFLOW >= (3, 3)
 # Whether an XCom may be None: Airflow 3.0 fails the task that pushes one. Goes with Airflow 3.0.
 CAN_PUSH_NONE = _AIRFLOW != (3, 0)
+# Whether a task's rendered fields may be written after it has run. Airflow 3.0 to 3.2 refuse those of a try that will
+# be retried: 3.0 and 3.1 then end the task's process before its callbacks, 3.2 logs a traceback. Goes with Airflow 3.2.
+CAN_RENDER_AFTER_EXECUTION = _AIRFLOW >= (3, 3)
 # Whether XComs travel as strict JSON, without NaN and the like. Goes with Airflow 2.11.
 XCOMS_ARE_STRICT_JSON = _AIRFLOW >= (3, 0)
 

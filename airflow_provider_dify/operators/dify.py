@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator, conf
 
 from airflow_provider_dify.airflow_versions import (
+    CAN_RENDER_AFTER_EXECUTION,
     TRIGGER_TIMEOUT_MARGIN,
     context_of_ended_deferral,
     is_deferral_timeout,
@@ -85,8 +86,8 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     template_fields: Sequence[str] = ("inputs", "user", "workflow_id", "dify_conn_id")
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
-    # So that Rendered Templates shows the default user, too (Airflow 3.1 and later).
-    overwrite_rtif_after_execution = True
+    # So that Rendered Templates shows the default user, too (Airflow 3.3 and later).
+    overwrite_rtif_after_execution = CAN_RENDER_AFTER_EXECUTION
     ui_color = UI_COLOR
     ui_fgcolor = UI_FGCOLOR
     operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
