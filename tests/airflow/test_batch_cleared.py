@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import DagRunResult, run_dag
 from tests.dify_stand_in import DifyStandIn, Start, respond
 
@@ -53,7 +54,11 @@ def rows_and_generations(dify: DifyStandIn) -> list[tuple[int, str]]:
     return [(started.inputs["n"], started.user.rpartition("/")[0]) for started in dify.started]
 
 
-@pytest.mark.parametrize(("has_file", "retries"), [(True, 0), (False, 2)])
+# Clearing gives the task its retries once more; here Airflow 3.0 does as if the Dag were gone.
+RETRIES = pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 clears a task of dag.test() without a look at its Dag")
+
+
+@pytest.mark.parametrize(("has_file", "retries"), [(True, 0), pytest.param(False, 2, marks=RETRIES)])
 def test_a_batch_that_succeeded_and_is_cleared_runs_all_rows_again(
     dify: DifyStandIn, tmp_path: Path, has_file: bool, retries: int
 ) -> None:
@@ -72,7 +77,7 @@ def test_a_batch_that_succeeded_and_is_cleared_runs_all_rows_again(
         assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
-@pytest.mark.parametrize("retries", [0, 1])
+@pytest.mark.parametrize("retries", [0, pytest.param(1, marks=RETRIES)])
 def test_a_batch_that_broke_off_and_is_cleared_runs_all_rows_again(
     dify: DifyStandIn, tmp_path: Path, retries: int
 ) -> None:

@@ -19,7 +19,7 @@ from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyWorkflowRunTimeout,
 )
-from tests.airflow.airflow_runs import DagRunResult, run_dag
+from tests.airflow.airflow_runs import DagRunResult, run_dag, without_masking
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond, stall
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
@@ -250,7 +250,7 @@ def test_the_key_is_in_no_log_xcom_or_result(
     result = run_batch(inputs=numbered(3), max_failed_runs=3, output_path=str(output))
     assert result.state == "success"
     assert "bad ***" in output.read_text()
-    everything = "".join(capfd.readouterr()) + caplog.text + output.read_text() + repr(result.xcoms)
+    everything = without_masking("".join(capfd.readouterr()) + caplog.text) + output.read_text() + repr(result.xcoms)
     assert API_KEY not in everything
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.airflow.airflow_runs import without_masking
 from tests.conftest import AIRFLOW_HOME, AIRFLOW_SETTINGS
 from tests.dify_stand_in import DifyStandIn, replay, respond
 
@@ -82,8 +83,7 @@ def test_runs_leave_the_key_nowhere(tmp_path: Path) -> None:
             text=True,
             check=False,
         )
-        # The one line that is Airflow's own: its in-process runner tells at DEBUG what it was asked to mask.
-        said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if "MaskSecret(" not in line)
+        said = without_masking(done.stdout + done.stderr)
         for ending, dify in servers.items():
             assert len(dify.requests) >= (1 if ending == "refused" else 2), said[-3000:]
             assert dify.requests[0].headers["Authorization"] == f"Bearer {KEY}"
