@@ -160,6 +160,28 @@ class TunnelProxy(ForwardProxy):
         self.pass_on(client, rest)
 
 
+class SocksProxy(Relay):
+    """
+    A proxy for anything: opens a connection as SOCKS 5 describes (RFC 1928), without a password.
+
+    :param refuses: whether it says that the server can't be reached, instead.
+    """
+
+    def __init__(self, port: int, change: Change = lambda piece: piece, *, refuses: bool = False) -> None:
+        super().__init__(port, change)
+        self._refuses = refuses
+
+    def serve(self, client: socket.socket) -> None:
+        self.connections += 1
+        # The version and the ways to log in that the client knows; then where it wants to go. Each comes in one piece.
+        client.recv(262)
+        client.sendall(b"\x05\x00")
+        client.recv(262)
+        client.sendall(b"\x05%b\x00\x01\x00\x00\x00\x00\x00\x00" % (b"\x05" if self._refuses else b"\x00"))
+        if not self._refuses:
+            self.pass_on(client, b"")
+
+
 def read_head(client: socket.socket) -> tuple[bytes, bytes]:
     """Return a request's line and headers, and the beginning of its body."""
     received = b""

@@ -17,7 +17,7 @@ from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRu
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start, unchunked
-from tests.unit.relays import Change, ForwardProxy, Listener, Relay, TunnelProxy, make_certificate
+from tests.unit.relays import Change, ForwardProxy, Listener, Relay, SocksProxy, TunnelProxy, make_certificate
 
 
 class LoopHook:
@@ -156,6 +156,51 @@ def test_a_start_that_a_proxy_opened_no_tunnel_for_may_be_sent_again(
             hook.start_workflow_run({}, "airflow")
     assert proxy.connections == hook.attempts
     assert secure_dify.started == []
+
+
+# The HTTP client of the triggerer takes no SOCKS proxy.
+on_a_worker = pytest.mark.parametrize("connect", [WorkerHook], indirect=True)
+
+
+@on_a_worker
+@pytest.mark.parametrize("scheme", ["socks5", "SOCKS5H"])
+def test_a_start_goes_through_a_socks_proxy(dify: DifyStandIn, connect: Connect, scheme: str) -> None:
+    with SocksProxy(dify.port) as proxy:
+        hook = connect(dify.base_url, proxies={"http": f"{scheme}://127.0.0.1:{proxy.port}"})
+        run_id, _ = hook.start_workflow_run({}, "airflow")
+    assert [started.workflow_run_id for started in dify.started] == [run_id]
+    assert proxy.connections >= 1
+
+
+@on_a_worker
+@pytest.mark.parametrize("scheme", ["socks5", "SOCKS5H"])
+def test_a_socks_proxy_that_cuts_after_the_start_leaves_it_uncertain(
+    dify: DifyStandIn, connect: Connect, scheme: str
+) -> None:
+    with SocksProxy(dify.port, after_the_start(dify, cut)) as proxy:
+        hook = connect(dify.base_url, proxies={"http": f"{scheme}://127.0.0.1:{proxy.port}"})
+        assert_one_uncertain_start(hook, dify)
+
+
+@on_a_worker
+@pytest.mark.parametrize("change", [cut, damage])
+def test_tls_through_a_socks_proxy_that_breaks_after_the_start_leaves_it_uncertain(
+    secure_dify: DifyStandIn, certificate: tuple[ssl.SSLContext, Path], connect: Connect, change: Change
+) -> None:
+    with SocksProxy(secure_dify.port, after_the_start(secure_dify, change)) as proxy:
+        proxies = {"https": f"socks5://127.0.0.1:{proxy.port}"}
+        hook = connect(secure_dify.base_url, proxies=proxies, verify=str(certificate[1]))
+        assert_one_uncertain_start(hook, secure_dify)
+
+
+@on_a_worker
+def test_a_start_that_a_socks_proxy_found_no_way_for_may_be_sent_again(dify: DifyStandIn, connect: Connect) -> None:
+    with SocksProxy(dify.port, refuses=True) as proxy:
+        hook = connect(dify.base_url, proxies={"http": f"socks5://127.0.0.1:{proxy.port}"})
+        with pytest.raises(DifyConnectionError):
+            hook.start_workflow_run({}, "airflow")
+    assert proxy.connections == hook.attempts
+    assert dify.started == []
 
 
 class NoTls(Listener):
