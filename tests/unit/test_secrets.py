@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import re
 import pickle
+import re
 import traceback
 from collections.abc import Callable
 from typing import Any
