@@ -187,6 +187,16 @@ def test_a_start_follows_no_redirect(dify: DifyStandIn, hook: DifyHook) -> None:
     assert dify.started == []
 
 
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_stop_follows_no_redirect(dify: DifyStandIn, hook: DifyHook, status: int) -> None:
+    # A 302 would make a GET of it, whose response says nothing of a stop.
+    dify.misbehave(*[redirect("/v1/info", status)] * 4, only="POST")
+    with pytest.raises(DifyConnectionError, match="redirect"):
+        hook.stop_workflow_task(UUID, "airflow")
+    assert {request.method for request in dify.requests} == {"POST"}
+    assert dify.stopped == []
+
+
 def test_a_user_may_have_255_characters(dify: DifyStandIn, hook: DifyHook) -> None:
     hook.start_workflow_run({}, "x" * 255).close()
     assert dify.started[0].user == "x" * 255
