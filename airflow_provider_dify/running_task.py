@@ -150,7 +150,7 @@ class RunningTask:
         if report.was_asked:
             self._stop_was_asked = True
             self._start = replace(start, stop_was_asked=True)
-            self._is_remembered(self._start)
+            self._try_to_remember(self._start)
 
     def stop_after_kill(self) -> None:
         """Stop the run of a task that was killed, also one whose start is under way."""
@@ -166,14 +166,14 @@ class RunningTask:
         ti: Any = self.context["ti"]
         will_be_retried = ti.try_number <= (ti.max_tries or 0)
         is_recorded = is_server_from(self._hook.server_version, (1, 16))
-        if will_be_retried and not is_recorded and not self._is_remembered(self._start):
+        if will_be_retried and not is_recorded and not self._try_to_remember(self._start):
             # Neither Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
             self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
             return
         self.stop()
 
-    def _is_remembered(self, start: TaskStart) -> bool:
-        """Return whether Airflow keeps a start for the retry; within a second, because Airflow is killing the task."""
+    def _try_to_remember(self, start: TaskStart) -> bool:
+        """Let Airflow keep a start for the retry, within a second, because it is killing the task; return whether it does."""
         try:
             # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
             call_within(1.0, lambda: self._memory.save(start), lambda: None)
