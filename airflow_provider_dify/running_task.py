@@ -173,7 +173,13 @@ class RunningTask:
         self.stop()
 
     def _try_to_remember(self, start: TaskStart) -> bool:
-        """Let Airflow keep a start for the retry, within a second, because it is killing the task; return whether it does."""
+        """
+        Let Airflow keep a start for the retry.
+
+        Within a second: Airflow is killing the task.
+
+        :return: whether it keeps it.
+        """
         try:
             # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
             call_within(1.0, lambda: self._memory.save(start), lambda: None)
