@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -125,6 +126,24 @@ def test_a_price_that_is_not_one_is_left_out(prices: list[WorkflowEvent]) -> Non
     assert progress.price == {}
 
 
+@pytest.mark.parametrize("price", ["NaN", "Infinity", "-Infinity", "1e-999999", "0e-999999", "1e9", "1e999999"])
+def test_a_price_out_of_range_is_left_out_or_short(price: str) -> None:
+    # As decimal text it would be a megabyte.
+    progress = RunProgress()
+    progress.on_event(priced("1.5"))
+    progress.on_event(priced(price))
+    progress.on_event(event("workflow_finished", status="succeeded"))
+    assert progress.price == {"total_price": "1.5", "currency": "USD"}
+
+
+@pytest.mark.parametrize("price", ["999999999", "1e-29"])
+def test_the_largest_and_the_smallest_price_count(price: str) -> None:
+    progress = RunProgress()
+    progress.on_event(priced(price))
+    progress.on_event(event("workflow_finished", status="succeeded"))
+    assert Decimal(progress.price["total_price"]) == Decimal(price)
+
+
 @pytest.mark.parametrize("version", ["1.15.0", "1.16.1"])
 def test_a_run_that_dify_rejects_is_recognized(version: str) -> None:
     progress = RunProgress()
@@ -161,6 +180,17 @@ def test_an_end_whose_status_and_error_are_no_texts_says_neither() -> None:
     assert (progress.final_status, progress.final_error) == (None, None)
 
 
+EVENTS = ["node_started", "node_finished", "node_retry", "loop_completed", "human_input_required"]
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_a_line_is_short_however_long_the_texts_of_its_event_are(name: str) -> None:
+    texts = ("title", "node_type", "status", "error", "retry_index", "form_content", "node_title")
+    line = RunProgress().on_event(event(name, **dict.fromkeys(texts, "x" * 10_000)))
+    assert line
+    assert len(line) < 600
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -169,9 +199,7 @@ def test_an_end_whose_status_and_error_are_no_texts_says_neither() -> None:
         {"expiration_time": 10**20, "form_content": ["x"], "node_title": None},
     ],
 )
-@pytest.mark.parametrize(
-    "name", ["node_started", "node_finished", "node_retry", "loop_completed", "human_input_required"]
-)
+@pytest.mark.parametrize("name", EVENTS)
 def test_a_line_is_printable_whatever_the_event_holds(name: str, data: dict[str, Any]) -> None:
     line = RunProgress().on_event(event(name, **data))
     assert line
