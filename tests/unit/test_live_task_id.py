@@ -16,6 +16,7 @@ from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.stopping import StopReport, stop_run
 from tests.dify_stand_in import API_KEY, DifyStandIn, redirect, reset, respond, stall
 from tests.dify_stand_in.faults import Fault
+from tests.unit.relays import ForwardProxy
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
 
@@ -131,6 +132,21 @@ def test_the_api_key_follows_no_redirect_of_the_events(dify: DifyStandIn, stop: 
         dify.misbehave(redirect(f"{other.origin}/events"), only="/events")
         assert not stop(RUN_ID).was_asked
         assert other.requests == []
+
+
+def test_the_events_are_asked_for_through_the_connections_proxy(
+    dify: DifyStandIn, stop: Stop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    dify.misbehave(events(line(LIVE), end=False), only="/events")
+    with ForwardProxy(dify.port) as proxy:
+        extra = {"proxies": {"http": f"http://127.0.0.1:{proxy.port}"}}
+        # A host that only the proxy knows.
+        fields = {"conn_type": "dify", "host": "http://dify.invalid/v1", "password": API_KEY, "extra": extra}
+        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
+        assert stop(RUN_ID).was_asked
+    assert dify.stopped == [(TASK_ID, "airflow")]
 
 
 @pytest.mark.parametrize("dialect", ["1.12.1", "1.13.0"], indirect=True)
