@@ -84,6 +84,7 @@ class RunningTask:
         self._memory = StartMemory(context)
         self._start: TaskStart | None = None
         self._stop_was_asked = False
+        self._is_to_be_stopped = False
 
     @property
     def stream(self) -> StartedRun | None:
@@ -169,17 +170,23 @@ class RunningTask:
         if will_be_retried and not is_recorded and not self._try_to_remember(self._start):
             # Neither Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
             self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
+            self._is_to_be_stopped = self._memory.is_kept
             return
         self.stop()
 
+    def stop_after_message(self) -> None:
+        """
+        Stop the run of a killed task that could not be stopped when the signal came.
+
+        The signal may have come in the middle of a message to Airflow, so that no other could be sent. Airflow 3 lets the
+        task go on after the signal's handler, and that message is over now.
+        """
+        if self._is_to_be_stopped:
+            self._is_to_be_stopped = False
+            self.stop_after_kill()
+
     def _try_to_remember(self, start: TaskStart) -> bool:
-        """
-        Let Airflow keep a start for the retry.
-
-        Within a second: Airflow is killing the task.
-
-        :return: whether it keeps it.
-        """
+        """Let Airflow keep a start for the retry, and return whether it does; in a second, because it kills the task."""
         try:
             # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
             call_within(1.0, lambda: self._memory.save(start), lambda: None)

@@ -298,6 +298,8 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     def _fail(self, error: DifyError, task: RunningTask) -> NoReturn:
         """Fail, and stop a run that nobody will wait on any more; one that a retry will continue is left alone."""
+        if isinstance(error, DifyTaskKilled):
+            task.stop_after_message()
         ti: Any = task.context["ti"]
         is_over = task.run_is_over or (
             isinstance(error, DifyWorkflowRunFailed) and not isinstance(error, DifyWorkflowRunTimeout)

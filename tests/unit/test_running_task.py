@@ -96,6 +96,19 @@ def test_a_run_whose_stop_nobody_would_remember_is_left_to_the_retry(
     assert f"Workflow run {dify.started[0].workflow_run_id} goes on for the retry of this task." in caplog.text
 
 
+@pytest.mark.parametrize("dialect", ["1.14.2"], indirect=True)
+def test_a_kill_in_the_middle_of_a_message_to_airflow_stops_the_run_after_the_message(
+    dify: DifyStandIn, dialect: str
+) -> None:
+    task = kill_while_airflow_is_away(dify, "says_nothing", max_tries=1)
+    assert dify.stopped == []
+    store: Any = task.context["task_state_store"]  # type: ignore[typeddict-item]
+    store.is_away = False
+    task.stop_after_message()
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+    assert store["dify_workflow_run"]["stop_was_asked"]
+
+
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize(("dialect", "max_tries"), [("1.14.2", 0), ("1.16.1", 1)], indirect=["dialect"])
 def test_a_run_whose_stop_needs_no_memory_is_stopped_although_airflow_is_away(
