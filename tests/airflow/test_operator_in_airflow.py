@@ -143,7 +143,7 @@ ENDINGS = [
         id="overdue",
     ),
     pytest.param(
-        start("running"), {"timeout": 0.4}, DifyWorkflowRunTimeout, "timeout of 0.4 seconds is over", id="timeout"
+        start("running"), {"timeout": 1.5}, DifyWorkflowRunTimeout, "timeout of 1.5 seconds is over", id="timeout"
     ),
 ]
 
