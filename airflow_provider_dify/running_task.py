@@ -178,15 +178,15 @@ class RunningTask:
         """
         Stop the run of a killed task that could not be stopped when the signal came.
 
-        The signal may have come in the middle of a message to Airflow, so that no other could be sent. Airflow 3 lets the
-        task go on after the signal's handler, and that message is over now.
+        The signal may have come in the middle of a message to Airflow, so that no other could be sent. Airflow 3 lets
+        the task go on after the signal's handler, and that message is over now.
         """
         if self._is_to_be_stopped:
             self._is_to_be_stopped = False
             self.stop_after_kill()
 
     def _try_to_remember(self, start: TaskStart) -> bool:
-        """Let Airflow keep a start for the retry, and return whether it does; in a second, because it kills the task."""
+        """Let Airflow keep a start for the retry within a second, and return whether it does."""
         try:
             # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
             call_within(1.0, lambda: self._memory.save(start), lambda: None)
