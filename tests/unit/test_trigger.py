@@ -493,6 +493,13 @@ def test_retry_after_is_honoured(dify: DifyStandIn, as_date: bool) -> None:
     assert 0.7 < dify.requests[1].at - dify.requests[0].at < 2.5
 
 
+def test_retry_after_is_honoured_by_the_look_for_a_queued_run(dify: DifyStandIn) -> None:
+    dify.misbehave(too_many_requests("1"), only="/logs")
+    dify.add_run("running", "succeeded", user="us")
+    payload_of(trigger_of(None, search=RunSearch("us", time.time(), True).serialize()))
+    assert 0.7 < dify.requests[1].at - dify.requests[0].at < 2.5
+
+
 def test_no_delay_after_a_failure_is_without_bounds_but_what_the_server_asks_for_is_not_cut_short() -> None:
     assert delay_after(DifyConnectionError(""), 10_000, 1.0) == 60
     assert delay_after(DifyConnectionError("", retry_after=86_400), 1, 1.0) == 86_400
@@ -699,8 +706,7 @@ def test_the_last_poll_is_at_the_deadline(dify: DifyStandIn) -> None:
     assert len(dify.runs[run_id].polls) == 1
 
 
-def test_the_last_look_for_a_queued_run_is_at_the_deadline(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "wait")
+def test_the_last_look_for_a_queued_run_is_at_the_deadline(dify: DifyStandIn) -> None:
     deadline = time.time() + 1
     search = RunSearch("us", time.time(), True).serialize()
     payload = payload_of(trigger_of(None, search=search, poll_interval=60.0, deadline=deadline))
@@ -711,7 +717,13 @@ def test_the_last_look_for_a_queued_run_is_at_the_deadline(dify: DifyStandIn, ca
     assert type(error) is DifyWorkflowRunUncertain
     assert error.user == "us"
     assert "Dify's log shows no run of user 'us': it may still be queued" in str(error)
-    # Once a minute, not once a look.
+
+
+def test_that_a_run_is_still_queued_is_said_once_a_minute(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "wait")
+    search = RunSearch("us", time.time(), True).serialize()
+    payload_of(trigger_of(None, search=search, deadline=time.time() + 1))
+    assert len(dify.requests) > 5
     lines = [record.getMessage() for record in caplog.records if record.name == "wait"]
     assert lines == [
         "The workflow run of user 'us' is queued at Dify, or not in its log yet; 0 seconds in the triggerer."
