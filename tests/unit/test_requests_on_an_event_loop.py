@@ -10,7 +10,7 @@ import pytest
 
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyRequestError
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from tests.dify_stand_in import DifyStandIn, Start, html, redirect, respond
+from tests.dify_stand_in import DifyStandIn, Start, html, redirect, reset, respond
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 
@@ -81,6 +81,20 @@ def test_a_stop_is_sent_with_its_user_and_follows_no_redirect(dify: DifyStandIn)
     task_id = ask(start_and_stop)
     assert dify.stopped == [(task_id, "me")]
     assert "/v1/info" not in paths(dify)
+
+
+def test_a_look_that_is_sent_again_after_a_lost_connection_has_its_query(dify: DifyStandIn) -> None:
+    dify.add_logged_runs(3)
+    dify.misbehave(reset())
+    assert len(ask(lambda hook: hook.list_workflow_runs(limit=2))) == 2
+    assert paths(dify) == ["/v1/workflows/logs?page=1&limit=2"] * 2
+
+
+def test_a_stop_that_is_sent_again_after_a_lost_connection_has_its_user(dify: DifyStandIn) -> None:
+    dify.misbehave(reset())
+    ask(lambda hook: hook.stop_workflow_task(UUID, "me"))
+    assert len(dify.requests) == 2
+    assert dify.stopped == [(UUID, "me")]
 
 
 def test_a_server_that_is_away_is_named_with_what_was_asked_for(dify: DifyStandIn) -> None:

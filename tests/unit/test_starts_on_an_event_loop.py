@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from typing import Any
 
+import aiohttp
 import pytest
 
 from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
@@ -32,6 +35,7 @@ from tests.dify_stand_in import (
     respond,
     too_many_requests,
 )
+from tests.unit.relays import full_server
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 
@@ -123,6 +127,42 @@ def test_what_a_server_that_is_busy_asks_for_is_known(dify: DifyStandIn) -> None
     with pytest.raises(DifyConnectionError) as caught:
         start()
     assert (caught.value.retry_after, caught.value.is_overloaded) == (7.0, True)
+
+
+def test_a_server_that_takes_no_connection_started_nothing_and_is_given_up_soon(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.connection.MAX_CONNECT_TIMEOUT", 0.3)
+    with full_server() as host:
+        connection = {"conn_type": "dify", "host": host, "password": API_KEY, "extra": {"timeout": 30}}
+        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+        began = time.monotonic()
+        with pytest.raises(DifyConnectionError, match="could not be reached"):
+            start()
+        assert 0.3 <= time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
+def test_a_queued_start_is_waited_for_longer_than_the_client_would_by_itself(
+    dify: DifyStandIn, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiohttp.client.DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+    dify.slots = 0
+    threading.Timer(1, setattr, (dify, "slots", None)).start()
+    assert start()[2][-1] == "workflow_finished"
+    assert len(dify.requests) == 1
+
+
+def test_more_starts_than_a_client_has_connections_by_itself_wait_at_once(dify: DifyStandIn) -> None:
+    async def run() -> int:
+        async with DifyAsyncHook() as hook, AsyncExitStack() as stack:
+            streams = await asyncio.gather(*(hook.start_workflow_run({}, f"user {n}") for n in range(120)))
+            for stream in streams:
+                await stack.enter_async_context(stream)
+            return len(streams)
+
+    dify.starts.extend([Start(statuses=("running",), cut="workflow_started", then="stall")] * 120)
+    assert asyncio.run(asyncio.wait_for(run(), 30)) == 120
 
 
 def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn) -> None:

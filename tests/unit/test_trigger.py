@@ -10,7 +10,6 @@ import json
 import logging
 import random
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -46,6 +45,7 @@ from tests.dify_stand_in import (
     too_many_requests,
     truncate_body,
 )
+from tests.unit.relays import full_server
 
 pytestmark = pytest.mark.usefixtures("dify_connection", "quick_resumption")
 
@@ -429,14 +429,7 @@ def test_a_server_that_takes_no_connection_is_given_up_before_the_timeout_of_a_r
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("airflow_provider_dify.connection.MAX_CONNECT_TIMEOUT", 0.3)
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        # Nobody accepts, so the queue stays full: what connects now gets no answer.
-        for _ in range(3):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        host = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+    with full_server() as host:
         connection = {"conn_type": "dify", "host": host, "password": API_KEY, "extra": {"timeout": 30}}
         monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
         began = time.monotonic()
@@ -557,8 +550,11 @@ def test_a_redirect_within_the_server_is_followed(dify: DifyStandIn) -> None:
 
 def test_no_cookie_is_kept_and_no_netrc_read(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     netrc = tmp_path / "netrc"
-    netrc.write_text("machine 127.0.0.1 login me password from-netrc\n")
+    netrc.write_text("machine localhost login me password from-netrc\n")
     monkeypatch.setenv("NETRC", str(netrc))
+    # By its name: from a bare address some clients keep no cookie anyway.
+    connection = {"conn_type": "dify", "host": f"http://localhost:{dify.port}/v1", "password": API_KEY}
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
     dify.misbehave(respond(503, headers={"Set-Cookie": "session=1; Path=/"}))
     payload_of(trigger_of(dify.add_run("succeeded")))
     assert "Cookie" not in dify.requests[1].headers
@@ -701,7 +697,7 @@ def test_the_last_poll_is_at_the_deadline(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running")
     deadline = time.time() + 1
     payload = payload_of(trigger_of(run_id, poll_interval=60.0, deadline=deadline))
-    assert payload["end"] == "timed_out"
+    assert (payload["end"], payload["status"]) == ("timed_out", "running")
     assert deadline - 0.05 <= time.time() < deadline + 5
     assert len(dify.runs[run_id].polls) == 1
 
@@ -846,6 +842,13 @@ def test_the_http_client_is_loaded_off_the_loop_and_not_with_the_trigger() -> No
         text=True,
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_server_is_named_once(dify: DifyStandIn, caplog: pytest.LogCaptureFixture, dialect: str) -> None:
+    caplog.set_level(logging.INFO, "wait")
+    payload_of(trigger_of(dify.add_run("running", "running", "succeeded")))
+    lines = [record.getMessage() for record in caplog.records if "Dify " in record.getMessage()]
+    assert [line for line in lines if " at " in line] == [f"Dify {dialect} at {dify.base_url}."]
 
 
 def test_what_changes_is_logged_and_not_each_poll(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,99 @@
+"""Which certificates a server may show, on a worker and on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from tests.dify_stand_in import API_KEY, DifyStandIn
+from tests.unit.relays import make_certificate
+
+
+def on_a_worker(run_id: str) -> str | None:
+    with DifyHook(retry_limit=0) as hook:
+        return str(hook.get_workflow_run(run_id).status)
+
+
+def on_an_event_loop(run_id: str) -> str | None:
+    async def look_up() -> str:
+        async with DifyAsyncHook() as hook:
+            return str((await hook.get_workflow_run(run_id)).status)
+
+    return asyncio.run(look_up())
+
+
+both_ways = pytest.mark.parametrize("look_up", [on_a_worker, on_an_event_loop])
+
+
+@pytest.fixture(autouse=True)
+def no_bundle_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
+    return make_certificate(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+def secure_dify(certificate: tuple[ssl.SSLContext, Path]) -> Iterator[DifyStandIn]:
+    """A server with a certificate that nobody has signed but itself."""
+    with DifyStandIn(tls=certificate[0]) as server:
+        yield server
+
+
+def connect(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, **extra: Any) -> None:
+    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": extra}
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
+
+
+@both_ways
+def test_a_certificate_that_the_connection_names_is_taken(
+    secure_dify: DifyStandIn,
+    certificate: tuple[ssl.SSLContext, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    look_up: Callable[[str], str],
+) -> None:
+    connect(secure_dify, monkeypatch, verify=str(certificate[1]))
+    assert look_up(secure_dify.add_run("succeeded")) == "succeeded"
+
+
+@both_ways
+def test_a_certificate_that_the_environment_names_is_taken(
+    secure_dify: DifyStandIn,
+    certificate: tuple[ssl.SSLContext, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    look_up: Callable[[str], str],
+) -> None:
+    connect(secure_dify, monkeypatch)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[1]))
+    assert look_up(secure_dify.add_run("succeeded")) == "succeeded"
+
+
+@both_ways
+def test_a_certificate_that_nobody_names_ends_the_connection_before_the_key_is_sent(
+    secure_dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, look_up: Callable[[str], str]
+) -> None:
+    connect(secure_dify, monkeypatch)
+    with pytest.raises(DifyConnectionError, match=r"(?i)certificate.verify.failed"):
+        look_up(secure_dify.add_run("succeeded"))
+    assert secure_dify.requests == []
+
+
+@both_ways
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_nothing_is_verified_where_the_connection_says_so(
+    secure_dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, look_up: Callable[[str], str]
+) -> None:
+    connect(secure_dify, monkeypatch, verify=False)
+    assert look_up(secure_dify.add_run("succeeded")) == "succeeded"
