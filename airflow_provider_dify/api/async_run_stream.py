@@ -75,7 +75,12 @@ class AsyncWorkflowRunStream(StartedRun):
         :raises DifyWorkflowRunUncertain: if Dify named no run in time.
         :raises DifyError: as :meth:`next_event` does.
         """
-        await run_steps_async(require_name(self, seconds), _take_step)
+        try:
+            await run_steps_async(require_name(self, seconds), _take_step)
+        except BaseException:
+            # A cancellation, too: nobody has the stream yet who could close it.
+            await self.__aexit__(None, None, None)
+            raise
 
     async def __aiter__(self) -> AsyncIterator[WorkflowEvent]:
         """

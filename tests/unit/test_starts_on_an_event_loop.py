@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
 import time
@@ -217,6 +218,27 @@ def test_silence_is_a_queued_run_and_not_a_failure(dify: DifyStandIn) -> None:
     with pytest.raises(DifyWorkflowRunUncertain, match=r"did not name the run of user 'airflow' within 0\.3 seconds"):
         start(timeout=0.3)
     assert time.monotonic() - began >= 0.3
+
+
+@pytest.mark.parametrize("is_cancelled", [False, True])
+def test_a_start_that_is_given_up_leaves_no_client_open(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, is_cancelled: bool
+) -> None:
+    dify.starts.append(Start(cut=0, then="stall"))
+
+    async def run() -> None:
+        task = asyncio.current_task()
+        assert task
+        if is_cancelled:
+            asyncio.get_running_loop().call_later(0.3, task.cancel)
+        async with DifyAsyncHook() as hook:
+            await hook.start_workflow_run({}, "airflow", timeout=30 if is_cancelled else 0.3)
+
+    with pytest.raises((asyncio.CancelledError, DifyWorkflowRunUncertain)):
+        asyncio.run(run())
+    gc.collect()
+    assert len(dify.requests) == 1
+    assert "Unclosed" not in caplog.text
 
 
 def test_a_stream_that_has_ended_says_so_whenever_it_is_asked(dify: DifyStandIn) -> None:
