@@ -50,6 +50,7 @@ class AsyncWorkflowRunStream(StartedRun):
         self._items: deque[StreamItem] = deque()
         self._end: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._is_closed = False
         self._reader = asyncio.get_running_loop().create_task(self._read(body))
 
     async def next_event(self, seconds: float) -> WorkflowEvent | None:
@@ -75,12 +76,7 @@ class AsyncWorkflowRunStream(StartedRun):
         :raises DifyWorkflowRunUncertain: if Dify named no run in time.
         :raises DifyError: as :meth:`next_event` does.
         """
-        try:
-            await run_steps_async(require_name(self, seconds), _take_step)
-        except BaseException:
-            # A cancellation, too: nobody has the stream yet who could close it.
-            await self.__aexit__(None, None, None)
-            raise
+        await run_steps_async(require_name(self, seconds), _take_step)
 
     async def __aiter__(self) -> AsyncIterator[WorkflowEvent]:
         """
@@ -105,12 +101,17 @@ class AsyncWorkflowRunStream(StartedRun):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-        # The socket is closed then.
-        await asyncio.gather(self._reader, return_exceptions=True)
+        await self.wait_closed()
 
     def close(self) -> None:
         """Hang up; the run goes on."""
+        self._is_closed = True
         self._reader.cancel()
+
+    async def wait_closed(self) -> None:
+        """Wait until a stream that was closed has let go of its socket; return at once from one that was not."""
+        if self._is_closed:
+            await asyncio.gather(self._reader, return_exceptions=True)
 
     async def _wait_for_item(self, seconds: float) -> None:
         # Not asyncio.wait_for, which before Python 3.12 makes a task of each wait.

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 from airflow_provider_dify.api import calls, routes
 from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
@@ -57,6 +58,7 @@ class DifyAsyncHook:
         self.connection: DifyConnection | None = None
         self.server_version: str | None = None
         self._session: SharedSession | None = None
+        self._streams: WeakSet[AsyncWorkflowRunStream] = WeakSet()
         self._last_run: tuple[str, bytes, WorkflowRun] | None = None
         self._reading = asyncio.Lock()
 
@@ -79,7 +81,11 @@ class DifyAsyncHook:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self.close()
+        try:
+            # The end of the event loop, which may come next, waits for no socket.
+            await asyncio.gather(*(stream.wait_closed() for stream in self._streams))
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """Return the share of the session; the last one out closes it."""
@@ -238,7 +244,11 @@ class DifyAsyncHook:
         body = encode_start(start.inputs, start.user)
         assert self.connection is not None  # noqa: S101
         url = f"{self.connection.base_url}{path}"
-        return AsyncWorkflowRunStream(self.connection, url, body, start.user, keeps_connection=self._keeps_connections)
+        stream = AsyncWorkflowRunStream(
+            self.connection, url, body, start.user, keeps_connection=self._keeps_connections
+        )
+        self._streams.add(stream)
+        return stream
 
     def _parse(self, call: Call[T], response: HttpResponse) -> T:
         self.server_version = response.server_version or self.server_version

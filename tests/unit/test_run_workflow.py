@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -96,10 +97,15 @@ def test_a_run_that_takes_too_long_is_left_alone(dify: DifyStandIn, run_workflow
     assert dify.stopped == []
 
 
-def test_a_run_that_stays_queued_is_uncertain(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+def test_a_run_that_stays_queued_is_uncertain(
+    dify: DifyStandIn, run_workflow: RunWorkflow, caplog: pytest.LogCaptureFixture
+) -> None:
     dify.starts.append(Start(cut=0, then="stall"))
     with pytest.raises(DifyWorkflowRunUncertain, match="'me' is still queued at Dify"):
         run_workflow({}, "me", timeout=0.5)
+    gc.collect()
+    # What a client says that was not closed.
+    assert "Unclosed" not in caplog.text
 
 
 def test_a_run_that_another_process_started_is_waited_for(dify: DifyStandIn) -> None:
