@@ -293,6 +293,15 @@ def test_a_kept_alive_connection_that_the_server_closed_is_no_failed_poll(
     assert "failed" not in caplog.text
 
 
+@pytest.mark.parametrize(("keepalive", "connections"), [(0.1, 3), (60, 1)])
+def test_a_connection_is_kept_for_as_long_as_is_said(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, keepalive: float, connections: int
+) -> None:
+    monkeypatch.setattr(async_session, "KEEPALIVE_SECONDS", keepalive)
+    payload_of(trigger_of(dify.add_run("running", "running", "succeeded"), poll_interval=0.5))
+    assert len({request.connection for request in dify.requests}) == connections
+
+
 def close_after(dify: DifyStandIn) -> Any:
     async def fault(request: Any) -> Any:
         response = await dify.respond_to(request)
