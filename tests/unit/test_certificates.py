@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import API_KEY, DifyStandIn
-from tests.unit.relays import make_certificate
 
 
 def on_a_worker(run_id: str) -> str | None:
@@ -40,43 +39,26 @@ def no_bundle_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
-    return make_certificate(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture
-def secure_dify(certificate: tuple[ssl.SSLContext, Path]) -> Iterator[DifyStandIn]:
-    """A server with a certificate that nobody has signed but itself."""
-    with DifyStandIn(tls=certificate[0]) as server:
-        yield server
-
-
 def connect(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, **extra: Any) -> None:
     fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": extra}
     monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
 
 
 @both_ways
-def test_a_certificate_that_the_connection_names_is_taken(
+@pytest.mark.parametrize("named_by", ["connection", "environment"])
+def test_a_certificate_that_is_named_is_taken(
     secure_dify: DifyStandIn,
     certificate: tuple[ssl.SSLContext, Path],
     monkeypatch: pytest.MonkeyPatch,
+    named_by: str,
     look_up: Callable[[str], str],
 ) -> None:
-    connect(secure_dify, monkeypatch, verify=str(certificate[1]))
-    assert look_up(secure_dify.add_run("succeeded")) == "succeeded"
-
-
-@both_ways
-def test_a_certificate_that_the_environment_names_is_taken(
-    secure_dify: DifyStandIn,
-    certificate: tuple[ssl.SSLContext, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    look_up: Callable[[str], str],
-) -> None:
-    connect(secure_dify, monkeypatch)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate[1]))
+    bundle = str(certificate[1])
+    if named_by == "connection":
+        connect(secure_dify, monkeypatch, verify=bundle)
+    else:
+        connect(secure_dify, monkeypatch)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", bundle)
     assert look_up(secure_dify.add_run("succeeded")) == "succeeded"
 
 

@@ -7,7 +7,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRu
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start, unchunked
-from tests.unit.relays import Change, ForwardProxy, Listener, Relay, SocksProxy, TunnelProxy, make_certificate
+from tests.unit.relays import Change, ForwardProxy, Listener, Relay, SocksProxy, TunnelProxy
 
 
 class LoopHook:
@@ -65,17 +65,6 @@ def connect(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         return hook
 
     return make
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, Path]:
-    return make_certificate(tmp_path_factory.mktemp("tls"))
-
-
-@pytest.fixture
-def secure_dify(certificate: tuple[ssl.SSLContext, Path]) -> Iterator[DifyStandIn]:
-    with DifyStandIn(tls=certificate[0]) as server:
-        yield server
 
 
 def after_the_start(dify: DifyStandIn, change: Change) -> Change:
