@@ -10,7 +10,7 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -198,18 +198,6 @@ def reset(sock: socket.socket) -> None:
     """Close a connection so that the other side gets a reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-
-
-@contextlib.contextmanager
-def full_server() -> Iterator[str]:
-    """Return the base URL of a server that takes no connection: nobody accepts one, and its queue stays full."""
-    with contextlib.ExitStack() as stack:
-        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
-        for _ in range(3):
-            waiting = stack.enter_context(socket.socket())
-            waiting.setblocking(False)
-            waiting.connect_ex(full.getsockname())
-        yield f"http://127.0.0.1:{full.getsockname()[1]}/v1"
 
 
 def make_certificate(folder: Path, *names: str) -> tuple[ssl.SSLContext, Path]:

@@ -36,7 +36,6 @@ from tests.dify_stand_in import (
     respond,
     too_many_requests,
 )
-from tests.unit.relays import full_server
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 
@@ -130,17 +129,12 @@ def test_what_a_server_that_is_busy_asks_for_is_known(dify: DifyStandIn) -> None
     assert (caught.value.retry_after, caught.value.is_overloaded) == (7.0, True)
 
 
-def test_a_server_that_takes_no_connection_started_nothing_and_is_given_up_soon(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("airflow_provider_dify.connection.MAX_CONNECT_TIMEOUT", 0.3)
-    with full_server() as host:
-        connection = {"conn_type": "dify", "host": host, "password": API_KEY, "extra": {"timeout": 30}}
-        monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
-        began = time.monotonic()
-        with pytest.raises(DifyConnectionError, match="could not be reached"):
-            start()
-        assert 0.3 <= time.monotonic() - began < 10
+@pytest.mark.usefixtures("full_server")
+def test_a_server_that_takes_no_connection_started_nothing_and_is_given_up_soon() -> None:
+    began = time.monotonic()
+    with pytest.raises(DifyConnectionError, match="could not be reached"):
+        start()
+    assert 0.3 <= time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
