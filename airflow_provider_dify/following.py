@@ -28,7 +28,7 @@ from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch, find_run, runs_queue
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.verdict import Outcome, Verdict
-from airflow_provider_dify.waiting import MAX_RETRY_DELAY, RunWait, delay_after
+from airflow_provider_dify.waiting import LIFE_INTERVAL, MAX_RETRY_DELAY, RunWait, delay_after
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -76,6 +76,7 @@ class Follower:
         self.progress = RunProgress()
         # The start under way, which a signal's handler may have to look at.
         self.stream: StartedRun | None = None
+        self._next_line = 0.0
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> Steps[None]:
         """
@@ -192,11 +193,10 @@ class Follower:
                 ) from None
             if run_id is not None:
                 self.log.info("Dify's log names the run: workflow run %s.", run_id)
-            else:
-                elapsed = time.monotonic() - began
-                self.log.info(
-                    "Dify's log has no run of user %r yet, %.0f seconds after the start.", search.user, elapsed
-                )
+            elif time.monotonic() >= self._next_line:
+                self._next_line = time.monotonic() + LIFE_INTERVAL
+                line = "Dify's log has no run of user %r yet, %.0f seconds after the start."
+                self.log.info(line, search.user, time.time() - search.sent_at)
             return run_id
 
         looks = RepeatedLook(self.clock, self.log, self.poll_interval)

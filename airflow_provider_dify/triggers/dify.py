@@ -26,7 +26,7 @@ from airflow_provider_dify.triggers.outputs import TriggerXComs
 from airflow_provider_dify.triggers.shielding import run_shielded
 from airflow_provider_dify.triggers.takeover import is_waiting_elsewhere
 from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitEnd, delay_after, next_interval
+from airflow_provider_dify.waiting import LIFE_INTERVAL, RunWait, TriggerWait, WaitEnd, delay_after, next_interval
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -220,7 +220,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             if deadline is not None and time.time() >= deadline:
                 return None
             if time.time() >= next_line:
-                next_line = time.time() + 60
+                next_line = time.time() + LIFE_INTERVAL
                 self.log.info("%s; %.0f seconds in the triggerer.", what, time.time() - began)
             await self._sleep_until(asyncio.get_running_loop().time() + delay, deadline)
 

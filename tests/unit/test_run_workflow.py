@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -106,6 +107,22 @@ def test_a_run_that_stays_queued_is_uncertain(
     gc.collect()
     # What a client says that was not closed.
     assert "Unclosed" not in caplog.text
+
+
+@pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
+def test_that_a_run_is_not_in_the_log_yet_is_said_once_a_minute(
+    dify: DifyStandIn, dialect: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    dify.slots = 0
+    dify.silence_limit = 0.2
+    with pytest.raises(DifyWorkflowRunUncertain):
+        on_an_event_loop({}, "me", timeout=3)
+    looks = [request for request in dify.requests if "/logs" in request.path]
+    # The first look is the one before the start.
+    assert len(looks) > 3
+    (line,) = [record.getMessage() for record in caplog.records if "no run of user" in record.getMessage()]
+    assert line.startswith("Dify's log has no run of user 'me' yet, ")
 
 
 def test_a_run_that_another_process_started_is_waited_for(dify: DifyStandIn) -> None:
