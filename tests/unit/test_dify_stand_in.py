@@ -232,15 +232,16 @@ def test_a_stream_has_the_recorded_events_and_the_detail_their_end(
 
 
 def test_a_run_lasts_as_long_as_it_should_and_pings_meanwhile(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.ping_interval = 0.1
-    dify.starts.append(Start(duration=0.6))
+    dify.ping_interval = 0.05
+    dify.starts.append(Start(duration=1.5))
     response = client.start()
     began = time.monotonic()
     run_id, _ = ids_of(response)
     assert client.status(run_id) == "running"
     assert client.log(created_by_end_user_session_id="u1")["data"][0]["workflow_run"]["status"] == "running"
     rest = names_of(response)
-    assert 0.5 < time.monotonic() - began < 3
+    assert 1.4 < time.monotonic() - began < 10
+    # On a busy machine some pings come late, and fewer of them.
     assert rest.count("ping") >= 2
     assert rest[-1] == "workflow_finished"
     assert client.status(run_id) == "succeeded"
@@ -248,7 +249,7 @@ def test_a_run_lasts_as_long_as_it_should_and_pings_meanwhile(client: Client, di
 
 def test_a_streaming_start_queues_without_a_slot(client: Client, dify: DifyStandIn, dialect: str) -> None:
     dify.slots = 1
-    dify.starts.append(Start(duration=0.5))
+    dify.starts.append(Start(duration=2.0))
     first = client.start(user="first")
     ids_of(first)
     began = time.monotonic()
@@ -259,14 +260,14 @@ def test_a_streaming_start_queues_without_a_slot(client: Client, dify: DifyStand
         assert next(events)["event"] == "workflow_started"
         return
     assert next(events)["event"] == "ping"
-    assert time.monotonic() - began < 0.4
+    assert time.monotonic() - began < 1.5
     queued = dify.started[1]
-    if time.monotonic() - began < 0.4:
+    if time.monotonic() - began < 1.5:
         assert client.detail(queued.workflow_run_id).status_code == client.detail(UNKNOWN).status_code
         assert client.log(created_by_end_user_session_id="second")["total"] == 0
     # Then silence, not a ping, up to the slot.
     assert next(events)["event"] == "workflow_started"
-    assert time.monotonic() - began > 0.3
+    assert time.monotonic() - began > 1.2
     assert client.log(created_by_end_user_session_id="second")["total"] == 1
 
 
@@ -468,7 +469,7 @@ def test_a_stop_ends_the_stream_and_shows_in_the_detail_of_1_16_alone(
     assert client.stop(task_id).json() == {"result": "success"}
     last = list(events_of(response))[-1]
     assert (last["event"], last["data"]["status"]) == ("workflow_finished", "stopped")
-    stopped = eventually(lambda: client.status(run_id) == "stopped", seconds=1 if dialect == "1.16.1" else 0.5)
+    stopped = eventually(lambda: client.status(run_id) == "stopped", seconds=10 if dialect == "1.16.1" else 0.5)
     assert stopped == (dialect == "1.16.1")
     assert [stop[0] for stop in dify.stopped] == [run_id, task_id]
 
@@ -526,7 +527,7 @@ def test_a_resumed_run_ends_as_each_version_ends_it(
 
 
 def test_the_events_of_a_running_run_come_again(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.starts.append(Start(duration=0.5))
+    dify.starts.append(Start(duration=2.0))
     response = client.start(user="u1")
     run_id, task_id = ids_of(response)
     path = f"/workflow/{run_id}/events"
@@ -617,7 +618,7 @@ def test_ten_thousand_logged_runs_come_in_pages(client: Client, dify: DifyStandI
     ids = dify.add_logged_runs(10_000, user="many", ending=now)
     began = time.monotonic()
     page = client.log(limit=100, page=3, created_by_end_user_session_id="many")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     assert [row["workflow_run"]["id"] for row in page["data"]] == ids[::-1][200:300]
     assert (page["page"], page["limit"], page["total"], page["has_more"]) == (3, 100, 10_000, True)
     assert client.log(limit=100, page=100)["has_more"] is False

@@ -335,7 +335,7 @@ def test_a_whole_response_is_bounded_by_the_timeout_also_when_bytes_keep_coming(
         pytest.raises(DifyConnectionError, match="no whole response within"),
     ):
         hook.get_workflow_run(run_id)
-    assert time.monotonic() - started < 1.5
+    assert time.monotonic() - started < 10
 
 
 def test_a_slow_and_a_huge_body_arrive_whole(dify: DifyStandIn, dialect: str, connect: Connect) -> None:

@@ -79,5 +79,5 @@ def test_a_template_that_airflow_does_not_answer_ends_within_its_time(
     event, seconds = event_of("{{ params.run }}", {"params": {"run": NoAnswer()}}, deadline=deadline)
     assert event["end"] == "failed"
     assert event["message"].startswith(f"Airflow did not respond for {limit} seconds")
-    assert limit * 0.9 <= seconds < limit + 0.8
+    assert limit * 0.9 <= seconds < limit + 5
     assert dify.requests == []

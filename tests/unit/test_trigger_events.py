@@ -19,6 +19,7 @@ from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.hooks import shared_connection
 from tests.dify_stand_in import API_KEY, DifyStandIn, respond
 from tests.unit.test_trigger import run as run_on_loop
+from tests.unit.test_trigger import until
 
 if not CAN_END_FROM_TRIGGER:
     pytest.skip("this Airflow has no event triggers", allow_module_level=True)
@@ -76,6 +77,22 @@ def start_run(dify: DifyStandIn, user: str = "somebody") -> str:
     raise AssertionError("The stand-in named no run.")
 
 
+def first_look_of(trigger: DifyWorkflowRunsTrigger) -> asyncio.Event:
+    """Return an event that is set once the trigger has looked, or could not."""
+    looked = asyncio.Event()
+
+    def noting(method: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*arguments: Any) -> Any:
+            looked.set()
+            return method(*arguments)
+
+        return note
+
+    for name in ("_on_look", "_on_failure"):
+        setattr(trigger, name, noting(getattr(trigger, name)))
+    return looked
+
+
 async def watch(
     triggers: list[DifyWorkflowRunsTrigger], act: Callable[[], Any], count: int, seconds: float = 10.0
 ) -> list[list[dict[str, Any]]]:
@@ -86,12 +103,13 @@ async def watch(
         async for event in triggers[number].run():
             events[number].append(event.payload)
 
+    looked = [first_look_of(trigger) for trigger in triggers]
     tasks = [asyncio.create_task(run(number)) for number in range(len(triggers))]
     try:
-        await asyncio.sleep(0.5)
+        await until(lambda: all(event.is_set() for event in looked))
         await asyncio.to_thread(act)
-        until = time.monotonic() + seconds
-        while sum(map(len, events)) < count and time.monotonic() < until:  # noqa: ASYNC110
+        deadline = time.monotonic() + seconds
+        while sum(map(len, events)) < count and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         # One too many would come now.
         await asyncio.sleep(0.3)
@@ -233,7 +251,7 @@ def test_what_was_sent_is_stored_only_after_airflow_had_time_to_keep_it(
 def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 1.0)
+    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 2.0)
     moments: list[float] = []
 
     async def collect() -> None:
@@ -241,7 +259,7 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
             moments.append(time.monotonic())
             if len(moments) == 4:
                 # A single one later need not wait.
-                asyncio.get_running_loop().call_later(1.5, add_ended, dify, *RUNS[0])
+                asyncio.get_running_loop().call_later(2.5, add_ended, dify, *RUNS[0])
 
     async def collect_for(seconds: float) -> None:
         with contextlib.suppress(asyncio.TimeoutError):
@@ -250,11 +268,11 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
     now = time.time()
     for second in range(4):
         dify.add_logged_runs(1, ending=now - 3 + second)
-    run_on_loop(collect_for(4.5))
+    run_on_loop(collect_for(8))
     assert len(moments) == 5
-    assert moments[2] - moments[0] < 0.5
-    assert 1.0 <= moments[3] - moments[2] < 1.5
-    assert 1.4 <= moments[4] - moments[3] < 2.2
+    assert moments[2] - moments[0] < 1.5
+    assert 2.0 <= moments[3] - moments[2] < 3.5
+    assert 2.4 <= moments[4] - moments[3] < 4.4
 
 
 def test_lookback_sends_what_ended_before_the_first_look(dify: DifyStandIn) -> None:
@@ -333,7 +351,7 @@ def test_a_filter_that_the_server_cannot_serve_is_named(
 
 
 def test_retry_after_is_kept(dify: DifyStandIn) -> None:
-    dify.misbehave(respond(429, headers={"Retry-After": "2"}), only="logs")
+    dify.misbehave(respond(429, headers={"Retry-After": "6"}), only="logs")
     events_of(trigger_of(), lambda: time.sleep(0.5), 1, seconds=0.1)
     assert sum("logs" in request.path for request in dify.requests) == 1
 
@@ -414,7 +432,7 @@ def test_a_watcher_that_ends_leaves_the_others_alone(dify: DifyStandIn) -> None:
             passing.cancel()
             await asyncio.gather(passing, return_exceptions=True)
         add_ended(dify, *RUNS[0])
-        await asyncio.sleep(0.5)
+        await until(lambda: bool(payloads))
         staying.cancel()
         await asyncio.gather(staying, return_exceptions=True)
         return payloads
