@@ -305,7 +305,7 @@ def test_a_run_that_is_closed_hangs_up_and_waits_for_nothing(dify: DifyStandIn) 
                 assert (await stream.next_event(0.5)) is not None
             return time.monotonic() - began
 
-    assert asyncio.run(run()) < 2
+    assert asyncio.run(run()) < 10
 
 
 def test_many_runs_at_once_share_the_loop(dify: DifyStandIn) -> None:
