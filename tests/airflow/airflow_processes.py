@@ -158,9 +158,10 @@ class AirflowProcesses:
 
     def ask_api(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         """Send a request to Airflow's API, as the UI does (Airflow 3)."""
-        token = requests.get(f"{self.api}/auth/token", timeout=30).json()["access_token"]
+        # Airflow's database is SQLite, which has been seen to keep its API server waiting for more than 30 seconds.
+        token = requests.get(f"{self.api}/auth/token", timeout=120).json()["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
-        response = requests.request(method, f"{self.api}/api/v2{path}", json=body, headers=headers, timeout=30)
+        response = requests.request(method, f"{self.api}/api/v2{path}", json=body, headers=headers, timeout=120)
         response.raise_for_status()
 
     def wait_for(self, met: Callable[[], bool], seconds: float) -> None:
