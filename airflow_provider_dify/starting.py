@@ -19,10 +19,10 @@ from airflow_provider_dify.input_fingerprint import fingerprint
 from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
 from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
+from airflow_provider_dify.verdict import judge
 
 if TYPE_CHECKING:
     from airflow_provider_dify.following import Server
-from airflow_provider_dify.verdict import judge
 
 STATE_KEY = "dify_workflow_run"
 

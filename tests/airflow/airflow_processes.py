@@ -158,7 +158,7 @@ class AirflowProcesses:
 
     def ask_api(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
         """Send a request to Airflow's API, as the UI does (Airflow 3)."""
-        # Airflow's database is SQLite, which has been seen to keep its API server waiting for more than 30 seconds.
+        # Airflow's API server was once seen to take more than 30 seconds, on a busy machine.
         token = requests.get(f"{self.api}/auth/token", timeout=120).json()["access_token"]
         headers = {"Authorization": f"Bearer {token}"}
         response = requests.request(method, f"{self.api}/api/v2{path}", json=body, headers=headers, timeout=120)
