@@ -19,8 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-# What is done with the bytes of a response: what to send instead, or None to reset both connections.
-Change = Callable[[bytes], "bytes | None"]
+# What is done with the bytes of a response: what to send instead. Fewer bytes are the last ones before a reset.
+Change = Callable[[bytes], bytes]
 T = TypeVar("T", bound="Listener")
 
 
@@ -112,13 +112,13 @@ class Relay(Listener):
                 ready, _, _ = select.select([client, server], [], [])
                 for sock in ready:
                     piece = sock.recv(65536)
-                    changed = self._change(piece) if sock is server and piece else piece
-                    if changed is None:
-                        reset(client)
-                        return
                     if not piece:
                         return
+                    changed = self._change(piece) if sock is server else piece
                     (client if sock is server else server).sendall(changed)
+                    if len(changed) < len(piece):
+                        reset(client)
+                        return
 
 
 class ForwardProxy(Relay):

@@ -1,0 +1,80 @@
+"""A start whose response breaks off, at whichever byte: its run is found, and it is the only one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.models import WorkflowRun
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start
+from tests.unit.relays import Change, Relay
+
+INPUTS = {"query": "x"}
+# The whole response has 3,600 bytes (1.16.1) to 7,700 (1.12.1); the run is named in the first thousand.
+LENGTHS = (*range(0, 1200, 60), *range(1200, 7800, 600))
+
+pytestmark = pytest.mark.usefixtures("quick_retries")
+
+
+def on_a_worker() -> WorkflowRun:
+    with DifyHook() as hook:
+        return hook.run_workflow(INPUTS, "me", poll_interval=0.05, timeout=20)
+
+
+def on_an_event_loop() -> WorkflowRun:
+    async def run() -> WorkflowRun:
+        async with DifyAsyncHook() as hook:
+            return await hook.run_workflow(INPUTS, "me", poll_interval=0.05, timeout=20)
+
+    return asyncio.run(run())
+
+
+def cut_once_after(dify: DifyStandIn, length: int) -> Change:
+    """Cut what comes from when Dify has taken the start, after so many bytes; and nothing that comes after that."""
+    left = length
+
+    def change(piece: bytes) -> bytes:
+        nonlocal left
+        if not dify.started or left < 0:
+            return piece
+        kept = piece[:left]
+        left -= len(piece)
+        return kept
+
+    return change
+
+
+@pytest.mark.parametrize("over_tls", [False, True], ids=["http", "https"])
+@pytest.mark.parametrize("run_workflow", [on_a_worker, on_an_event_loop])
+def test_a_start_whose_response_breaks_off_at_any_byte_is_one_run(
+    certificate: tuple[ssl.SSLContext, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    dialect: str,
+    run_workflow: Callable[[], WorkflowRun],
+    over_tls: bool,
+) -> None:
+    for length in LENGTHS:
+        with (
+            DifyStandIn(dialect, tls=certificate[0] if over_tls else None) as dify,
+            Relay(dify.port, cut_once_after(dify, length)) as relay,
+        ):
+            dify.starts.append(Start(statuses=("running", "succeeded"), fields={"inputs": INPUTS}))
+            scheme = "https" if over_tls else "http"
+            fields: dict[str, Any] = {
+                "conn_type": "dify",
+                "host": f"{scheme}://127.0.0.1:{relay.port}/v1",
+                "password": API_KEY,
+                "extra": {"timeout": 10, "verify": str(certificate[1])},
+            }
+            monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
+            run = run_workflow()
+            assert [started.workflow_run_id for started in dify.started] == [run.id], length
+            assert run.status == "succeeded"
