@@ -8,6 +8,8 @@ from typing import Any
 
 CONN_ID = "dify_default"
 DAG_ID = "waits_while_processes_die"
+# A killed worker costs its tasks a try.
+RETRIES = 2
 
 ENDED_BY_TRIGGERER = {"end_from_trigger": True}
 ALL_ON_TRIGGERER = {"start_from_trigger": True, "end_from_trigger": True}

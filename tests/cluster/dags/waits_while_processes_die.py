@@ -7,16 +7,15 @@ import json
 from datetime import timedelta
 
 from airflow.sdk import dag, task
-from waits import DAG_ID, OPERATORS, SENSORS, waits, workflow_run_id
+from waits import DAG_ID, OPERATORS, RETRIES, SENSORS, waits, workflow_run_id
 
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 
-# A killed worker costs its tasks a try.
-RETRIES = {"retries": 2, "retry_delay": timedelta(0)}
+RETRYING = {"retries": RETRIES, "retry_delay": timedelta(0)}
 
 
-@task(**RETRIES)
+@task(**RETRYING)
 def digest(outputs: dict) -> str:
     """Print what reached the next task."""
     return hashlib.sha256(json.dumps(outputs, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
@@ -28,11 +27,11 @@ def waits_while_processes_die():
     tasks = {}
     for wait in waits(SENSORS):
         tasks[wait.task_id] = DifyWorkflowRunSensor(
-            task_id=wait.task_id, workflow_run_id=workflow_run_id(wait.task_id), **wait.arguments, **RETRIES
+            task_id=wait.task_id, workflow_run_id=workflow_run_id(wait.task_id), **wait.arguments, **RETRYING
         )
     for wait in waits(OPERATORS):
         tasks[wait.task_id] = DifyRunWorkflowOperator(
-            task_id=wait.task_id, inputs={"task_id": wait.task_id}, **wait.arguments, **RETRIES
+            task_id=wait.task_id, inputs={"task_id": wait.task_id}, **wait.arguments, **RETRYING
         )
     # The outputs of a megabyte, as the next task gets them.
     for way in {**SENSORS, **OPERATORS}:
