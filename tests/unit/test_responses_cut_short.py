@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import ssl
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.models import WorkflowRun
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 from tests.unit.relays import Change, Relay
+from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_loop
+from tests.unit.test_start_over_sockets import after_the_start
 
 INPUTS = {"query": "x"}
 # The whole response has 3,600 bytes (1.16.1) to 7,700 (1.12.1); the run is named in the first thousand.
@@ -24,26 +21,13 @@ LENGTHS = (*range(0, 1200, 60), *range(1200, 7800, 600))
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
 
-def on_a_worker() -> WorkflowRun:
-    with DifyHook() as hook:
-        return hook.run_workflow(INPUTS, "me", poll_interval=0.05, timeout=20)
-
-
-def on_an_event_loop() -> WorkflowRun:
-    async def run() -> WorkflowRun:
-        async with DifyAsyncHook() as hook:
-            return await hook.run_workflow(INPUTS, "me", poll_interval=0.05, timeout=20)
-
-    return asyncio.run(run())
-
-
-def cut_once_after(dify: DifyStandIn, length: int) -> Change:
-    """Cut what comes from when Dify has taken the start, after so many bytes; and nothing that comes after that."""
+def cut_once_after(length: int) -> Change:
+    """Cut after so many bytes, and nothing that comes after that."""
     left = length
 
     def change(piece: bytes) -> bytes:
         nonlocal left
-        if not dify.started or left < 0:
+        if left < 0:
             return piece
         kept = piece[:left]
         left -= len(piece)
@@ -58,13 +42,13 @@ def test_a_start_whose_response_breaks_off_at_any_byte_is_one_run(
     certificate: tuple[ssl.SSLContext, Path],
     monkeypatch: pytest.MonkeyPatch,
     dialect: str,
-    run_workflow: Callable[[], WorkflowRun],
+    run_workflow: RunWorkflow,
     over_tls: bool,
 ) -> None:
     for length in LENGTHS:
         with (
             DifyStandIn(dialect, tls=certificate[0] if over_tls else None) as dify,
-            Relay(dify.port, cut_once_after(dify, length)) as relay,
+            Relay(dify.port, after_the_start(dify, cut_once_after(length))) as relay,
         ):
             dify.starts.append(Start(statuses=("running", "succeeded"), fields={"inputs": INPUTS}))
             scheme = "https" if over_tls else "http"
@@ -75,6 +59,6 @@ def test_a_start_whose_response_breaks_off_at_any_byte_is_one_run(
                 "extra": {"timeout": 10, "verify": str(certificate[1])},
             }
             monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
-            run = run_workflow()
+            run = run_workflow(INPUTS, "me", timeout=20)
             assert [started.workflow_run_id for started in dify.started] == [run.id], length
             assert run.status == "succeeded"
