@@ -11,19 +11,11 @@ from tests.airflow import shared_airflow
 from tests.airflow.empty_airflow import copy_migrated_airflow
 from tests.airflow.shared_airflow import SharedAirflow
 from tests.conftest import AIRFLOW_HOME
-from tests.standstill import Standstill
 
 
 @pytest.fixture(autouse=True)
 def in_one_process(quick_resumption: None) -> None:
     """Let what ``dag.test()`` defers resume at once."""
-
-
-@pytest.fixture
-def standstill() -> Iterator[Standstill]:
-    """The seconds of the test in which this machine stood still."""
-    with Standstill() as counted:
-        yield counted
 
 
 @pytest.fixture(scope="session")

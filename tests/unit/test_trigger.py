@@ -44,6 +44,7 @@ from tests.dify_stand_in import (
     too_many_requests,
     truncate_body,
 )
+from tests.standstill import Standstill
 
 pytestmark = pytest.mark.usefixtures("dify_connection", "quick_resumption")
 
@@ -252,7 +253,7 @@ def test_no_secret_is_in_its_serialized_form_or_attributes(dify: DifyStandIn) ->
 # --- connections
 
 
-def test_many_waits_share_a_few_connections(dify: DifyStandIn) -> None:
+def test_many_waits_share_a_few_connections(dify: DifyStandIn, standstill: Standstill) -> None:
     runs = [dify.add_run(*["running"] * 5, "succeeded") for _ in range(100)]
 
     async def all_of_them() -> list[Any]:
@@ -262,11 +263,11 @@ def test_many_waits_share_a_few_connections(dify: DifyStandIn) -> None:
     for (event,) in run(all_of_them()):
         assert event.payload["status"] == "succeeded"
     assert len(dify.requests) == 100 * 6
-    # Fewer than one each; how many depends on how many polls come at once, on a machine that stood still for a moment.
-    assert dify.connections_opened < 100
+    # The polls of a second in which this machine stood still come all at once.
+    assert dify.connections_opened <= 20 + 100 * standstill.seconds
 
 
-def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn) -> None:
+def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn, standstill: Standstill) -> None:
     runs = [dify.add_run("succeeded") for _ in range(100)]
 
     async def all_of_them() -> None:
@@ -274,7 +275,7 @@ def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn) -> Non
 
     run(all_of_them())
     moments = sorted(request.at - dify.requests[0].at for request in dify.requests)
-    assert 0.3 < moments[50] < moments[-1]
+    assert 0.3 < moments[50] < 0.7 + standstill.seconds
     assert moments[-1] > 0.8
 
 
@@ -830,27 +831,26 @@ def test_a_wait_that_breaks_says_what_broke(
 # --- the event loop
 
 
-def test_nothing_blocks_the_loop(dify: DifyStandIn) -> None:
-    async def longest_standstill() -> float:
-        worst = 0.0
+def test_nothing_blocks_the_loop(dify: DifyStandIn, standstill: Standstill) -> None:
+    runs = [dify.add_run(*["running"] * 3, "succeeded") for _ in range(50)]
+    worst = 0.0
 
-        async def watch() -> None:
-            nonlocal worst
-            while True:
-                before = time.perf_counter()
-                await asyncio.sleep(0.005)
-                worst = max(worst, time.perf_counter() - before - 0.005)
+    async def watch() -> None:
+        nonlocal worst
+        while True:
+            before = time.perf_counter()
+            await asyncio.sleep(0.005)
+            worst = max(worst, time.perf_counter() - before - 0.005)
 
-        runs = [dify.add_run(*["running"] * 3, "succeeded") for _ in range(50)]
+    async def work() -> None:
         watcher = asyncio.create_task(watch())
         await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=0.3)) for run_id in runs))
         watcher.cancel()
         await asyncio.gather(watcher, return_exceptions=True)
-        return worst
 
-    # A guard against blocking calls, not a measurement: reading certificates alone takes longer. A machine that stands
-    # still for a moment does so once; a blocking call comes each time.
-    assert any(run(longest_standstill()) < 0.5 for _ in range(3))
+    run(work())
+    # A guard against blocking calls, not a measurement: reading certificates alone takes longer.
+    assert worst - standstill.seconds < 0.5
 
 
 def test_the_http_client_is_loaded_off_the_loop_and_not_with_the_trigger() -> None:
