@@ -14,7 +14,7 @@ import pytest
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from airflow_provider_dify.links.dify import RUN_LOG_KEY
 from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0, airflow_processes
-from tests.dify_stand_in import DifyStandIn, Start, respond
+from tests.dify_stand_in import DifyStandIn, Start, rejects, respond
 
 pytestmark = pytest.mark.airflow_processes
 
@@ -61,7 +61,7 @@ if AIRFLOW_2 or AIRFLOW_3_0:
 RESCHEDULED = {"succeeded", "failed", "timeout", "soft"}
 ENDINGS_IN_WAYS = [(ending, way) for ending in ENDINGS for way in WAYS if way != "reschedule" or ending in RESCHEDULED]
 FAULTS = {
-    "refused": respond(403, '{"code": "forbidden", "message": "The app\'s API service has been disabled."}'),
+    "refused": rejects(403, "forbidden", "The app's API service has been disabled."),
     "broken": respond(503),
 }
 WITHOUT_RETRY = {"failed", "unknown", "overdue", "timeout", "refused", "soft"}

@@ -20,7 +20,18 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
 )
 from tests.airflow.airflow_runs import DagRunResult, run_dag, without_masking
-from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond, stall
+from tests.dify_stand_in import (
+    API_KEY,
+    DifyStandIn,
+    Start,
+    form_field,
+    lose_response,
+    rejects,
+    replay,
+    reset,
+    respond,
+    stall,
+)
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -246,7 +257,7 @@ def test_the_key_is_in_no_log_xcom_or_result(
     dify: DifyStandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "results.jsonl"
-    dify.misbehave(respond(400, json.dumps({"code": "x", "message": f"bad {API_KEY}"})), only="POST .*/run")
+    dify.misbehave(rejects(400, "x", f"bad {API_KEY}"), only="POST .*/run")
     result = run_batch(inputs=numbered(3), max_failed_runs=3, output_path=str(output))
     assert result.state == "success"
     assert "bad ***" in output.read_text()

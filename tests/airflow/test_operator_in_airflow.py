@@ -27,7 +27,7 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.starting import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_operator
-from tests.dify_stand_in import DifyStandIn, Start, replay, reset, respond, too_many_requests
+from tests.dify_stand_in import DifyStandIn, Start, rejects, replay, reset, respond, too_many_requests
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -282,7 +282,12 @@ def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
 
 
 @pytest.mark.parametrize(
-    "refusal", [replay("auth_bad_key"), replay("detail_disabled_api"), respond(404, '{"code": "not_found"}')]
+    "refusal",
+    [
+        replay("auth_bad_key"),
+        replay("detail_disabled_api"),
+        rejects(404, "not_found", "No such route"),
+    ],
 )
 def test_a_log_that_refuses_does_not_hide_that_a_start_broke_off(dify: DifyStandIn, refusal: Any) -> None:
     dify.starts.append(start("running", cut=10, then="reset"))

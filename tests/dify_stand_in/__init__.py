@@ -11,7 +11,15 @@ Runs move from status to status, one step a poll, or in real time. It misbehaves
 """
 
 from tests.dify_stand_in.dialects import DIALECTS
-from tests.dify_stand_in.events import iteration, node_finished, node_retry
+from tests.dify_stand_in.events import (
+    PING,
+    iteration,
+    node_finished,
+    node_retry,
+    said,
+    said_error,
+    said_finished,
+)
 from tests.dify_stand_in.faults import (
     Fault,
     close,
@@ -22,6 +30,7 @@ from tests.dify_stand_in.faults import (
     pings_only,
     quota_reached,
     redirect,
+    rejects,
     replay,
     reset,
     respond,
@@ -32,6 +41,7 @@ from tests.dify_stand_in.faults import (
     truncate_body,
     unchunked,
 )
+from tests.dify_stand_in.gateways import GATEWAYS, gateway, kong_404, with_long_header, without_version
 from tests.dify_stand_in.input_form import form_field
 from tests.dify_stand_in.recordings import RECORDED, Recording
 from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
@@ -40,6 +50,8 @@ from tests.dify_stand_in.server import API_KEY, DifyStandIn
 __all__ = [
     "API_KEY",
     "DIALECTS",
+    "GATEWAYS",
+    "PING",
     "RECORDED",
     "DifyStandIn",
     "Fault",
@@ -52,21 +64,29 @@ __all__ = [
     "dribble",
     "dribble_headers",
     "form_field",
+    "gateway",
     "html",
     "iteration",
+    "kong_404",
     "lose_response",
     "node_finished",
     "node_retry",
     "pings_only",
     "quota_reached",
     "redirect",
+    "rejects",
     "replay",
     "reset",
     "respond",
     "retry_after_date",
+    "said",
+    "said_error",
+    "said_finished",
     "slow_body",
     "stall",
     "too_many_requests",
     "truncate_body",
     "unchunked",
+    "with_long_header",
+    "without_version",
 ]

@@ -171,6 +171,50 @@ def snapshot(data: bytes, task_id: str) -> bytes:
     return b"".join(repeated)
 
 
+# --- events for ``Start(raw=...)``, in which the ids of the new run are filled in
+
+RUN_ID = "$RUN"
+TASK_ID = "$TASK"
+
+
+def with_ids(events: bytes, run_id: str, task_id: str) -> bytes:
+    """Return events of :func:`said` with the ids of a run."""
+    return events.replace(RUN_ID.encode(), run_id.encode()).replace(TASK_ID.encode(), task_id.encode())
+
+
+def said(name: str, data: dict[str, Any] | None = None, **fields: Any) -> bytes:
+    """
+    Return one event of a run.
+
+    :param name: such as ``node_started``.
+    :param data: what it carries.
+    :param fields: what stands beside it; ``None`` replaces an id by null.
+    """
+    return dump({"event": name, "workflow_run_id": RUN_ID, "task_id": TASK_ID, "data": data or {}, **fields})
+
+
+def said_finished(status: str, outputs: dict[str, Any] | None = None, error: str | None = None, **fields: Any) -> bytes:
+    """Return the ``workflow_finished`` of a run that ended with this status; ``fields`` are as for :func:`said`."""
+    data = {
+        "id": RUN_ID,
+        "status": status,
+        "outputs": outputs or {},
+        "error": error,
+        "elapsed_time": 0.5,
+        "total_tokens": 7,
+        "total_steps": 2,
+        "created_at": int(time.time()),
+        "finished_at": int(time.time()),
+    }
+    return said("workflow_finished", data, **fields)
+
+
+def said_error(message: str, status: int, code: str | None = None, **fields: Any) -> bytes:
+    """Return an ``error`` event from before there is a run."""
+    named = {} if code is None else {"code": code}
+    return dump({"event": "error", "workflow_run_id": None, **named, "message": message, "status": status, **fields})
+
+
 # --- events that no recording has; their fields are those of Dify 1.16.1's source
 
 

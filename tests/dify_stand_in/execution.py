@@ -9,7 +9,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from tests.dify_stand_in.dialects import FINISHED, Dialect
-from tests.dify_stand_in.events import RecordedStream, dump, finished, parse, split, with_fields
+from tests.dify_stand_in.events import RecordedStream, dump, finished, parse, split, with_fields, with_ids
 from tests.dify_stand_in.recordings import Recording
 from tests.dify_stand_in.runs import Form, Run
 
@@ -97,6 +97,14 @@ class Execution:
             run.exceptions_count = 1
         self.stand_in.runs[run.id] = run
         self.stand_in.log.append(run)
+        if start.raw is not None:
+            for part in start.raw:
+                if isinstance(part, bytes):
+                    run.events.publish(with_ids(part, run.id, run.task_id))
+                else:
+                    await asyncio.sleep(part)
+            run.events.close()
+            return
         rest = with_fields(stream.rest, start.fields) if statuses[-1] == stream.status else stream.rest
         if duration:
             run.events.publish(stream.beginning)

@@ -36,6 +36,17 @@ def respond(
     return fault
 
 
+def rejects(status: int, code: str, message: str, *, content_type: str = "application/json") -> Fault:
+    """Respond as Dify itself does when it rejects a request: with its three fields and its ``X-Version``."""
+
+    async def fault(request: web.Request) -> web.StreamResponse:
+        body = json.dumps({"code": code, "message": message, "status": status})
+        headers = {"X-Version": request.app[STAND_IN].dialect}
+        return await respond(status, body, content_type=content_type, headers=headers)(request)
+
+    return fault
+
+
 def replay(name: str, version: str | None = None) -> Fault:
     """Respond with a recording, by default of the version that the stand-in speaks like."""
 

@@ -93,6 +93,9 @@ class Start:
         Its last nodes' events and its last status come at the end of it.
     :param insert: events to add to the stream, before the last node that starts.
     :param exceptions_count: what its row in the log says.
+    :param raw: what the client gets instead of a recording: bytes of events, such as those of
+        :func:`~tests.dify_stand_in.said`, and pauses in seconds. ``statuses`` are what polls find meanwhile; with
+        ``(None,)`` there is no record, and nothing in the log.
     """
 
     recording: str = "run_streaming_echo"
@@ -104,6 +107,7 @@ class Start:
     duration: float | None = None
     insert: tuple[dict[str, Any], ...] = ()
     exceptions_count: int | None = None
+    raw: tuple[bytes | float, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Starts:
             return recording.response()
         run = Run(str(uuid.uuid4()), deque([None]), task_id=str(uuid.uuid4()), user=body["user"], start=start)
         stream = RecordedStream.load(recording.body, run.id, run.task_id, start.insert)
-        run.events = EventLog(PING if self.dialect.queues_starts else b"")
+        run.events = EventLog(PING if self.dialect.queues_starts and start.raw is None else b"")
         run.inputs = kept = inputs if form is None else keep_known(form, inputs)
         self.stand_in.started.append(Started(run.id, run.task_id, run.user, kept, workflow_id))
         self.stand_in.accepted.append(run)

@@ -13,7 +13,7 @@ from airflow_provider_dify.excerpts import as_text, one_line, redact
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.waiting import RunWait, WaitPolicy
-from tests.dify_stand_in import DifyStandIn, respond
+from tests.dify_stand_in import DifyStandIn, gateway, rejects, respond
 
 FORGED = "boom\r\n[2026-01-01] INFO - all is well\x1b[31m\u202e\x00\u2028"
 
@@ -61,7 +61,7 @@ def failing_run(**fields: Any) -> Any:
 def test_dify_cannot_forge_a_line_of_a_tasks_log(
     dify: DifyStandIn, dify_connection: str, status: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    dify.misbehave_always(respond(status, json.dumps({"code": FORGED, "message": FORGED})))
+    dify.misbehave_always(rejects(status, FORGED, FORGED))
     with DifyHook(retry_limit=1, retry_delay=0.001) as hook, pytest.raises(DifyError, match="boom") as caught:
         hook.get_app_info()
     assert str(caught.value).isprintable()
@@ -94,7 +94,8 @@ def test_the_error_of_a_run_is_one_line_in_the_exception_and_whole_in_the_run(
         failing_run(error="e" * 5_000_000, status="s" * 5_000_000),
         failing_run(status="s" * 5_000_000, finished_at=None),
         failing_run(total_steps="9" * 4000),
-        respond(400, json.dumps({"code": "c" * 5_000_000, "message": "m" * 5_000_000})),
+        rejects(400, "c" * 5_000_000, "m" * 5_000_000),
+        gateway(403, {"code": "c" * 5_000_000, "message": "m" * 5_000_000}),
         respond(502, "<html>" + "x" * 5_000_000, content_type="text/html"),
         respond(302, headers={"Location": "http://other.example/" + "x" * 5000, "X-Version": "9" * 3000}),
     ],

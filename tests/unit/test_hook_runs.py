@@ -26,6 +26,7 @@ from tests.dify_stand_in import (
     Start,
     html,
     redirect,
+    rejects,
     replay,
     reset,
     respond,
@@ -105,7 +106,7 @@ def test_a_start_that_started_nothing_is_sent_again(
 def test_a_rejection_that_calls_itself_an_event_stream_is_a_rejection(
     dify: DifyStandIn, hook: DifyHook, status: int, expected: type[Exception]
 ) -> None:
-    dify.misbehave(respond(status, '{"code": "c", "message": "m"}', content_type="text/event-stream"))
+    dify.misbehave(rejects(status, "c", "m", content_type="text/event-stream"))
     with pytest.raises(expected, match=r"^m "):
         hook.start_workflow_run({}, "airflow")
 

@@ -61,7 +61,8 @@ def test_a_redirect_elsewhere_is_not_followed(dify: DifyStandIn, where: str) -> 
 
 
 def test_what_is_no_redirect_is_not_followed(dify: DifyStandIn) -> None:
-    dify.misbehave(respond(400, '{"code": "c", "message": "m"}', headers={"Location": "/v1/info"}))
+    body, headers = '{"code": "c", "message": "m"}', {"Location": "/v1/info", "X-Version": dify.dialect}
+    dify.misbehave(respond(400, body, headers=headers))
     with pytest.raises(DifyRequestError, match=r"^m "):
         ask(lambda hook: hook.get_workflow_run(UUID))
     assert len(dify.requests) == 1

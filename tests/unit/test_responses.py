@@ -44,6 +44,8 @@ PARSERS: dict[str, Callable[[HttpResponse], Any]] = {
 }
 RUN, APP, FORM, LOG, UPLOAD, STOP = PARSERS
 RUNNING = {"id": RUN_ID, "status": "running"}
+# What each response of Dify has, and none of a gateway in front of it.
+OF_DIFY = {"X-Version": "1.12.1"}
 
 
 def failure_of(parse: Callable[[HttpResponse], Any], response: HttpResponse) -> DifyError:
@@ -72,7 +74,7 @@ def failure_of(parse: Callable[[HttpResponse], Any], response: HttpResponse) -> 
 def test_an_error_names_what_was_asked_for(
     subject: str, status: int, body: Any, expected: type[DifyError], message: str
 ) -> None:
-    error = failure_of(PARSERS[subject], http_answer(status, body, url=URL))
+    error = failure_of(PARSERS[subject], http_answer(status, body, url=URL, headers=OF_DIFY))
     assert type(error) is expected
     assert message.format(subject, URL) in str(error)
     # The cause comes first: what Dify said, or else what came.
@@ -180,7 +182,7 @@ def test_a_time_that_has_passed_asks_for_no_pause(header: str, seconds: float | 
 
 
 def test_what_dify_said_is_cut() -> None:
-    error = failure_of(PARSERS[RUN], http_answer(400, {"message": "m" * 100_000}))
+    error = failure_of(PARSERS[RUN], http_answer(400, {"message": "m" * 100_000}, headers=OF_DIFY))
     assert error.message == "m" * REASON_LENGTH + "…"
 
 
@@ -201,7 +203,7 @@ def test_a_key_that_may_be_part_of_a_word_stays_in_a_body(key: str, shown: bytes
 def test_a_key_of_another_kind_of_app_is_named() -> None:
     hint = " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
     for code in ("not_workflow_app", "other"):
-        error = failure_of(PARSERS[RUN], http_answer(400, {"code": code, "message": "m"}))
+        error = failure_of(PARSERS[RUN], http_answer(400, {"code": code, "message": "m"}, headers=OF_DIFY))
         assert str(error).endswith(f"with connection 'my_dify'.{hint if code == 'not_workflow_app' else ''}")
 
 

@@ -140,7 +140,7 @@ def test_a_wait_ends_at_its_timeout_or_when_dify_stays_away(dify: DifyStandIn) -
     with DifyHook(retry_limit=0) as hook:
         with pytest.raises(DifyWorkflowRunTimeout, match="hook's timeout"):
             hook.wait_for_workflow_run(run_id, poll_interval=0.05, timeout=0.3)
-        dify.misbehave(replay("detail_404"), times=3)
+        dify.misbehave(replay("detail_unknown_uuid"), times=3)
         dify.misbehave(*[respond(503)] * 6)
         with pytest.raises((DifyConnectionError, DifyWorkflowRunNotFound)):
             hook.wait_for_workflow_run(run_id, poll_interval=0.05)

@@ -17,7 +17,7 @@ from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnect
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
-from tests.dify_stand_in import API_KEY, DifyStandIn, Start, redirect, respond
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start, gateway, redirect, rejects, respond
 from tests.unit.relays import RawServer, TunnelProxy
 
 RUN_ID = "2d7a7544-770c-496f-8ef9-4e622682b330"
@@ -215,7 +215,8 @@ def json_with_the_key(**fields: Any) -> bytes:
 
 
 SERVERS_THAT_ECHO_THE_KEY = {
-    "message": respond(400, json.dumps({"code": API_KEY, "message": f"bad key {API_KEY}"})),
+    "message": rejects(400, API_KEY, f"bad key {API_KEY}"),
+    "message of a gateway": gateway(403, {"message": f"bad key {API_KEY}"}),
     "page": respond(502, f"<html>{API_KEY}</html>", content_type=f"text/html; {API_KEY}"),
     "redirect": redirect(f"http://other.example/?key={API_KEY}"),
     "field of a wrong type": respond(200, json_with_the_key(total_steps=API_KEY)),

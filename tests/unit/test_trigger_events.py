@@ -17,7 +17,7 @@ import requests
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.hooks import shared_connection
-from tests.dify_stand_in import API_KEY, DifyStandIn, respond
+from tests.dify_stand_in import API_KEY, DifyStandIn, rejects, respond
 from tests.unit.test_trigger import run as run_on_loop
 from tests.unit.test_trigger import until
 
@@ -286,10 +286,7 @@ def test_lookback_sends_what_ended_before_the_first_look(dify: DifyStandIn) -> N
     ("fault", "message"),
     [
         (respond(503), "This may pass"),
-        (
-            respond(401, b'{"code": "unauthorized", "message": "Access token is invalid", "status": 401}'),
-            "refused the API key",
-        ),
+        (rejects(401, "unauthorized", "Access token is invalid"), "refused the API key"),
         (respond(200, b'{"data": "nonsense"}'), "Check the host"),
     ],
 )

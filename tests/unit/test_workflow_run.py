@@ -169,7 +169,6 @@ def test_a_field_of_a_wrong_type_is_named(field: str, value: object) -> None:
     [
         recorded("detail_unknown_uuid"),
         http_answer(404, {"code": "not_found", "message": "Workflow run not found.", "status": 404}),
-        http_answer(404, b""),
     ],
 )
 def test_an_unknown_run_is_recognized_in_every_dialect(answer: HttpResponse) -> None:
@@ -215,7 +214,7 @@ def test_recorded_errors_keep_what_dify_said(
 def test_an_error_names_its_status_and_what_there_is_of_code_and_message(
     status: int, body: dict[str, Any], exception: type[DifyError]
 ) -> None:
-    error = refused(http_answer(status, body), exception)
+    error = refused(http_answer(status, body, headers={"X-Version": "1.12.1"}), exception)
     assert (error.code, error.message) == (body.get("code"), body.get("message"))
     assert str(error).startswith(f"{body.get('message') or body.get('code') or 'The response'} ")
     assert getattr(error, "is_overloaded", False) == (status == 400 and "Too many" in (body.get("message") or ""))
