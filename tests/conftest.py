@@ -78,6 +78,12 @@ def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the hook's waits have a grace of 0.3 seconds, not of a minute."""
+    monkeypatch.setattr("airflow_provider_dify.whole_run._NOT_FOUND_GRACE", 0.3)
+
+
+@pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let retries, failed polls and searches follow each other at once."""
     from airflow_provider_dify.hooks.dify import DifyHook

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +39,40 @@ def retry_of_a_killed_start(hook: DifyHook) -> RunningTask:
         logging.getLogger(__name__),
         TaskXComs(operator, context),
     )
+
+
+@contextlib.contextmanager
+def task_of_try(
+    number: int, *, has_memory: bool = True, after: RunningTask | None = None, age: float = 300.0, **settings: Any
+) -> Iterator[RunningTask]:
+    """
+    Make one try of a task, for the test to start.
+
+    :param has_memory: whether this Airflow remembers starts.
+    :param after: the try before it, with whose memory it works.
+    :param age: seconds since its Dag run began.
+    :param settings: the operator's arguments.
+    """
+    store = Store() if has_memory else None
+    if after is not None:
+        earlier: Any = after.context
+        store = earlier.get("task_state_store")
+    context: Any = context_of(number, 2, store)
+    context["dag_run"].start_date = datetime.now(timezone.utc) - timedelta(seconds=age)
+    short = {"poll_interval": 0.05, "not_found_grace": 0.3, "max_consecutive_failures": 3}
+    with DifyHook(retry_limit=0) as hook:
+        task = RunningTask(
+            settings_of(**{**short, **settings}),
+            context,
+            hook,
+            TaskClock(time.time() + 10),
+            logging.getLogger(__name__),
+            TaskXComs(SimpleNamespace(multiple_outputs=False, do_xcom_push=False), context),
+        )
+        try:
+            yield task
+        finally:
+            task.close()
 
 
 class FailingStore(Store):

@@ -1,0 +1,348 @@
+"""Whose word a response is: what stands in front of Dify responds in its place, and that ends no wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyError,
+    DifyInputsRejected,
+    DifyRequestError,
+    DifyWorkflowRunNotFound,
+)
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from tests.dify_stand_in import (
+    GATEWAYS,
+    DifyStandIn,
+    Fault,
+    Start,
+    gateway,
+    kong_404,
+    rejects,
+    replay,
+    respond,
+    too_many_requests,
+    with_long_header,
+    without_version,
+)
+from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_loop
+from tests.unit.test_running_task import task_of_try
+from tests.unit.test_trigger import payload_of, trigger_of
+
+UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
+Ask = Callable[[Callable[[Any], Any]], Any]
+
+pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "quick_resumption", "short_grace")
+on_each_gateway = pytest.mark.parametrize("fault", GATEWAYS.values(), ids=GATEWAYS)
+
+
+def with_the_hook(work: Callable[[DifyHook], Any]) -> Any:
+    with DifyHook(retry_limit=0) as hook:
+        return work(hook)
+
+
+def with_the_async_hook(work: Callable[[DifyAsyncHook], Any]) -> Any:
+    async def run() -> Any:
+        async with DifyAsyncHook() as hook:
+            return await work(hook)
+
+    return asyncio.run(run())
+
+
+@pytest.fixture(params=[with_the_hook, with_the_async_hook])
+def ask(request: pytest.FixtureRequest) -> Ask:
+    return request.param
+
+
+@pytest.fixture(params=[on_a_worker, on_an_event_loop])
+def run_workflow(request: pytest.FixtureRequest) -> RunWorkflow:
+    return request.param
+
+
+def posts(dify: DifyStandIn) -> int:
+    return sum(request.method == "POST" and request.path.endswith("/run") for request in dify.requests)
+
+
+# --- one response
+
+
+@on_each_gateway
+def test_a_rejection_that_is_not_difys_may_pass_and_says_who_responded(
+    dify: DifyStandIn, ask: Ask, fault: Fault
+) -> None:
+    dify.misbehave(fault)
+    with pytest.raises(DifyConnectionError, match="in front of Dify") as caught:
+        ask(lambda hook: hook.get_workflow_run(UUID))
+    assert type(caught.value) is DifyConnectionError
+    assert caught.value.status_code in (400, 401, 403, 404)
+    # What came, and from where: enough to find out what responded.
+    assert f"{caught.value.status_code}" in str(caught.value)
+    assert dify.origin in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda hook: hook.get_app_info(),
+        lambda hook: hook.get_parameters(),
+        lambda hook: hook.list_workflow_runs(),
+        lambda hook: hook.stop_workflow_task(UUID, "me"),
+        lambda hook: hook.start_workflow_run({}, "me"),
+        lambda hook: hook.upload_file(__file__, "me"),
+    ],
+    ids=["info", "parameters", "logs", "stop", "start", "upload"],
+)
+@pytest.mark.parametrize("name", ["kong-404", "cloudflare-403-page", "iap-401", "code-401"])
+def test_that_is_so_for_every_request(dify: DifyStandIn, work: Callable[[DifyHook], Any], name: str) -> None:
+    dify.misbehave_always(GATEWAYS[name])
+    with pytest.raises(DifyConnectionError, match="in front of Dify"):
+        with_the_hook(work)
+    assert len(dify.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (400, "not_workflow_app", DifyRequestError),
+        (401, "unauthorized", DifyAuthenticationError),
+        (403, "forbidden", DifyAuthenticationError),
+        (404, "not_found", DifyWorkflowRunNotFound),
+    ],
+)
+@pytest.mark.parametrize("has_version", [True, False], ids=["version", "no-version"])
+def test_a_rejection_of_difys_is_its_word_with_its_version_or_its_three_fields(
+    dify: DifyStandIn, ask: Ask, status: int, code: str, expected: type[DifyError], has_version: bool
+) -> None:
+    own = {"code": code, "message": "Dify says so", "status": status}
+    # Some proxies remove headers that they don't know.
+    dify.misbehave(rejects(status, code, "Dify says so") if has_version else gateway(status, own))
+    with pytest.raises(expected) as caught:
+        ask(lambda hook: hook.get_workflow_run(UUID))
+    assert type(caught.value) is expected
+    assert "in front of" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_with_its_version_a_refusal_is_difys_whatever_its_body(dify: DifyStandIn, ask: Ask, status: int) -> None:
+    dify.misbehave(respond(status, "", headers={"X-Version": "1.16.1"}))
+    with pytest.raises(DifyAuthenticationError):
+        ask(lambda hook: hook.get_workflow_run(UUID))
+
+
+def test_a_page_of_difys_for_a_wrong_address_still_asks_for_the_base_url(dify: DifyStandIn, ask: Ask) -> None:
+    dify.misbehave(replay("detail_no_v1_prefix"))
+    with pytest.raises(DifyConnectionError, match="Check the host") as caught:
+        ask(lambda hook: hook.get_workflow_run(UUID))
+    assert "in front of" not in str(caught.value)
+
+
+@pytest.mark.parametrize("body", ["<title>413 Request Entity Too Large</title>", {"message": "Request size exceeded"}])
+def test_a_request_that_is_too_large_for_a_gateway_is_not_sent_again(
+    dify: DifyStandIn, ask: Ask, body: str | dict[str, Any]
+) -> None:
+    dify.misbehave_always(gateway(413, body))
+    with pytest.raises(DifyRequestError, match="in front of Dify"):
+        ask(lambda hook: hook.start_workflow_run({}, "me"))
+    assert posts(dify) == 1
+
+
+def test_a_proxy_that_removes_the_version_changes_nothing(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    dify.misbehave_always(without_version())
+    dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": {"a": 1}}, cut="workflow_started"))
+    assert run_workflow({}, "me").outputs == {"a": 1}
+
+
+def test_headers_of_a_gateway_may_be_long(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    dify.misbehave_always(with_long_header())
+    dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": {"a": 1}}, cut="workflow_started"))
+    assert run_workflow({}, "me").outputs == {"a": 1}
+
+
+# --- waits
+
+
+def between(dify: DifyStandIn, *faults: Fault, times: int = 1) -> None:
+    """Let each of these faults come between two polls of runs that Dify responds to."""
+
+    async def as_ever(request: Any) -> Any:
+        return await dify.respond_to(request)
+
+    for fault in faults:
+        dify.misbehave(as_ever, *[fault] * times, only="GET .*/workflows/run/")
+
+
+def test_no_gateway_ends_a_wait_of_the_hook(dify: DifyStandIn) -> None:
+    between(dify, *GATEWAYS.values())
+    run_id = dify.add_run(*["running"] * (len(GATEWAYS) + 1), "succeeded", outputs={"a": 1})
+    with DifyHook(retry_limit=0) as hook:
+        assert hook.wait_for_workflow_run(run_id, poll_interval=0.02).outputs == {"a": 1}
+
+
+def test_no_gateway_ends_a_wait_on_the_triggerer(dify: DifyStandIn) -> None:
+    between(dify, *GATEWAYS.values())
+    run_id = dify.add_run(*["running"] * (len(GATEWAYS) + 1), "succeeded")
+    assert payload_of(trigger_of(run_id, poll_interval=0.02, max_consecutive_failures=1))["status"] == "succeeded"
+
+
+def test_no_gateway_ends_a_run_that_the_hook_follows(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    between(dify, *GATEWAYS.values())
+    statuses = (*["running"] * (len(GATEWAYS) + 1), "succeeded")
+    dify.starts.append(Start(statuses=statuses, fields={"outputs": {"a": 1}}, cut="workflow_started"))
+    assert run_workflow({}, "me").outputs == {"a": 1}
+    assert (posts(dify), dify.stopped) == (1, [])
+
+
+@on_each_gateway
+def test_gateways_in_a_row_count_as_failed_polls(
+    dify: DifyStandIn, fault: Fault, caplog: pytest.LogCaptureFixture
+) -> None:
+    dify.misbehave_always(fault)
+    payload = payload_of(trigger_of(UUID, max_consecutive_failures=2, not_found_grace=60.0))
+    assert len(dify.requests) == 3
+    error = DifyError.from_event(payload["error"])
+    assert type(error) is DifyConnectionError
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+    assert all("in a row of at most 2" in line and "in front of Dify" in line for line in warnings)
+
+
+# --- starts
+
+
+@on_each_gateway
+def test_a_start_that_a_gateway_turned_away_started_nothing_and_is_sent_again(
+    dify: DifyStandIn, run_workflow: RunWorkflow, fault: Fault
+) -> None:
+    dify.misbehave(fault, times=2, only="POST")
+    assert run_workflow({}, "me").status == "succeeded"
+    assert (posts(dify), len(dify.started)) == (3, 1)
+
+
+def test_a_start_that_a_gateway_turns_away_for_good_says_so(dify: DifyStandIn, ask: Ask) -> None:
+    dify.misbehave_always(kong_404(), only="POST")
+    with pytest.raises(DifyConnectionError, match=r"no Route matched.*in front of Dify|in front of Dify.*no Route"):
+        ask(lambda hook: hook.start_workflow_run({}, "me"))
+    assert dify.started == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (rejects(400, "invalid_param", "query is required in input form"), DifyInputsRejected),
+        (rejects(400, "invalid_param", "Workflow not published"), DifyRequestError),
+        (rejects(401, "unauthorized", "Access token is invalid"), DifyAuthenticationError),
+    ],
+    ids=["inputs", "unpublished", "key"],
+)
+def test_a_start_that_dify_rejects_is_not_sent_again(
+    dify: DifyStandIn, run_workflow: RunWorkflow, fault: Fault, expected: type[DifyError]
+) -> None:
+    dify.misbehave_always(fault, only="POST")
+    with pytest.raises(expected) as caught:
+        run_workflow({}, "me")
+    assert type(caught.value) is expected
+    assert posts(dify) == 1
+
+
+def test_a_gateway_that_limits_requests_is_waited_for(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    limits = gateway(429, {"message": "API rate limit exceeded"})
+    dify.misbehave(too_many_requests(), limits, limits, limits, limits, limits, only="POST")
+    assert run_workflow({}, "me").status == "succeeded"
+    assert len(dify.started) == 1
+
+
+# --- runs that Dify says it does not know
+
+ONCE = ("running", None, "running", None, "running", "succeeded")
+DIALECTS_THAT_KNOW = pytest.mark.parametrize("dialect", ["1.12.1", "1.16.1"], indirect=True)
+
+
+@DIALECTS_THAT_KNOW
+def test_one_not_found_between_polls_does_not_make_a_run_unknown(dify: DifyStandIn, dialect: str) -> None:
+    run_id = dify.add_run(*ONCE)
+    assert payload_of(trigger_of(run_id))["status"] == "succeeded"
+    waited_for = dify.add_run(*ONCE, outputs={"a": 1})
+    with DifyHook() as hook:
+        assert hook.wait_for_workflow_run(waited_for, poll_interval=0.02).outputs == {"a": 1}
+
+
+@DIALECTS_THAT_KNOW
+def test_one_not_found_does_not_make_a_followed_run_unknown(
+    dify: DifyStandIn, dialect: str, run_workflow: RunWorkflow
+) -> None:
+    # Longer than the grace before the first of them.
+    statuses = (*["running"] * 20, *ONCE)
+    dify.starts.append(Start(statuses=statuses, fields={"outputs": {"a": 1}}, cut="workflow_started"))
+    assert run_workflow({}, "me").outputs == {"a": 1}
+
+
+@DIALECTS_THAT_KNOW
+def test_two_in_a_row_do(dify: DifyStandIn, dialect: str) -> None:
+    run_id = dify.add_run("running", "running", None)
+    payload = payload_of(trigger_of(run_id))
+    assert payload["error"]["type"] == "DifyWorkflowRunNotFound"
+    assert len(dify.runs[run_id].polls) == 4
+    # A poll apart.
+    assert dify.runs[run_id].polls[3] - dify.runs[run_id].polls[2] > 0.03
+    gone = dify.add_run(*["running"] * 20, None)
+    with DifyHook() as hook, pytest.raises(DifyWorkflowRunNotFound):
+        hook.wait_for_workflow_run(gone, poll_interval=0.02)
+
+
+def test_a_run_that_was_never_seen_is_unknown_at_the_first_look_as_before(dify: DifyStandIn) -> None:
+    payload = payload_of(trigger_of(dify.add_run(None)))
+    assert payload["error"]["type"] == "DifyWorkflowRunNotFound"
+    assert len(dify.requests) == 1
+
+
+# --- retries
+
+
+@pytest.mark.parametrize("has_memory", [True, False], ids=["memory", "log"])
+@pytest.mark.parametrize("where", ["GET .*/workflows/run/", "GET .*/logs"], ids=["run", "log"])
+@pytest.mark.parametrize("name", ["kong-404", "envoy-404", "cloudflare-403-page", "iap-401"])
+def test_a_gateway_that_responds_to_a_retrys_look_starts_no_second_run(
+    dify: DifyStandIn, has_memory: bool, where: str, name: str
+) -> None:
+    with task_of_try(1, has_memory=has_memory) as first:
+        dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
+        first.start()
+    dify.misbehave(GATEWAYS[name], times=2, only=where)
+    with task_of_try(2, after=first) as second:
+        second.start()
+    assert second.named_run_id == dify.started[0].workflow_run_id
+    assert (posts(dify), dify.stopped) == (1, [])
+
+
+@pytest.mark.parametrize("has_memory", [True, False], ids=["memory", "log"])
+def test_a_gateway_that_stays_ends_the_retry_without_a_second_run(dify: DifyStandIn, has_memory: bool) -> None:
+    with task_of_try(1, has_memory=has_memory) as first:
+        dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
+        first.start()
+    dify.misbehave_always(kong_404(), only="GET .*/workflows/run/")
+    with task_of_try(2, after=first) as second, pytest.raises(DifyConnectionError, match="in front of Dify"):
+        second.start()
+    assert posts(dify) == 1
+
+
+@pytest.mark.parametrize("has_memory", [True, False], ids=["memory", "log"])
+@pytest.mark.parametrize(("unknown", "runs"), [(1, 1), (5, 2)])
+def test_a_retry_gives_an_earlier_run_up_when_dify_says_twice_that_it_is_unknown(
+    dify: DifyStandIn, has_memory: bool, unknown: int, runs: int
+) -> None:
+    with task_of_try(1, has_memory=has_memory) as first:
+        dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
+        first.start()
+    dify.misbehave(*[replay("detail_unknown_uuid", "1.16.1")] * unknown, only="GET .*/workflows/run/")
+    with task_of_try(2, after=first) as second:
+        second.start()
+    assert len(dify.started) == runs
+    assert second.named_run_id == dify.started[-1].workflow_run_id
