@@ -1,0 +1,571 @@
+"""What a user of operator and sensor sees where gateways respond, and where events and record say different things."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyInputsRejected,
+    DifyWorkflowRunCannotSucceed,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+from tests.airflow.airflow_processes import AIRFLOW_3_0
+from tests.airflow.airflow_runs import DagRunResult, run_dag, run_operator, run_sensor
+from tests.dify_stand_in import (
+    GATEWAYS,
+    PING,
+    DifyStandIn,
+    Fault,
+    Start,
+    gateway,
+    kong_404,
+    lose_response,
+    node_finished,
+    rejects,
+    replay,
+    reset,
+    respond,
+    said,
+    said_error,
+    said_finished,
+)
+
+pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
+
+OUTPUTS = {"answer": "héllo 你好 🎉"}
+POLLS = "GET .*/workflows/run/"
+STARTED = said("workflow_started", {"inputs": {"sys.user_id": "me"}})
+
+SENSOR_WAYS: dict[str, dict[str, Any]] = {
+    "poke": {"mode": "poke"},
+    "reschedule": {"mode": "reschedule"},
+    "deferrable": {"deferrable": True},
+}
+OPERATOR_WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
+if CAN_END_FROM_TRIGGER:
+    SENSOR_WAYS["end_from_trigger"] = {"end_from_trigger": True}
+    OPERATOR_WAYS["end_from_trigger"] = {"end_from_trigger": True}
+# What a start comes to does not depend on where its run is waited for.
+START_WAYS = {**OPERATOR_WAYS, "no wait": {"wait_for_completion": False}}
+
+of_the_sensor = pytest.mark.parametrize("way", SENSOR_WAYS.values(), ids=SENSOR_WAYS)
+of_the_operator = pytest.mark.parametrize("way", OPERATOR_WAYS.values(), ids=OPERATOR_WAYS)
+of_the_start = pytest.mark.parametrize("way", START_WAYS.values(), ids=START_WAYS)
+
+
+@pytest.fixture
+def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
+    """A stand-in for today's Dify, or in the dialect that the test asks for."""
+    version = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "current"
+    with DifyStandIn(version) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scale the waits of a start down, as the stand-in's runs are."""
+    monkeypatch.setattr("airflow_provider_dify.running_task.SECONDS_BEFORE_DEFERRAL", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.running_task.SECONDS_BEFORE_QUEUED", 0.1)
+
+
+@pytest.fixture
+def everything_said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Return all that was logged: Airflow 2 logs through logging, Airflow 3 prints what its structured log says."""
+    caplog.set_level("INFO")
+
+    def said_so_far() -> str:
+        printed = capfd.readouterr()
+        return printed.out + printed.err + caplog.text
+
+    return said_so_far
+
+
+def posts(dify: DifyStandIn) -> int:
+    return sum(request.method == "POST" and request.path.endswith("/run") for request in dify.requests)
+
+
+def seconds_after_the_start(dify: DifyStandIn) -> float:
+    """Return how long after the last start Dify was last asked for something."""
+    sent = [request.at for request in dify.requests if request.method == "POST" and request.path.endswith("/run")]
+    return dify.requests[-1].at - sent[-1]
+
+
+def error_of(result: DagRunResult, task_id: str = "run", *, tries: int = 1) -> Any:
+    """Return what the task's last try failed with, once it is sure that it had so many."""
+    assert (result.states[task_id], result.tries[task_id]) == ("failed", tries)
+    assert len(result.raised[task_id]) == tries
+    return result.raised[task_id][-1]
+
+
+def between(dify: DifyStandIn, *faults: Fault) -> None:
+    """Let each of these faults come between two polls of runs that Dify responds to."""
+
+    async def as_ever(request: Any) -> Any:
+        return await dify.respond_to(request)
+
+    for fault in faults:
+        dify.misbehave(as_ever, fault, only=POLLS)
+
+
+RUNNING = ["running"] * (len(GATEWAYS) + 1)
+
+
+def is_skipped_on_airflow_3_0(way: dict[str, Any]) -> None:
+    if AIRFLOW_3_0 and way.keys() & {"deferrable", "end_from_trigger"}:
+        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
+
+
+# --- waits behind a gateway
+
+
+@of_the_sensor
+def test_no_gateway_ends_the_wait_of_a_sensor(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    between(dify, *GATEWAYS.values())
+    run_id = dify.add_run(*RUNNING, "succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, retries=0, max_consecutive_failures=1, **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+
+
+@of_the_operator
+def test_no_gateway_ends_the_wait_of_an_operator_or_stops_its_run(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    between(dify, *GATEWAYS.values())
+    dify.starts.append(Start(statuses=(*RUNNING, "succeeded"), fields={"outputs": OUTPUTS}, cut="workflow_started"))
+    result = run_operator(retries=0, max_consecutive_failures=1, **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    assert (posts(dify), dify.stopped) == (1, [])
+
+
+@of_the_sensor
+@pytest.mark.parametrize("name", ["kong-404", "iap-401"])
+def test_a_gateway_that_stays_leaves_a_sensor_its_retries(dify: DifyStandIn, way: dict[str, Any], name: str) -> None:
+    is_skipped_on_airflow_3_0(way)
+    run_id = dify.add_run("running", "succeeded", outputs=OUTPUTS)
+    # The hook of a worker's poll asks four times.
+    dify.misbehave(*[GATEWAYS[name]] * (4 if way.get("mode") else 3), only=POLLS)
+    result = run_sensor(workflow_run_id=run_id, retries=1, retry_delay=0, max_consecutive_failures=0, **way)
+    assert result.state == "success"
+    if way.get("mode"):
+        (error,) = result.raised["wait"]
+        assert type(error) is DifyConnectionError
+        assert "in front of Dify" in str(error)
+
+
+@of_the_operator
+def test_a_gateway_that_stays_leaves_an_operator_its_run_for_the_retry(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    is_skipped_on_airflow_3_0(way)
+    dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": OUTPUTS}, cut="workflow_started"))
+    # Two polls of the first try, and a look of the second one.
+    dify.misbehave(kong_404(), GATEWAYS["cloudflare-403-page"], GATEWAYS["envoy-404"], only=POLLS)
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=1, **way)
+    assert result.state == "success"
+    assert [type(error) for error in result.raised["run"]] == [DifyConnectionError]
+    assert "in front of Dify" in str(result.raised["run"][0])
+    assert (posts(dify), dify.stopped) == (1, [])
+
+
+@of_the_operator
+def test_difys_own_refusal_ends_the_wait_as_before(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
+    dify.misbehave(rejects(401, "unauthorized", "Access token is invalid"), times=2, only=POLLS)
+    error = error_of(run_operator(retries=2, retry_delay=0, **way))
+    assert type(error) is DifyAuthenticationError
+    assert len(dify.stopped) == 1
+
+
+@of_the_start
+@pytest.mark.parametrize("name", ["kong-404", "cloudflare-403-text", "code-401"])
+def test_a_start_that_a_gateway_turned_away_is_sent_again(dify: DifyStandIn, way: dict[str, Any], name: str) -> None:
+    dify.misbehave(GATEWAYS[name], times=2, only="POST")
+    dify.starts.append(Start(statuses=("succeeded",)))
+    result = run_operator(**way)
+    assert (result.states["run"], result.tries["run"]) == ("success", 1)
+    assert (posts(dify), len(dify.started)) == (3, 1)
+
+
+# --- runs that Dify says once that it does not know
+
+ONCE = ("running", None, "running", None, "running", "succeeded")
+DIALECTS_THAT_KNOW = pytest.mark.parametrize("dialect", ["1.12.1", "1.16.1"], indirect=True)
+
+
+@of_the_sensor
+@DIALECTS_THAT_KNOW
+def test_one_not_found_does_not_end_the_wait_of_a_sensor(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run(*ONCE, outputs=OUTPUTS), retries=0, **way)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+
+
+@of_the_operator
+@DIALECTS_THAT_KNOW
+def test_one_not_found_does_not_end_the_wait_of_an_operator(
+    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+) -> None:
+    dify.starts.append(Start(statuses=ONCE, fields={"outputs": OUTPUTS}, cut="workflow_started"))
+    result = run_operator(retries=0, not_found_grace=0, **way)
+    assert result.state == "success"
+    assert (posts(dify), dify.stopped) == (1, [])
+
+
+@of_the_sensor
+@DIALECTS_THAT_KNOW
+def test_two_in_a_row_end_it(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("running", "running", None), retries=2, retry_delay=0, **way)
+    assert type(error_of(result, "wait")) is DifyWorkflowRunNotFound
+
+
+# --- records that contradict the events
+
+
+def stays_running(dify: DifyStandIn) -> tuple[str | None, ...]:
+    return ("running",)
+
+
+def is_lost(dify: DifyStandIn) -> tuple[str | None, ...]:
+    return (None,)
+
+
+def fails(dify: DifyStandIn) -> tuple[str | None, ...]:
+    dify.misbehave_always(rejects(500, "unknown", "Internal Server Error"), only=POLLS)
+    return ("running",)
+
+
+RECORDS = [stays_running, is_lost, fails]
+on_each_record = pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+
+
+@pytest.mark.parametrize("then", ["close", "pings"])
+@on_each_record
+def test_a_run_that_its_events_say_succeeded_is_a_success_with_a_warning(
+    dify: DifyStandIn, record: Any, then: str, everything_said: Callable[[], str]
+) -> None:
+    raw = (PING, STARTED, said_finished("succeeded", OUTPUTS))
+    dify.starts.append(Start(raw=raw, statuses=record(dify), then=then))
+    result = run_operator(not_found_grace=0.4, retries=1, retry_delay=0, timeout=15)
+    assert (result.state, result.tries["run"]) == ("success", 1)
+    assert result.received["outputs"] == OUTPUTS
+    assert result.xcoms["run"]["workflow_run"]["status"] == "succeeded"
+    assert result.xcoms["run"]["answer"] == OUTPUTS["answer"]
+    assert (posts(dify), dify.stopped) == (1, [])
+    assert "warning" in everything_said().lower()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [({"timeout": 1.5}, {}), ({"run_timeout": 1, "timeout": 20}, {"created_at": 1_700_000_000})],
+    ids=["timeout", "run_timeout"],
+)
+def test_also_where_a_limit_of_time_comes_first(
+    dify: DifyStandIn, arguments: dict[str, Any], fields: dict[str, Any]
+) -> None:
+    raw = (PING, STARTED, said_finished("succeeded", OUTPUTS))
+    dify.starts.append(Start(raw=raw, statuses=("running",), fields=fields))
+    result = run_operator(not_found_grace=60, **arguments)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    assert dify.stopped == []
+
+
+@on_each_record
+def test_a_run_that_its_events_say_failed_is_a_failure_that_retries_repeat(dify: DifyStandIn, record: Any) -> None:
+    finished = said_finished("failed", error="no such model")
+    dify.starts.append(Start(raw=(PING, STARTED, finished), statuses=record(dify)))
+    if record is fails:
+        result = run_operator(not_found_grace=0.4, timeout=15)
+        error = error_of(result)
+    else:
+        dify.starts.append(Start(statuses=("succeeded",), fields={"outputs": OUTPUTS}))
+        result = run_operator(not_found_grace=0.4, retries=1, retry_delay=0, timeout=15)
+        assert (result.state, result.tries["run"]) == ("success", 2)
+        (error,) = result.raised["run"]
+    assert type(error) is DifyWorkflowRunFailed
+    assert "no such model" in str(error)
+    assert dify.started[0].workflow_run_id in str(error)
+    assert dify.stopped == []
+
+
+@on_each_record
+def test_a_run_that_its_events_say_was_stopped_was_stopped(dify: DifyStandIn, record: Any) -> None:
+    finished = said_finished("stopped", error="Stopped by user.")
+    dify.starts.append(Start(raw=(PING, STARTED, finished), statuses=record(dify)))
+    error = error_of(run_operator(not_found_grace=0.4, retries=2, retry_delay=0, timeout=15))
+    assert type(error) is DifyWorkflowRunCannotSucceed
+    assert "Stopped by user" in str(error)
+    assert (posts(dify), dify.stopped) == (1, [])
+
+
+def test_a_partial_success_by_the_events_is_judged_as_any(dify: DifyStandIn) -> None:
+    raw = (PING, STARTED, said_finished("partial-succeeded", OUTPUTS))
+    dify.starts.extend([Start(raw=raw, statuses=("running",))] * 2)
+    assert run_operator(not_found_grace=0.4, timeout=15).received["outputs"] == OUTPUTS
+    error = error_of(run_operator(not_found_grace=0.4, timeout=15, fail_on_partial_success=True))
+    assert type(error) is DifyWorkflowRunFailed
+    assert "fail_on_partial_success" in str(error)
+
+
+def test_a_run_whose_events_go_on_times_out_and_is_stopped_as_before(dify: DifyStandIn) -> None:
+    dify.starts.append(Start(raw=(STARTED,), statuses=("running",), then="pings"))
+    assert type(error_of(run_operator(not_found_grace=0.2, timeout=1.5))) is DifyWorkflowRunTimeout
+    assert len(dify.stopped) == 1
+
+
+STOPPED_AS_FAILED = {"error": "Aborted: User requested stop"}
+
+
+@of_the_sensor
+def test_a_sensor_takes_a_record_that_failed_because_of_a_stop_as_stopped(
+    dify: DifyStandIn, way: dict[str, Any]
+) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("running", "failed", **STOPPED_AS_FAILED), **way)
+    error = error_of(result, "wait")
+    assert type(error) is DifyWorkflowRunCannotSucceed
+    assert "was stopped" in str(error)
+    assert result.xcoms["wait"]["workflow_run"]["status"] == "stopped"
+
+
+@of_the_operator
+def test_an_operator_does_not_repeat_a_run_that_failed_because_of_a_stop(
+    dify: DifyStandIn, way: dict[str, Any]
+) -> None:
+    dify.starts.append(Start(statuses=("running", "failed"), fields=STOPPED_AS_FAILED, cut="workflow_started"))
+    error = error_of(run_operator(retries=2, retry_delay=0, **way))
+    assert type(error) is DifyWorkflowRunCannotSucceed
+    assert posts(dify) == 1
+
+
+# --- starts without workflow_started
+
+NODE = said("node_started", {"title": "Ask", "node_type": "llm"})
+NODE_ENDED = said("node_finished", node_finished("Ask", total_price="0.25")["data"])
+
+
+def test_a_run_without_its_first_event_has_its_node_lines_its_price_and_its_ids(
+    dify: DifyStandIn, everything_said: Callable[[], str]
+) -> None:
+    raw = (PING, NODE_ENDED, 0.3, NODE, NODE_ENDED, said_finished("succeeded", OUTPUTS))
+    dify.starts.append(Start(raw=raw, statuses=("succeeded",), fields={"outputs": OUTPUTS}))
+    result = run_operator(timeout=10)
+    assert result.state == "success"
+    (started,) = dify.started
+    assert result.xcoms["run"]["workflow_run_id"] == started.workflow_run_id
+    assert result.xcoms["run"]["task_id"] == started.task_id
+    # The event that named the run counts, too.
+    assert result.xcoms["run"]["workflow_run"]["total_price"] == "0.50"
+    said_of_it = everything_said()
+    assert "Node 'Ask' (llm) started." in said_of_it
+    assert f"Dify started workflow run {started.workflow_run_id}" in said_of_it
+
+
+@of_the_start
+def test_a_run_without_its_first_event_is_named_at_once(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    # A stream that stays open: without a name the task would wait on it.
+    polls = ("running", "running", "succeeded")
+    dify.starts.append(Start(raw=(PING, NODE), statuses=polls, fields={"outputs": OUTPUTS}, then="pings"))
+    result = run_operator(timeout=10, **way)
+    assert result.states["run"] == "success"
+    value = dify.started[0].workflow_run_id if way == START_WAYS["no wait"] else OUTPUTS
+    assert result.xcoms["run"]["return_value"] == value
+    assert seconds_after_the_start(dify) < 8
+
+
+def test_a_run_without_its_first_event_is_stopped_at_the_timeout(dify: DifyStandIn) -> None:
+    dify.starts.append(Start(raw=(PING, NODE, 0.2, NODE_ENDED), statuses=("running",), then="pings"))
+    assert type(error_of(run_operator(timeout=1.5))) is DifyWorkflowRunTimeout
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
+@of_the_start
+@pytest.mark.parametrize("has_record", [True, False], ids=["record", "no record"])
+def test_a_run_whose_last_event_is_its_first_has_ended(
+    dify: DifyStandIn, way: dict[str, Any], has_record: bool
+) -> None:
+    raw = (PING, said_finished("succeeded", OUTPUTS))
+    statuses = ("running", "succeeded") if has_record else ("running",)
+    dify.starts.append(Start(raw=raw, statuses=statuses, fields={"outputs": OUTPUTS} if has_record else {}))
+    result = run_operator(timeout=8, not_found_grace=0.4, **way)
+    assert result.states["run"] == "success"
+    assert dify.stopped == []
+
+
+@of_the_start
+def test_a_start_whose_task_has_the_runs_id_was_rejected(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    finished = said_finished("failed", error="query is required in input form", task_id="$RUN")
+    dify.starts.append(Start(raw=(PING, finished), statuses=(None,)))
+    error = error_of(run_operator(retries=2, retry_delay=0, timeout=8, not_found_grace=0.4, **way))
+    assert type(error) is DifyInputsRejected
+    assert "query is required" in str(error)
+
+
+# --- an error before the run has a name
+
+WORDS = "1 validation error for VariableEntity"
+
+
+@of_the_start
+@pytest.mark.parametrize("then", ["close", "pings"])
+def test_a_start_that_dify_says_failed_is_repeated_by_retries(
+    dify: DifyStandIn, way: dict[str, Any], then: str
+) -> None:
+    is_skipped_on_airflow_3_0(way)
+    dify.starts.append(Start(raw=(PING, said_error(WORDS, 500)), statuses=(None,), then=then))
+    dify.starts.append(Start(statuses=("succeeded",), fields={"outputs": OUTPUTS}))
+    result = run_operator(retries=1, retry_delay=0, not_found_grace=0.4, timeout=15, **way)
+    assert (result.states["run"], result.tries["run"]) == ("success", 2)
+    (error,) = result.raised["run"]
+    assert type(error) is DifyWorkflowRunFailed
+    assert WORDS in str(error)
+    assert (posts(dify), dify.stopped) == (2, [])
+
+
+@of_the_start
+def test_inputs_that_dify_rejects_among_the_events_fail_without_retry(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    event = said_error("x is required in input form", 400, "invalid_param", task_id="$TASK")
+    dify.starts.append(Start(raw=(PING, event), statuses=(None,), then="pings"))
+    error = error_of(run_operator(retries=2, retry_delay=0, timeout=15, **way))
+    assert type(error) is DifyInputsRejected
+    assert "x is required" in str(error)
+    assert posts(dify) == 1
+
+
+def test_events_that_cannot_be_read_are_left_out_with_a_warning(
+    dify: DifyStandIn, everything_said: Callable[[], str]
+) -> None:
+    odd = b"data: [DONE]\n\n"
+    raw = (PING, odd, STARTED, odd, NODE, odd, NODE_ENDED, said_finished("succeeded", OUTPUTS))
+    dify.starts.append(Start(raw=raw, statuses=("succeeded",), fields={"outputs": OUTPUTS}))
+    result = run_operator()
+    assert result.state == "success"
+    assert result.xcoms["run"]["workflow_run"]["total_price"] == "0.25"
+    said_of_it = everything_said()
+    assert "Node 'Ask' (llm) started." in said_of_it
+    assert "warning" in said_of_it.lower()
+    assert "Polling the run every" not in said_of_it
+
+
+# --- starts that were not accepted
+
+NOT_ACCEPTED: dict[str, tuple[Fault, str]] = {
+    "502": (gateway(502, "<html><title>502 Bad Gateway</title>nginx</html>"), "502"),
+    "504": (gateway(504, "upstream request timeout", "text/plain"), "504"),
+    "500": (rejects(500, "unknown", "Internal Server Error"), "Internal Server Error"),
+    "reset": (reset(), "may or may not have started"),
+}
+on_each_failure = pytest.mark.parametrize(("fault", "words"), NOT_ACCEPTED.values(), ids=NOT_ACCEPTED)
+
+
+@of_the_start
+@on_each_failure
+def test_a_start_that_was_not_accepted_ends_after_the_grace_as_uncertain(
+    dify: DifyStandIn, way: dict[str, Any], fault: Fault, words: str
+) -> None:
+    dify.misbehave(fault, only="POST")
+    error = error_of(run_operator(retries=2, retry_delay=0, not_found_grace=0.6, timeout=12, **way))
+    assert type(error) is DifyWorkflowRunUncertain
+    assert words in str(error)
+    assert (posts(dify), dify.stopped) == (1, [])
+    assert seconds_after_the_start(dify) < 8
+
+
+@of_the_start
+def test_who_wants_it_starts_again_after_the_grace(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    is_skipped_on_airflow_3_0(way)
+    dify.misbehave(gateway(502, "<html><title>502 Bad Gateway</title></html>"), only="POST")
+    dify.starts.append(Start(statuses=("succeeded",), fields={"outputs": OUTPUTS}))
+    result = run_operator(retries=1, retry_delay=0, not_found_grace=0.6, timeout=12, restart_lost_runs=True, **way)
+    assert (result.states["run"], result.tries["run"]) == ("success", 2)
+    (error,) = result.raised["run"]
+    assert type(error) is DifyConnectionError
+    assert "502" in str(error)
+    assert (posts(dify), len(dify.started)) == (2, 1)
+
+
+@of_the_start
+def test_but_not_where_a_look_into_the_log_has_failed(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.misbehave(reset(), only="POST")
+    served = iter(range(1000))
+
+    async def fail_once(request: Any) -> Any:
+        # The first looks are those before the start.
+        is_first_after_it = posts(dify) and next(served) == 1
+        return await (respond(503)(request) if is_first_after_it else dify.respond_to(request))
+
+    dify.misbehave_always(fail_once, only="GET .*/logs")
+    result = run_operator(retries=2, retry_delay=0, not_found_grace=0.8, timeout=12, restart_lost_runs=True, **way)
+    assert type(error_of(result)) is DifyWorkflowRunUncertain
+    assert posts(dify) == 1
+
+
+def test_the_retry_takes_the_run_that_came_up_meanwhile(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    dify.slots = 0
+    dify.misbehave(lose_response(gateway(504)), only="POST")
+    dify.starts.append(Start(statuses=("succeeded",), fields={"outputs": OUTPUTS}))
+    execute = DifyRunWorkflowOperator.execute
+
+    def free_a_slot_and_execute(self: Any, context: Any) -> Any:
+        if context["ti"].try_number == 2:
+            dify.slots = 4
+            while not dify.log:
+                time.sleep(0.01)
+        return execute(self, context)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "execute", free_a_slot_and_execute)
+    result = run_operator(retries=1, retry_delay=0, not_found_grace=0.5, timeout=12, restart_lost_runs=True)
+    assert (result.state, result.tries["run"]) == ("success", 2)
+    assert (posts(dify), len(dify.started)) == (1, 1)
+
+
+@pytest.mark.parametrize("way", [OPERATOR_WAYS["worker"], OPERATOR_WAYS["deferrable"]], ids=["worker", "deferrable"])
+def test_a_start_that_was_accepted_is_waited_for_longer_than_the_grace(dify: DifyStandIn, way: dict[str, Any]) -> None:
+    dify.slots = 0
+    dify.silence_limit = 0.4
+
+    async def free_later(request: Any) -> Any:
+        dify._loop.call_later(2.0, setattr, dify, "slots", 4)
+        return await dify.respond_to(request)
+
+    dify.misbehave(free_later, only="POST")
+    dify.starts.append(Start(statuses=("succeeded",), fields={"outputs": OUTPUTS}))
+    result = run_operator(not_found_grace=0.2, timeout=30, **way)
+    assert result.state == "success"
+    assert (posts(dify), len(dify.started)) == (1, 1)
+
+
+# --- retries
+
+
+@of_the_operator
+def test_a_retry_gives_an_earlier_run_up_only_when_dify_has_said_twice_that_it_is_gone(
+    dify: DifyStandIn, way: dict[str, Any]
+) -> None:
+    is_skipped_on_airflow_3_0(way)
+    dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": OUTPUTS}, cut="workflow_started"))
+    # Two polls of the first try fail; then Dify does not know the run once.
+    dify.misbehave(respond(503), respond(503), replay("detail_unknown_uuid", "1.16.1"), only=POLLS)
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=1, **way)
+    assert result.state == "success"
+    assert (posts(dify), dify.stopped) == (1, [])
+
+
+def test_a_run_that_a_nodes_event_named_is_waited_for_by_a_sensor_downstream(dify: DifyStandIn) -> None:
+    dify.starts.append(Start(raw=(PING, NODE), statuses=("running", "succeeded"), fields={"outputs": OUTPUTS}))
+    result = run_dag(
+        """
+        run = DifyRunWorkflowOperator(task_id="run", inputs={}, wait_for_completion=False, timeout=10)
+        wait = DifyWorkflowRunSensor(task_id="wait", workflow_run_id=run.output, poke_interval=0.05)
+        """
+    )
+    assert result.state == "success"
+    assert result.xcoms["wait"]["return_value"] == OUTPUTS

@@ -1,0 +1,273 @@
+"""What the events of a run say counts: where its record contradicts them, where some are missing or can't be read."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+
+from airflow_provider_dify.exceptions import DifyInputsRejected
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.models import WorkflowRunStatus
+from tests.dify_stand_in import (
+    API_KEY,
+    PING,
+    DifyStandIn,
+    Fault,
+    Start,
+    kong_404,
+    node_finished,
+    rejects,
+    reset,
+    respond,
+    said,
+    said_finished,
+)
+from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_loop
+
+OUTPUTS = {"answer": "héllo 你好 🎉"}
+STARTED = said("workflow_started", {"inputs": {"sys.user_id": "me"}})
+
+pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "short_grace")
+
+
+@pytest.fixture
+def dialect() -> str:
+    return "1.16.1"
+
+
+@pytest.fixture(params=[on_a_worker, on_an_event_loop])
+def run_workflow(request: pytest.FixtureRequest) -> RunWorkflow:
+    return request.param
+
+
+def start_on_a_worker(**arguments: Any) -> tuple[str, str, list[str]]:
+    with DifyHook(retry_limit=0) as hook, hook.start_workflow_run({}, "me", **arguments) as run:
+        return run.workflow_run_id, run.task_id, [event.name for event in run]
+
+
+def start_on_an_event_loop(**arguments: Any) -> tuple[str, str, list[str]]:
+    async def start() -> tuple[str, str, list[str]]:
+        async with DifyAsyncHook() as hook, await hook.start_workflow_run({}, "me", **arguments) as run:
+            return run.workflow_run_id, run.task_id, [event.name async for event in run]
+
+    return asyncio.run(start())
+
+
+on_each_client = pytest.mark.parametrize("start", [start_on_a_worker, start_on_an_event_loop])
+
+
+# --- records that contradict the events
+
+
+def stays_running(dify: DifyStandIn) -> tuple[str | None, ...]:
+    return ("running",)
+
+
+def stays_unknown(dify: DifyStandIn) -> tuple[str | None, ...]:
+    return (None,)
+
+
+def lost(dify: DifyStandIn) -> tuple[str | None, ...]:
+    return ("running", None)
+
+
+def record_fails(fault: Fault, name: str) -> Any:
+    def record(dify: DifyStandIn) -> tuple[str | None, ...]:
+        dify.misbehave_always(fault, only="GET .*/workflows/run/")
+        return ("running",)
+
+    record.__name__ = name
+    return record
+
+
+RECORDS = [
+    stays_running,
+    stays_unknown,
+    lost,
+    record_fails(rejects(500, "unknown", "Internal Server Error"), "500"),
+    record_fails(respond(502, "<html>"), "502"),
+    record_fails(kong_404(), "gateway"),
+    record_fails(reset(), "reset"),
+]
+RAW: dict[str, tuple[bytes | float, ...]] = {
+    "succeeded": (PING, STARTED, said_finished("succeeded", OUTPUTS)),
+    "partial-succeeded": (PING, STARTED, said_finished("partial-succeeded", OUTPUTS)),
+    "failed": (PING, STARTED, said_finished("failed", error="no such model")),
+    "stopped": (PING, STARTED, said_finished("stopped", error="Stopped by user.")),
+}
+
+
+@pytest.mark.parametrize("then", ["close", "pings"])
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
+def test_a_run_that_succeeded_by_its_events_is_returned_with_its_outputs_whatever_its_record_says(
+    dify: DifyStandIn, run_workflow: RunWorkflow, record: Any, then: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dify.starts.append(Start(raw=RAW["succeeded"], statuses=record(dify), then=then))
+    run = run_workflow({}, "me", timeout=8)
+    assert (run.status, run.outputs) == (WorkflowRunStatus.SUCCEEDED, OUTPUTS)
+    assert (run.id, run.total_tokens, run.total_steps) == (dify.started[0].workflow_run_id, 7, 2)
+    assert run.is_over
+    assert dify.stopped == []
+
+
+@pytest.mark.parametrize(("status", "error"), [("failed", "no such model"), ("stopped", "Stopped by user.")])
+@pytest.mark.parametrize("record", [stays_running, stays_unknown, lost], ids=lambda record: record.__name__)
+def test_a_run_that_failed_or_was_stopped_by_its_events_is_returned_too(
+    dify: DifyStandIn, run_workflow: RunWorkflow, record: Any, status: str, error: str
+) -> None:
+    dify.starts.append(Start(raw=RAW[status], statuses=record(dify)))
+    run = run_workflow({}, "me", timeout=8)
+    assert (run.status, run.error) == (status, error)
+    assert isinstance(run.status, WorkflowRunStatus)
+
+
+def test_a_partial_success_by_its_events_is_one(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    dify.starts.append(Start(raw=RAW["partial-succeeded"], statuses=("running",)))
+    run = run_workflow({}, "me", timeout=8)
+    assert (run.status, run.outputs) == ("partial-succeeded", OUTPUTS)
+
+
+def test_the_events_count_only_after_the_grace(
+    dify: DifyStandIn, run_workflow: RunWorkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The record is a second late: it has more to say than the event.
+    monkeypatch.setattr("airflow_provider_dify.whole_run._NOT_FOUND_GRACE", 30)
+    statuses = (*["running"] * 10, "succeeded")
+    dify.starts.append(Start(raw=RAW["failed"], statuses=statuses, fields={"outputs": {"late": 1}}))
+    assert run_workflow({}, "me", timeout=30).outputs == {"late": 1}
+
+
+def test_they_count_when_the_time_is_over_before_the_grace(
+    dify: DifyStandIn, run_workflow: RunWorkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.whole_run._NOT_FOUND_GRACE", 60)
+    dify.starts.append(Start(raw=RAW["succeeded"], statuses=("running",)))
+    assert run_workflow({}, "me", timeout=1).outputs == OUTPUTS
+
+
+def test_a_run_that_is_only_silent_is_not_over(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    # No event has said that it ended.
+    dify.starts.append(Start(raw=(STARTED,), statuses=(*["running"] * 15, "succeeded")))
+    assert run_workflow({}, "me").status == "succeeded"
+
+
+@pytest.mark.parametrize("error", ["Aborted: User requested stop", "Aborted: user requested stop."])
+def test_a_record_that_failed_because_of_a_stop_counts_as_stopped(dify: DifyStandIn, error: str) -> None:
+    run_id = dify.add_run("failed", error=error)
+    with DifyHook() as hook:
+        run = hook.get_workflow_run(run_id)
+        assert (run.status, run.error) == (WorkflowRunStatus.STOPPED, error)
+        assert hook.get_workflow_run(dify.add_run("failed", error="no such model")).status == "failed"
+
+
+# --- starts without workflow_started
+
+FIRST: dict[str, bytes] = {
+    "node_started": said("node_started", {"title": "Ask", "node_type": "llm"}),
+    "node_finished": said("node_finished", node_finished("Ask")["data"]),
+    "text_chunk": said("text_chunk", {"text": "h"}),
+    "human_input_required": said("human_input_required", {"node_title": "Ask"}),
+}
+
+
+@on_each_client
+@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("ping", [PING, b""], ids=["ping", "no ping"])
+def test_the_first_event_with_both_ids_names_the_run_and_is_not_lost(
+    dify: DifyStandIn, start: Any, name: str, ping: bytes
+) -> None:
+    dify.starts.append(Start(raw=(ping, FIRST[name], 0.1, said_finished("succeeded")), statuses=("succeeded",)))
+    run_id, task_id, names = start()
+    (started,) = dify.started
+    assert (run_id, task_id) == (started.workflow_run_id, started.task_id)
+    assert [each for each in names if each != "ping"] == [name, "workflow_finished"]
+
+
+@on_each_client
+@pytest.mark.parametrize("name", ["workflow_finished", "workflow_paused"])
+def test_the_last_event_names_the_run_if_it_is_the_first(dify: DifyStandIn, start: Any, name: str) -> None:
+    last = said_finished("succeeded", OUTPUTS) if name == "workflow_finished" else said(name)
+    dify.starts.append(Start(raw=(PING, last), statuses=("succeeded",), then="pings"))
+    run_id, _, names = start()
+    assert (run_id, names) == (dify.started[0].workflow_run_id, [name])
+
+
+@on_each_client
+def test_an_event_with_one_id_names_nothing(dify: DifyStandIn, start: Any) -> None:
+    raw = (
+        said("node_started", workflow_run_id=None),
+        said("node_started", task_id=None),
+        said("workflow_started", task_id=""),
+        STARTED,
+        said_finished("succeeded"),
+    )
+    dify.starts.append(Start(raw=raw, statuses=("succeeded",)))
+    run_id, task_id, names = start()
+    assert (run_id, task_id) == (dify.started[0].workflow_run_id, dify.started[0].task_id)
+    assert names[-1] == "workflow_finished"
+
+
+@pytest.mark.parametrize("name", [*FIRST, "workflow_finished"])
+def test_a_run_without_its_first_event_is_followed_to_its_end(
+    dify: DifyStandIn, run_workflow: RunWorkflow, name: str
+) -> None:
+    finished = said_finished("succeeded", OUTPUTS)
+    raw = (PING, *([FIRST[name], 0.2] if name in FIRST else []), finished)
+    dify.starts.append(Start(raw=raw, statuses=("running", "succeeded"), fields={"outputs": OUTPUTS}, then="pings"))
+    run = run_workflow({}, "me", timeout=8)
+    assert (run.id, run.outputs) == (dify.started[0].workflow_run_id, OUTPUTS)
+
+
+@pytest.mark.parametrize("first", ["", "workflow_started"])
+def test_a_run_whose_task_has_its_own_id_was_rejected(dify: DifyStandIn, run_workflow: RunWorkflow, first: str) -> None:
+    started = said("workflow_started", {"inputs": {"query": ""}}, task_id="$RUN") if first else b""
+    finished = said_finished("failed", error="query is required in input form", task_id="$RUN")
+    dify.starts.append(Start(raw=(PING, started, finished), statuses=(None,)))
+    with pytest.raises(DifyInputsRejected, match="query is required in input form"):
+        run_workflow({}, "me", timeout=8)
+
+
+# --- events that can't be read
+
+UNREADABLE = {
+    "done": b"data: [DONE]\n\n",
+    "broken": b'data: {"event": "node_sta\n\n',
+    "list": b"data: [1]\n\n",
+    "number": b"data: 5\n\n",
+    "null": b"data: null\n\n",
+    "no event": b'data: {"choices": []}\n\n',
+    "event of a wrong type": b'data: {"event": 5}\n\n',
+    "no UTF-8": b"data: \xff\xfe\n\n",
+    "nested": b"data: " + b"[" * 100_000 + b"\n\n",
+    "key": b"data: {" + API_KEY.encode() + b"\n\n",
+}
+
+
+@on_each_client
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_an_event_that_cannot_be_read_is_left_out(
+    dify: DifyStandIn, start: Any, name: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    odd = UNREADABLE[name]
+    raw = (PING, odd, STARTED, odd, FIRST["node_started"], odd, said_finished("succeeded"))
+    dify.starts.append(Start(raw=raw, statuses=("succeeded",)))
+    run_id, _, names = start()
+    assert run_id == dify.started[0].workflow_run_id
+    assert names == ["node_started", "workflow_finished"]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    printed = "".join(capfd.readouterr())
+    assert warnings or "event" in printed
+    assert all(line.isprintable() and len(line) < 1000 for line in warnings)
+    assert API_KEY not in printed + caplog.text
+
+
+@pytest.mark.parametrize("name", ["done", "broken", "list"])
+def test_what_comes_after_it_counts(dify: DifyStandIn, run_workflow: RunWorkflow, name: str) -> None:
+    raw = (STARTED, UNREADABLE[name], 0.1, said_finished("succeeded", OUTPUTS))
+    # Only the events say how the run ended.
+    dify.starts.append(Start(raw=raw, statuses=("running",)))
+    assert run_workflow({}, "me", timeout=8).outputs == OUTPUTS
