@@ -152,7 +152,7 @@ def test_they_count_when_the_time_is_over_before_the_grace(
 def test_a_run_that_is_only_silent_is_not_over(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
     # No event has said that it ended.
     dify.starts.append(Start(raw=(STARTED,), statuses=(*["running"] * 15, "succeeded")))
-    assert run_workflow({}, "me").status == "succeeded"
+    assert run_workflow({}, "me", timeout=30).status == "succeeded"
 
 
 @pytest.mark.parametrize("error", ["Aborted: User requested stop", "Aborted: user requested stop."])

@@ -157,13 +157,13 @@ def test_a_request_that_is_too_large_for_a_gateway_is_not_sent_again(
 def test_a_proxy_that_removes_the_version_changes_nothing(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
     dify.misbehave_always(without_version())
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": {"a": 1}}, cut="workflow_started"))
-    assert run_workflow({}, "me").outputs == {"a": 1}
+    assert run_workflow({}, "me", timeout=30).outputs == {"a": 1}
 
 
 def test_headers_of_a_gateway_may_be_long(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
     dify.misbehave_always(with_long_header())
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": {"a": 1}}, cut="workflow_started"))
-    assert run_workflow({}, "me").outputs == {"a": 1}
+    assert run_workflow({}, "me", timeout=30).outputs == {"a": 1}
 
 
 # --- waits
@@ -183,7 +183,7 @@ def test_no_gateway_ends_a_wait_of_the_hook(dify: DifyStandIn) -> None:
     between(dify, *GATEWAYS.values())
     run_id = dify.add_run(*["running"] * (len(GATEWAYS) + 1), "succeeded", outputs={"a": 1})
     with DifyHook(retry_limit=0) as hook:
-        assert hook.wait_for_workflow_run(run_id, poll_interval=0.02).outputs == {"a": 1}
+        assert hook.wait_for_workflow_run(run_id, poll_interval=0.02, timeout=30).outputs == {"a": 1}
 
 
 def test_no_gateway_ends_a_wait_on_the_triggerer(dify: DifyStandIn) -> None:
@@ -196,7 +196,7 @@ def test_no_gateway_ends_a_run_that_the_hook_follows(dify: DifyStandIn, run_work
     between(dify, *GATEWAYS.values())
     statuses = (*["running"] * (len(GATEWAYS) + 1), "succeeded")
     dify.starts.append(Start(statuses=statuses, fields={"outputs": {"a": 1}}, cut="workflow_started"))
-    assert run_workflow({}, "me").outputs == {"a": 1}
+    assert run_workflow({}, "me", timeout=30).outputs == {"a": 1}
     assert (posts(dify), dify.stopped) == (1, [])
 
 
@@ -222,7 +222,7 @@ def test_a_start_that_a_gateway_turned_away_started_nothing_and_is_sent_again(
     dify: DifyStandIn, run_workflow: RunWorkflow, fault: Fault
 ) -> None:
     dify.misbehave(fault, times=2, only="POST")
-    assert run_workflow({}, "me").status == "succeeded"
+    assert run_workflow({}, "me", timeout=30).status == "succeeded"
     assert (posts(dify), len(dify.started)) == (3, 1)
 
 
@@ -247,7 +247,7 @@ def test_a_start_that_dify_rejects_is_not_sent_again(
 ) -> None:
     dify.misbehave_always(fault, only="POST")
     with pytest.raises(expected) as caught:
-        run_workflow({}, "me")
+        run_workflow({}, "me", timeout=30)
     assert type(caught.value) is expected
     assert posts(dify) == 1
 
@@ -255,7 +255,7 @@ def test_a_start_that_dify_rejects_is_not_sent_again(
 def test_a_gateway_that_limits_requests_is_waited_for(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
     limits = gateway(429, {"message": "API rate limit exceeded"})
     dify.misbehave(too_many_requests(), limits, limits, limits, limits, limits, only="POST")
-    assert run_workflow({}, "me").status == "succeeded"
+    assert run_workflow({}, "me", timeout=30).status == "succeeded"
     assert len(dify.started) == 1
 
 
@@ -271,7 +271,7 @@ def test_one_not_found_between_polls_does_not_make_a_run_unknown(dify: DifyStand
     assert payload_of(trigger_of(run_id))["status"] == "succeeded"
     waited_for = dify.add_run(*ONCE, outputs={"a": 1})
     with DifyHook() as hook:
-        assert hook.wait_for_workflow_run(waited_for, poll_interval=0.02).outputs == {"a": 1}
+        assert hook.wait_for_workflow_run(waited_for, poll_interval=0.02, timeout=30).outputs == {"a": 1}
 
 
 @DIALECTS_THAT_KNOW
@@ -281,7 +281,7 @@ def test_one_not_found_does_not_make_a_followed_run_unknown(
     # Longer than the grace before the first of them.
     statuses = (*["running"] * 20, *ONCE)
     dify.starts.append(Start(statuses=statuses, fields={"outputs": {"a": 1}}, cut="workflow_started"))
-    assert run_workflow({}, "me").outputs == {"a": 1}
+    assert run_workflow({}, "me", timeout=30).outputs == {"a": 1}
 
 
 @DIALECTS_THAT_KNOW
@@ -294,7 +294,7 @@ def test_two_in_a_row_do(dify: DifyStandIn, dialect: str) -> None:
     assert dify.runs[run_id].polls[3] - dify.runs[run_id].polls[2] > 0.03
     gone = dify.add_run(*["running"] * 20, None)
     with DifyHook() as hook, pytest.raises(DifyWorkflowRunNotFound):
-        hook.wait_for_workflow_run(gone, poll_interval=0.02)
+        hook.wait_for_workflow_run(gone, poll_interval=0.02, timeout=30)
 
 
 def test_a_run_that_was_never_seen_is_unknown_at_the_first_look_as_before(dify: DifyStandIn) -> None:
