@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -98,6 +98,10 @@ class Follower:
         self.log = log
         self.poll_interval = poll_interval
         self.progress = RunProgress()
+        # Called around each attempt of a start: what is about to be sent must leave a trace, and one that started
+        # nothing must leave none.
+        self.before_send: Callable[[], None] = lambda: None
+        self.after_refusal: Callable[[], None] = lambda: None
         # The start under way, which a signal's handler may have to look at.
         self.stream: StartedRun | None = None
         self._next_line = 0.0
@@ -133,6 +137,7 @@ class Follower:
         failures = 0
         while True:
             self.clock.check()
+            self.before_send()
             stream: StartedRun = yield SendStart(inputs, user, workflow_id)
             self.stream = stream
             try:
@@ -141,6 +146,8 @@ class Follower:
                 return stream
             except DifyConnectionError as error:
                 stream.close()
+                self.stream = None
+                self.after_refusal()
                 failures += 1
                 yield from self.before_next_start(error, failures)
             except BaseException:

@@ -267,9 +267,8 @@ class RunningTask:
         start = new_start(ti, settings.user, settings.inputs, before, time.time())
         if self._hook.server_version:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
-        # Written before the act, so that a killed worker leaves a trace of it.
-        self._memory.save(start)
-        self._start = start
+        self.follower.before_send = lambda: self._keep(start)
+        self.follower.after_refusal = lambda: self._keep(None)
         try:
             stream = self._hook.run_steps(self.follower.send_start(settings.inputs, start.user, settings.workflow_id))
         except DifyWorkflowRunUncertain as error:
@@ -278,10 +277,14 @@ class RunningTask:
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, DifyTaskKilled):
                 # Nothing was started.
-                self._start = None
-                self._memory.save(None)
+                self._keep(None)
             raise
         self._wait_on_stream(start, stream)
+
+    def _keep(self, start: TaskStart | None) -> None:
+        """Let Airflow keep a start before it is sent, so that a killed worker leaves a trace; ``None`` for none."""
+        self._memory.save(start)
+        self._start = start
 
     def _wait_until_named(self, stream: StartedRun, start: TaskStart, seconds: float) -> str | None:
         return self._hook.run_steps(self.follower.wait_until_named(stream, start.search, seconds))
@@ -291,8 +294,7 @@ class RunningTask:
             run_id = self._wait_until_named(stream, start, SECONDS_BEFORE_QUEUED)
             if run_id is None:
                 start = replace(start, was_accepted=True)
-                self._memory.save(start)
-                self._start = start
+                self._keep(start)
                 self._log.info(
                     "Dify has accepted the start and named no run yet: the workflow run of user %r is queued.",
                     start.user,
@@ -307,8 +309,7 @@ class RunningTask:
             raise
         except DifyError:
             # Dify rejected it.
-            self._start = None
-            self._memory.save(None)
+            self._keep(None)
             raise
         if run_id is None:
             self._on_still_queued(start)
@@ -327,8 +328,7 @@ class RunningTask:
     def _wait_in_log(self, start: TaskStart, error: DifyWorkflowRunUncertain) -> None:
         """Look for the run of a start that broke off; a deferrable task leaves that to the triggerer soon."""
         self._log.warning("%s", error)
-        self._start = start
-        self._memory.save(start)
+        self._keep(start)
         is_queued = start.was_accepted and self.follower.may_be_queued()
         defers = is_queued and self._settings.deferrable
         seconds = self.clock.left if is_queued else self._settings.not_found_grace
@@ -344,8 +344,7 @@ class RunningTask:
         """End a try whose run was not found: for good, or with a retry that may start another one."""
         if is_queued or not self._settings.restart_lost_runs or self.follower.log_was_away:
             raise error
-        self._start = None
-        self._memory.save(None)
+        self._keep(None)
         raise DifyConnectionError(f"{error} restart_lost_runs is set: a retry starts another run.") from error
 
     def _on_still_queued(self, start: TaskStart) -> None:

@@ -56,8 +56,9 @@ class DifyRunWorkflowOperator(BaseOperator):
     A run is not paid for twice: a request that may have started one is never sent again, but looked up in Dify's log by
     its ``user``. A retry goes on with the run that an earlier try started, while that is alive or has succeeded; not
     with one that Dify was asked to stop. What is left is one window: a worker that is killed between the request and
-    Dify's response, while the run is queued. Airflow 3.3 remembers the request, and the retry waits for its run; on
-    older ones the retry looks into Dify's log, which does not show a queued run yet, and starts a second one. With a
+    Dify's response, while the run is queued. Airflow 3.3 remembers the request, and the retry looks for its run, and
+    fails if there is none; on older ones the retry looks into Dify's log, which does not show a queued run yet, and
+    starts a second one. With a
     ``user`` of your own, the inputs distinguish the runs in the log, too. A task that is cleared starts a new run.
 
     :param inputs: the workflow's inputs by name. Templated. Checked against the app's form before the start.
