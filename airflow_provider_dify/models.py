@@ -33,6 +33,23 @@ WAITING_STATUSES = frozenset({WorkflowRunStatus.RUNNING, WorkflowRunStatus.PAUSE
 ENDED_STATUSES = frozenset(WorkflowRunStatus) - WAITING_STATUSES
 
 
+# Seconds for which a row of the log may wait for its run's record, where Dify lets workers write the records.
+RECORD_DELAY = 300.0
+# How Dify says that somebody stopped a run whose status is `failed`, which a stop may leave behind.
+_STOP_REQUESTED = "requested stop"
+
+
+def status_of(status: WorkflowRunStatus | str, error: str | None) -> WorkflowRunStatus | str:
+    """
+    Return what a run's status means: ``stopped`` for one that failed because somebody stopped it.
+
+    :param status: the status that Dify names.
+    :param error: Dify's own words on it.
+    """
+    is_stop = status == WorkflowRunStatus.FAILED and _STOP_REQUESTED in (error or "").lower()
+    return WorkflowRunStatus.STOPPED if is_stop else status
+
+
 def is_over(status: WorkflowRunStatus | str, finished_at: DateTime | None) -> bool:
     """
     Return whether a run has ended.
@@ -177,6 +194,16 @@ class RowWithoutRun:
     row_id: str
     user: str | None
     logged_at: DateTime | None
+
+
+def is_deleted(row: RowWithoutRun, now: float) -> bool:
+    """
+    Return whether the run of a row was deleted: its record would be there by now.
+
+    :param row: the row.
+    :param now: epoch seconds.
+    """
+    return row.logged_at is None or now - row.logged_at.timestamp() > RECORD_DELAY
 
 
 LogRow: TypeAlias = LoggedWorkflowRun | RowWithoutRun

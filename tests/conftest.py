@@ -80,7 +80,7 @@ def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the hook's waits have a grace of 0.3 seconds, not of a minute."""
-    monkeypatch.setattr("airflow_provider_dify.whole_run._NOT_FOUND_GRACE", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.following.Follower.not_found_grace", 0.3)
 
 
 @pytest.fixture

@@ -135,7 +135,7 @@ def test_the_events_count_only_after_the_grace(
     dify: DifyStandIn, run_workflow: RunWorkflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The record is a second late: it has more to say than the event.
-    monkeypatch.setattr("airflow_provider_dify.whole_run._NOT_FOUND_GRACE", 30)
+    monkeypatch.setattr("airflow_provider_dify.following.Follower.not_found_grace", 30)
     statuses = (*["running"] * 10, "succeeded")
     dify.starts.append(Start(raw=RAW["failed"], statuses=statuses, fields={"outputs": {"late": 1}}))
     assert run_workflow({}, "me", timeout=30).outputs == {"late": 1}
@@ -144,7 +144,7 @@ def test_the_events_count_only_after_the_grace(
 def test_they_count_when_the_time_is_over_before_the_grace(
     dify: DifyStandIn, run_workflow: RunWorkflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.whole_run._NOT_FOUND_GRACE", 60)
+    monkeypatch.setattr("airflow_provider_dify.following.Follower.not_found_grace", 60)
     dify.starts.append(Start(raw=RAW["succeeded"], statuses=("running",)))
     assert run_workflow({}, "me", timeout=1).outputs == OUTPUTS
 

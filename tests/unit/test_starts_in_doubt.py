@@ -206,7 +206,7 @@ def test_a_start_that_was_not_accepted_is_looked_for_during_the_grace_and_then_u
 def test_its_run_is_taken_if_it_comes_up(
     dify: DifyStandIn, run_workflow: RunWorkflow, fault: Fault, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.whole_run._NOT_FOUND_GRACE", 20)
+    monkeypatch.setattr("airflow_provider_dify.following.Follower.not_found_grace", 20)
     dify.slots = 0
     dify.misbehave(lose_response(fault), only="POST")
     dify.misbehave(respond(500), times=3, only=LOG)
