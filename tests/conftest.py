@@ -10,7 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -78,9 +78,17 @@ def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the hook's waits have a grace of 0.3 seconds, not of a minute."""
-    monkeypatch.setattr("airflow_provider_dify.following.Follower.not_found_grace", 0.3)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Let the hooks' ``run_workflow`` have a grace of 0.3 seconds, not of a minute; return what sets another one."""
+    from airflow_provider_dify.following import Follower
+
+    def use(seconds: float) -> None:
+        assert Follower.__init__.__defaults__ is not None
+        others = Follower.__init__.__defaults__[:-1]
+        monkeypatch.setattr(Follower.__init__, "__defaults__", (*others, seconds))
+
+    use(0.3)
+    return use
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from tests.dify_stand_in.faults import (
     truncate_body,
     unchunked,
 )
-from tests.dify_stand_in.gateways import GATEWAYS, gateway, kong_404, with_long_header, without_version
+from tests.dify_stand_in.gateways import GATEWAYS, gateway, kong_404, without_version
 from tests.dify_stand_in.input_form import form_field
 from tests.dify_stand_in.recordings import RECORDED, Recording
 from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
@@ -87,6 +87,5 @@ __all__ = [
     "too_many_requests",
     "truncate_body",
     "unchunked",
-    "with_long_header",
     "without_version",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tests.dify_stand_in.faults import STAND_IN, Fault, respond
@@ -27,25 +26,16 @@ def gateway(status: int, body: str | dict[str, Any] = "", content_type: str = "t
 
 def without_version() -> Fault:
     """Respond as Dify does, through a proxy that removes the header ``X-Version``."""
-    return _changed(lambda response: response.headers.pop("X-Version", None))
 
-
-def with_long_header(length: int = 9000) -> Fault:
-    """Respond as Dify does, through a gateway that adds a header of so many bytes."""
-    policy = "default-src " + "x" * length
-    return _changed(lambda response: response.headers.__setitem__("Content-Security-Policy", policy))
-
-
-def _changed(change: Callable[[web.StreamResponse], object]) -> Fault:
     async def fault(request: web.Request) -> web.StreamResponse:
         prepare = request._prepare_hook
 
         # Just before its head is sent: an event stream sends it long before the response is done.
-        async def change_and_prepare(response: web.StreamResponse) -> None:
-            change(response)
+        async def remove_and_prepare(response: web.StreamResponse) -> None:
+            response.headers.pop("X-Version", None)
             await prepare(response)
 
-        request._prepare_hook = change_and_prepare  # type: ignore[method-assign]
+        request._prepare_hook = remove_and_prepare  # type: ignore[method-assign]
         return await request.app[STAND_IN].respond_to(request)
 
     return fault

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -35,8 +36,11 @@ pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "short_
 
 
 @pytest.fixture
-def dialect() -> str:
-    return "1.16.1"
+def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
+    """A stand-in for today's Dify, or in the dialect that the test asks for."""
+    version = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "current"
+    with DifyStandIn(version) as server:
+        yield server
 
 
 @pytest.fixture(params=[on_a_worker, on_an_event_loop])
@@ -132,19 +136,19 @@ def test_a_partial_success_by_its_events_is_one(dify: DifyStandIn, run_workflow:
 
 
 def test_the_events_count_only_after_the_grace(
-    dify: DifyStandIn, run_workflow: RunWorkflow, monkeypatch: pytest.MonkeyPatch
+    dify: DifyStandIn, run_workflow: RunWorkflow, short_grace: Callable[[float], None]
 ) -> None:
     # The record is a second late: it has more to say than the event.
-    monkeypatch.setattr("airflow_provider_dify.following.Follower.not_found_grace", 30)
+    short_grace(30)
     statuses = (*["running"] * 10, "succeeded")
     dify.starts.append(Start(raw=RAW["failed"], statuses=statuses, fields={"outputs": {"late": 1}}))
     assert run_workflow({}, "me", timeout=30).outputs == {"late": 1}
 
 
 def test_they_count_when_the_time_is_over_before_the_grace(
-    dify: DifyStandIn, run_workflow: RunWorkflow, monkeypatch: pytest.MonkeyPatch
+    dify: DifyStandIn, run_workflow: RunWorkflow, short_grace: Callable[[float], None]
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.following.Follower.not_found_grace", 60)
+    short_grace(60)
     dify.starts.append(Start(raw=RAW["succeeded"], statuses=("running",)))
     assert run_workflow({}, "me", timeout=1).outputs == OUTPUTS
 

@@ -30,7 +30,6 @@ from tests.dify_stand_in import (
     replay,
     respond,
     too_many_requests,
-    with_long_header,
     without_version,
 )
 from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_loop
@@ -156,12 +155,6 @@ def test_a_request_that_is_too_large_for_a_gateway_is_not_sent_again(
 
 def test_a_proxy_that_removes_the_version_changes_nothing(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
     dify.misbehave_always(without_version())
-    dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": {"a": 1}}, cut="workflow_started"))
-    assert run_workflow({}, "me", timeout=30).outputs == {"a": 1}
-
-
-def test_headers_of_a_gateway_may_be_long(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
-    dify.misbehave_always(with_long_header())
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": {"a": 1}}, cut="workflow_started"))
     assert run_workflow({}, "me", timeout=30).outputs == {"a": 1}
 
