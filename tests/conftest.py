@@ -92,6 +92,13 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 @pytest.fixture
+def short_reading_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a stream be read on for half a second after an error, not for two."""
+    for module in ("api.started_run", "following"):
+        monkeypatch.setattr(f"airflow_provider_dify.{module}.SECONDS_AFTER_ERROR", 0.5)
+
+
+@pytest.fixture
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let retries, failed polls and searches follow each other at once."""
     from airflow_provider_dify.hooks.dify import DifyHook

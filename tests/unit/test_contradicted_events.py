@@ -25,6 +25,7 @@ from tests.dify_stand_in import (
     reset,
     respond,
     said,
+    said_error,
     said_finished,
 )
 from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_loop
@@ -32,7 +33,7 @@ from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_l
 OUTPUTS = {"answer": "héllo 你好 🎉"}
 STARTED = said("workflow_started", {"inputs": {"sys.user_id": "me"}})
 
-pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "short_grace")
+pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "short_grace", "short_reading_on")
 
 
 @pytest.fixture
@@ -135,6 +136,12 @@ def test_a_partial_success_by_its_events_is_one(dify: DifyStandIn, run_workflow:
     assert (run.status, run.outputs) == ("partial-succeeded", OUTPUTS)
 
 
+def test_a_failure_by_its_events_that_a_stop_caused_is_a_stop(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
+    finished = said_finished("failed", error="Aborted: User requested stop")
+    dify.starts.append(Start(raw=(STARTED, finished), statuses=("running",)))
+    assert run_workflow({}, "me", timeout=8).status == "stopped"
+
+
 def test_the_events_count_only_after_the_grace(
     dify: DifyStandIn, run_workflow: RunWorkflow, short_grace: Callable[[float], None]
 ) -> None:
@@ -198,6 +205,16 @@ def test_the_last_event_names_the_run_if_it_is_the_first(dify: DifyStandIn, star
     dify.starts.append(Start(raw=(PING, last), statuses=("succeeded",), then="pings"))
     run_id, _, names = start()
     assert (run_id, names) == (dify.started[0].workflow_run_id, [name])
+
+
+def test_an_error_with_both_ids_names_the_run_whose_record_decides(
+    dify: DifyStandIn, run_workflow: RunWorkflow
+) -> None:
+    error = said_error("boom", 500, workflow_run_id="$RUN", task_id="$TASK")
+    statuses = ("running", "running", "succeeded")
+    dify.starts.append(Start(raw=(PING, error), statuses=statuses, fields={"outputs": OUTPUTS}, then="pings"))
+    run = run_workflow({}, "me", timeout=15)
+    assert (run.id, run.outputs) == (dify.started[0].workflow_run_id, OUTPUTS)
 
 
 @on_each_client

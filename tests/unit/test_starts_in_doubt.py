@@ -43,7 +43,7 @@ from tests.unit.test_contradicted_events import STARTED, on_each_client
 from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_loop
 from tests.unit.test_running_task import task_of_try
 
-pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "short_grace")
+pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "short_grace", "short_reading_on")
 
 WORDS = "1 validation error for VariableEntity"
 ERROR = said_error(WORDS, 500)
@@ -341,7 +341,7 @@ def test_a_row_whose_run_is_gone_for_five_minutes_blocks_no_retry(
 
 
 @pytest.fixture
-def slow_log(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_log(dify: DifyStandIn, dify_connection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the log take 1.5 seconds for each page, and the connection have a timeout of 0.5."""
     fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 0.5}}
     monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
@@ -363,3 +363,29 @@ def test_a_retry_has_time_for_a_slow_log(dify: DifyStandIn) -> None:
         second.start()
     assert second.named_run_id == dify.started[0].workflow_run_id
     assert len(dify.started) == 1
+
+
+@pytest.mark.usefixtures("slow_log")
+def test_but_no_time_without_end(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("airflow_provider_dify.starting.SECONDS_FOR_LOG", 0.6)
+    with task_of_try(1, has_memory=False) as first:
+        dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
+        first.start()
+    began = time.monotonic()
+    with task_of_try(2, after=first, max_consecutive_failures=1) as second:
+        with pytest.raises(DifyConnectionError, match="can't tell whether a run of an earlier one goes on") as caught:
+            second.start()
+        # The next try looks again.
+        assert type(caught.value) is DifyConnectionError
+    assert time.monotonic() - began < 10
+    assert posts(dify) == 1
+
+
+@pytest.mark.usefixtures("slow_log")
+def test_a_retry_of_a_start_that_was_under_way_has_it_too(dify: DifyStandIn) -> None:
+    with (
+        task_of_try(2, after=killed_while_it_started()) as task,
+        pytest.raises(DifyWorkflowRunUncertain, match="earlier try"),
+    ):
+        task.start()
+    assert posts(dify) == 0
