@@ -156,7 +156,8 @@ def test_no_gateway_ends_the_wait_for_a_run_that_nobody_has_the_id_of(dify: Dify
     result = run_dag(
         f"""
         DifyLatestWorkflowRunSensor(
-            task_id="wait", poke_interval=0.05, max_consecutive_failures={len(GATEWAYS)}, timeout=60, **{way!r}
+            task_id="wait", created_after="2026-01-01", poke_interval=0.05, timeout=60,
+            max_consecutive_failures={len(GATEWAYS)}, **{way!r}
         )
         """
     )
