@@ -268,7 +268,7 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
             "connection's password: it must be an API key of the app, and the app's API access must be on.",
             **facts,
         )
-    if 400 <= status_code < 500 and (code or message):
+    if 400 <= status_code < 500 and response.is_of_dify and (code or message):
         hint = (
             " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
             if code == "not_workflow_app"
