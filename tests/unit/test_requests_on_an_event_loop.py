@@ -40,7 +40,7 @@ def test_a_redirect_within_the_server_names_its_own_query(dify: DifyStandIn, whe
 
 def test_an_error_after_a_redirect_names_what_was_asked_for(dify: DifyStandIn) -> None:
     dify.misbehave(redirect("/v1/elsewhere"), html(404))
-    with pytest.raises(DifyConnectionError, match=f"workflow run {UUID} at {dify.base_url}/workflows/run/{UUID} is no"):
+    with pytest.raises(DifyConnectionError, match=f"workflow run {UUID} at {dify.base_url}/workflows/run/{UUID}, not"):
         ask(lambda hook: hook.get_workflow_run(UUID))
     assert paths(dify) == [f"/v1/workflows/run/{UUID}", "/v1/elsewhere"]
 
