@@ -47,6 +47,7 @@ class BatchSettings:
     max_active_runs: int
     progress_interval: float
     row: RowSettings
+    json_columns: tuple[str, ...] = ()
 
 
 class BatchRun:
@@ -191,8 +192,11 @@ class BatchRun:
         )
 
     async def _run_rows(self, client: BatchClient) -> None:
-        rows = RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
-        next_line = time.monotonic() + self._settings.progress_interval
+        settings = self._settings
+        rows = RowsAhead(
+            row for row in read_rows(settings.inputs, settings.json_columns) if not self._output.has(row.index)
+        )
+        next_line = time.monotonic() + settings.progress_interval
         has_more = True
         try:
             while self._tasks or (has_more and self.starts_more):
@@ -215,7 +219,7 @@ class BatchRun:
                     self._cancel([task for task, run in self._tasks.items() if not self._places.holds(run.row)])
                 await self._write()
                 if time.monotonic() >= next_line:
-                    next_line = time.monotonic() + self._settings.progress_interval
+                    next_line = time.monotonic() + settings.progress_interval
                     self._log.info("%s", self._progress.line(self._places.taken, time.time()))
         finally:
             if self._stop_reason is not None:

@@ -79,7 +79,7 @@ class BatchTask:
         batch = self._batch = replace(self._batch, inputs=load_lazy(self._batch.inputs))
         deadline = time.time() + batch.row.timeout
         users = RowUsers.of_task(self._ti, settings.user)
-        total = count_rows(batch.inputs)
+        total = count_rows(batch.inputs, batch.json_columns)
         progress = BatchProgress(
             total,
             FailureLimit(settings.max_failed_runs),

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from airflow_provider_dify.hooks.dify import DifyHook
 
 BATCH = "batch"
+# Each run holds a connection, and what its events bring, in one process.
+MAX_ACTIVE_RUNS = 1000
 
 
 class DifyRunWorkflowBatchOperator(BaseOperator):
@@ -47,11 +49,12 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
         object storage takes it. Templated.
-    :param max_active_runs: how many runs there are at once.
+    :param max_active_runs: how many runs there are at once, up to 1,000.
     :param output_path: path or URL of the results' file; ``None`` for a return value. Templated.
     :param max_failed_runs: how many rows may fail: a number, or a share such as ``0.05``. The task fails without retry
         as soon as more have failed and the active runs are over.
     :param run_retries: how often a run that failed is started again.
+    :param json_columns: columns of a CSV file whose cells are JSON. An empty cell of a CSV file is no input.
     :param user: a name in front of each run's ``user``; by default one that names Airflow installation, Dag, task, Dag
         run and map index. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
@@ -87,6 +90,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         output_path: str | os.PathLike[str] | None = None,
         max_failed_runs: float = 0,
         run_retries: int = 0,
+        json_columns: Sequence[str] | None = None,
         user: str | None = None,
         dify_conn_id: str = "dify_default",
         workflow_id: str | None = None,
@@ -102,11 +106,14 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         super().__init__(**kwargs)
         self.inputs = inputs
         self.max_active_runs = parse_count("max_active_runs", max_active_runs)
-        if self.max_active_runs == 0:
-            raise DifyConfigurationError("max_active_runs must be a whole number from 1 on, but it is 0.")
+        if not 1 <= self.max_active_runs <= MAX_ACTIVE_RUNS:
+            raise DifyConfigurationError(
+                f"max_active_runs must be a whole number from 1 to {MAX_ACTIVE_RUNS:,}, but it is {max_active_runs:,}."
+            )
         self.output_path = output_path
         self.max_failed_runs = parse_limit("max_failed_runs", max_failed_runs)
         self.run_retries = parse_count("run_retries", run_retries)
+        self.json_columns = _parse_columns(json_columns)
         self.user = user
         self.dify_conn_id = dify_conn_id
         self.workflow_id = workflow_id
@@ -148,7 +155,9 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             not_found_grace=self.not_found_grace,
             max_consecutive_failures=self.max_consecutive_failures,
         )
-        batch = BatchSettings(self.inputs, self.dify_conn_id, self.max_active_runs, self.progress_interval, row)
+        batch = BatchSettings(
+            self.inputs, self.dify_conn_id, self.max_active_runs, self.progress_interval, row, self.json_columns
+        )
         output_path = None if self.output_path is None else str(self.output_path)
         settings = TaskSettings(self.user, output_path, self.max_failed_runs, self.retries or 0)
         ti: Any = context["ti"]
@@ -170,3 +179,11 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         """Stop the active runs, when the task is killed."""
         if self._batch is not None:
             self._batch.kill()
+
+
+def _parse_columns(columns: Any) -> tuple[str, ...]:
+    if columns is None:
+        return ()
+    if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) and name for name in columns):
+        raise DifyConfigurationError(f"json_columns must be a list of column names, or None: {columns!r:.100}")
+    return tuple(columns)

@@ -19,6 +19,7 @@ from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyWorkflowRunTimeout,
 )
+from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
 from tests.airflow.airflow_runs import DagRunResult, run_dag, without_masking
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond, stall
 
@@ -139,6 +140,64 @@ def test_a_row_that_is_no_object_is_a_failed_row_with_its_line(dify: DifyStandIn
     assert [row["status"] for row in result.received["results"]] == ["succeeded", "failed", "succeeded"]
     assert "Line 2 is no object" in result.received["results"][1]["error"]
     assert len(dify.started) == 2
+
+
+def csv_of(folder: Path, text: str) -> str:
+    (folder / "rows.csv").write_text(text)
+    return str(folder / "rows.csv")
+
+
+FORM = [
+    form_field("query", required=True),
+    form_field("mode", "select", options=("fast", "exact")),
+    form_field("meta", "json_object"),
+    form_field("count", "number"),
+]
+
+
+@pytest.mark.parametrize("has_form", [True, False])
+def test_an_empty_cell_of_csv_is_left_out(dify: DifyStandIn, tmp_path: Path, has_form: bool) -> None:
+    if has_form:
+        dify.user_input_form = FORM
+    else:
+        dify.misbehave_always(respond(500), "GET .*/parameters")
+    rows = csv_of(tmp_path, "query,mode,meta\nhello,,\n")
+    result = run_batch(inputs=rows, json_columns=["meta"])
+    assert result.state == "success"
+    assert [started.inputs for started in dify.started] == [{"query": "hello"}]
+
+
+def test_a_required_input_whose_cell_is_empty_fails_the_row_before_a_start(dify: DifyStandIn, tmp_path: Path) -> None:
+    dify.user_input_form = FORM
+    result = run_batch(inputs=csv_of(tmp_path, "query,mode\n,fast\nhello,exact\n"), max_failed_runs=1)
+    assert result.state == "success"
+    assert "Input 'query' is required and missing." in result.received["results"][0]["error"]
+    assert [started.inputs for started in dify.started] == [{"query": "hello", "mode": "exact"}]
+
+
+def test_json_columns_of_csv_and_texts_of_numbers_become_inputs(dify: DifyStandIn, tmp_path: Path) -> None:
+    dify.user_input_form = FORM
+    rows = csv_of(tmp_path, 'query,meta,count\na,"{""tags"": [1]}",12\nb,oops,3\nc,[1],1\nd,,x\n')
+    result = run_batch(inputs=rows, json_columns=["meta"], max_failed_runs=3)
+    assert result.state == "success"
+    assert [started.inputs for started in dify.started] == [{"query": "a", "meta": {"tags": [1]}, "count": "12"}]
+    errors = [row["error"] for row in result.received["results"]]
+    assert "Line 3 has no JSON in the column 'meta'" in errors[1]
+    assert "Input 'meta' must be an object, not a list." in errors[2]
+    assert "Input 'count' must be a number, not 'x'." in errors[3]
+
+
+@pytest.mark.parametrize("columns", ["meta", [1], {"meta": 1}, [""]])
+def test_json_columns_that_are_no_list_of_names_are_refused_when_the_dag_is_parsed(columns: Any) -> None:
+    with pytest.raises(DifyConfigurationError, match="json_columns must be a list of column names"):
+        DifyRunWorkflowBatchOperator(task_id="run", inputs=[], json_columns=columns)
+
+
+@pytest.mark.parametrize("count", [0, 1001, 10**9])
+def test_more_runs_at_once_than_a_process_can_follow_are_refused_when_the_dag_is_parsed(count: int) -> None:
+    with pytest.raises(DifyConfigurationError, match="max_active_runs must be a whole number from 1 to 1,000"):
+        DifyRunWorkflowBatchOperator(task_id="run", inputs=[], max_active_runs=count)
+    DifyRunWorkflowBatchOperator(task_id="run", inputs=[], max_active_runs=1000)
 
 
 def test_rows_are_checked_against_the_form_which_is_read_once(dify: DifyStandIn) -> None:
