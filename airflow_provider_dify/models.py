@@ -33,6 +33,10 @@ WAITING_STATUSES = frozenset({WorkflowRunStatus.RUNNING, WorkflowRunStatus.PAUSE
 ENDED_STATUSES = frozenset(WorkflowRunStatus) - WAITING_STATUSES
 
 
+# Seconds for which a row of the log may wait for its run's record, where Dify lets workers write the records.
+RECORD_DELAY = 300.0
+
+
 def is_over(status: WorkflowRunStatus | str, finished_at: DateTime | None) -> bool:
     """
     Return whether a run has ended.
@@ -177,6 +181,16 @@ class RowWithoutRun:
     row_id: str
     user: str | None
     logged_at: DateTime | None
+
+
+def is_deleted(row: RowWithoutRun, now: float) -> bool:
+    """
+    Return whether the run of a row was deleted: its record would be there by now.
+
+    :param row: the row.
+    :param now: epoch seconds.
+    """
+    return row.logged_at is None or now - row.logged_at.timestamp() > RECORD_DELAY
 
 
 LogRow: TypeAlias = LoggedWorkflowRun | RowWithoutRun

@@ -190,8 +190,8 @@ class RowRun:
             attempt += 1
             delay = delay_after(DifyConnectionError(), failures, RETRY_DELAY)
             self._log.warning(
-                "run %s failed and is started again in %.1f seconds, retry %d of %d: %s",
-                outcome.run_id,
+                "%s failed and is started again in %.1f seconds, retry %d of %d: %s",
+                f"run {outcome.run_id}" if outcome.run_id else "its start",
                 delay,
                 failures,
                 client.settings.run_retries,

@@ -289,7 +289,12 @@ class BatchRun:
             self._failure = self._failure or error
         if is_failure:
             run = f"workflow run {result.workflow_run_id}, status {one_line(result.status, 40)}"
-            self._log.warning("Row %d failed: %s (%s)", result.index, one_line(result.error), run)
+            self._log.warning(
+                "Row %d failed: %s (%s)",
+                result.index,
+                one_line(result.error or "Dify gave no error text"),
+                run if result.workflow_run_id else "no workflow run",
+            )
 
     async def _wait_for_change(self) -> None:
         until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None
