@@ -20,7 +20,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.log_pages import LogPage
-from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, WorkflowRun, row_key, time_of
+from airflow_provider_dify.models import RECORD_DELAY, LoggedWorkflowRun, LogRow, WorkflowRun, row_key, time_of
 from airflow_provider_dify.run_window import MAX_OPEN, OVERLAP, FinishedRun, Look, OpenRun, RunWindow, WindowPolicy
 
 PAGE_SIZE = 20
@@ -32,8 +32,6 @@ MAX_STALE_PAGES = 3
 _RUNS_WORTH_A_PAGE = 4
 # Details that one look asks for at most, a second or two of the server's time; the others wait for the next one.
 DETAILS_AT_ONCE = 100
-# Seconds for which a row is read again whose run has no record: Dify may let workers write the records, after the rows.
-RECORD_DELAY = 300.0
 # Seconds by which Dify's clock may be ahead of ours. A row from farther ahead, of a clock that was set right since,
 # must not hide what comes until then.
 MAX_AHEAD = 86_400.0

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import SendStart, Steps
 from airflow_provider_dify.api.events import ERROR, FINISHED, WorkflowEvent
 from airflow_provider_dify.api.progress import RunProgress
-from airflow_provider_dify.api.started_run import NextEvent, StartedRun, wait_until_accepted
+from airflow_provider_dify.api.started_run import (
+    SECONDS_AFTER_ERROR,
+    NextEvent,
+    StartedRun,
+    read_after_error,
+    wait_until_accepted,
+)
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
     DifyInputsRejected,
-    DifyWorkflowRunFailed,
+    DifyRequestError,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
@@ -37,6 +45,10 @@ if TYPE_CHECKING:
 QUEUE_INTERVAL = 30.0
 # The rejection of a run follows its start at once (measured on 1.15.0 and 1.16.1: 0.07 seconds).
 REJECTION_SECONDS = 5.0
+# Some servers write runs late.
+NOT_FOUND_GRACE = 60.0
+# A log that can't be read is asked for so many times the grace: what failed proves nothing.
+_GRACES_THROUGH_FAILURES = 10
 # How often a run that sends no event is looked at, at most, however short the interval is.
 _SHORTEST_WAIT = 0.25
 
@@ -60,23 +72,41 @@ class Follower:
     :param log: the task's log.
     :param poll_interval: seconds between polls.
     :param whose: whose timeout it is, for messages.
+    :param not_found_grace: seconds for which a run is looked for that may have been started.
+    :ivar log_was_away: whether a look of the last search into Dify's log failed, so that it may have missed the run.
+    :ivar last_look_failed: whether its last look did.
     """
 
     # How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
     start_retries = 3
 
     def __init__(
-        self, hook: Server, clock: TaskClock, log: Logger, poll_interval: float, whose: str = "operator's"
+        self,
+        hook: Server,
+        clock: TaskClock,
+        log: Logger,
+        poll_interval: float,
+        whose: str = "operator's",
+        not_found_grace: float = NOT_FOUND_GRACE,
     ) -> None:
         self.whose = whose
+        self.not_found_grace = not_found_grace
+        self.log_was_away = False
+        self.last_look_failed = False
         self.hook = hook
         self.clock = clock
         self.log = log
         self.poll_interval = poll_interval
         self.progress = RunProgress()
+        # Called around each attempt of a start: what is about to be sent must leave a trace, and one that started
+        # nothing must leave none.
+        self.before_send: Callable[[], None] = lambda: None
+        self.after_refusal: Callable[[], None] = lambda: None
         # The start under way, which a signal's handler may have to look at.
         self.stream: StartedRun | None = None
         self._next_line = 0.0
+        # The run as the last event of its stream describes it.
+        self._ended_run: WorkflowRun | None = None
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> Steps[None]:
         """
@@ -107,6 +137,7 @@ class Follower:
         failures = 0
         while True:
             self.clock.check()
+            self.before_send()
             stream: StartedRun = yield SendStart(inputs, user, workflow_id)
             self.stream = stream
             try:
@@ -115,6 +146,8 @@ class Follower:
                 return stream
             except DifyConnectionError as error:
                 stream.close()
+                self.stream = None
+                self.after_refusal()
                 failures += 1
                 yield from self.before_next_start(error, failures)
             except BaseException:
@@ -146,6 +179,7 @@ class Follower:
         :param seconds: how long to wait.
         :return: the run's id; ``None`` if it is still queued then.
         :raises DifyInputsRejected: if Dify rejects the inputs.
+        :raises DifyWorkflowRunFailed: if Dify says that it failed to start the run.
         :raises DifyWorkflowRunUncertain: if the stream ends before.
         """
         began = time.monotonic()
@@ -158,10 +192,13 @@ class Follower:
                 yield from self._on_started(stream, event)
                 return stream.workflow_run_id
             self.clock.check()
+            if stream.error_event is not None:
+                return (yield from self._on_error_event(stream, search))
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + QUEUE_INTERVAL
                 self.log.info(
-                    "The workflow run of user %r is queued at Dify for %.0f seconds: all its workers are busy.",
+                    "The workflow run of user %r is queued at Dify for %.0f seconds: its workers are busy, or none of "
+                    "them takes from this queue.",
                     search.user,
                     time.monotonic() - began,
                 )
@@ -169,18 +206,23 @@ class Follower:
                     return run_id
         return None
 
-    def search_run(self, search: RunSearch, error: DifyWorkflowRunUncertain, seconds: float) -> Steps[str | None]:
+    def search_run(
+        self, search: RunSearch, error: DifyError, seconds: float, through_failures: float | None = None
+    ) -> Steps[str | None]:
         """
         Look for the run of a start in Dify's log, until it is there.
 
         :param search: what is known of it.
         :param error: why no id came back.
         :param seconds: how long to look.
+        :param through_failures: how long to look while the log can't be read; ten times as long by default.
         :return: the run's id; ``None`` if the time is over.
         :raises DifyWorkflowRunUncertain: if several runs fit, or the log can't be read at all.
         """
         began = time.monotonic()
         others: set[str] = set()
+        self.log_was_away = False
+        limit = seconds * _GRACES_THROUGH_FAILURES if through_failures is None else through_failures
 
         def look() -> Steps[str | None]:
             try:
@@ -199,12 +241,21 @@ class Follower:
                 self.log.info(line, search.user, time.time() - search.sent_at)
             return run_id
 
+        def seconds_left(has_failed: bool) -> float:
+            self.last_look_failed = has_failed
+            self.log_was_away = self.log_was_away or has_failed
+            return (max(seconds, limit) if has_failed else seconds) - (time.monotonic() - began)
+
         looks = RepeatedLook(self.clock, self.log, self.poll_interval)
-        return (yield from looks.until_found(look, lambda has_failed: seconds - (time.monotonic() - began)))
+        return (yield from looks.until_found(look, seconds_left))
 
     def may_be_queued(self) -> bool:
         """Return whether the server may hold a start back without a record of it."""
         return runs_queue(self.hook.server_version)
+
+    def is_in_queue(self) -> bool:
+        """Return whether the start under way was accepted by a server that may have queued it."""
+        return self.stream is not None and self.stream.is_accepted and self.may_be_queued()
 
     def follow(self, wait: RunWait, stream: StartedRun | None, timeout: float) -> Steps[tuple[WorkflowRun, Verdict]]:
         """
@@ -219,18 +270,24 @@ class Follower:
         """
         found = (yield from self._follow_events(wait, stream)) if stream is not None else None
         interval = min(1.0, self.poll_interval) if self.progress.final_status else self.poll_interval
+        # What the events say counts then, if the record still says something else.
+        until = time.monotonic() + wait.policy.not_found_grace
         while found is None:
             is_last = self.clock.is_over
             found, delay = yield from self._poll(wait)
+            if found is None and self._ended_run is not None and (is_last or time.monotonic() >= until):
+                found = self._take_word_of_events(wait, self._ended_run)
             if found is None and is_last:
                 raise DifyWorkflowRunTimeout(
                     f"The {self.whose} timeout of {timeout:g} seconds is over. {wait.describe_last_status()}"
                 )
             if found is None:
-                yield from self.clock.pause(max(interval, delay))
+                pause = max(interval, delay)
+                left = until - time.monotonic()
+                yield from self.clock.pause(min(pause, max(0.0, left)) if self._ended_run is not None else pause)
                 interval = min(interval * 2, self.poll_interval)
         run, verdict = found
-        status = self.progress.final_status
+        status = self._ended_run.status if self._ended_run is not None else None
         if status and status != run.status:
             self.log.warning(
                 "The event stream said %s, the run's detail says %s; the detail decides.",
@@ -253,14 +310,36 @@ class Follower:
         )
 
     def _on_started(self, stream: StartedRun, event: WorkflowEvent | None) -> Steps[None]:
-        if event is None or not event.starts_a_rejected_run:
+        if stream.task_id != stream.workflow_run_id:
             return
-        self._note(event)
-        following: WorkflowEvent | None = yield NextEvent(stream, min(REJECTION_SECONDS, max(1.0, self.clock.left)))
+        self.progress.was_rejected = True
+        if event is not None:
+            self._note(event)
+        following: WorkflowEvent | None = None
+        with suppress(DifyConnectionError):
+            following = yield NextEvent(stream, min(REJECTION_SECONDS, max(1.0, self.clock.left)))
         if following is not None:
             self._note(following)
         if self.progress.was_rejected:
-            raise self._rejection(stream.workflow_run_id)
+            raise stream.rejection() or self._rejection(stream.workflow_run_id)
+
+    def _on_error_event(self, stream: StartedRun, search: RunSearch) -> Steps[str | None]:
+        """Return the run's id, if there is one all the same; else raise what Dify said before the run had a name."""
+        yield from read_after_error(stream)
+        error = stream.rejection()
+        assert error is not None  # noqa: S101
+        if stream.is_named:
+            self.log.warning("%s", error)
+            yield from self._on_started(stream, None)
+            return stream.workflow_run_id
+        run_id = None
+        if not isinstance(error, DifyRequestError):
+            with suppress(DifyWorkflowRunUncertain):
+                run_id = yield from self.search_run(search, error, 0.0, self.not_found_grace)
+        if run_id is None:
+            stream.close()
+            raise error
+        return run_id
 
     def _rejection(self, workflow_run_id: str) -> DifyInputsRejected:
         return DifyInputsRejected(
@@ -286,25 +365,33 @@ class Follower:
     def _follow_events(self, wait: RunWait, stream: StartedRun) -> Steps[tuple[WorkflowRun, Verdict] | None]:
         """Log a run's events until the stream ends, or the run itself turns out to be over."""
         next_look = time.monotonic() + self.poll_interval
+        # An error may be followed by the end of the run.
+        ends = math.inf
         try:
-            while not self.clock.is_over:
-                event = yield NextEvent(stream, self.clock.slice_of(max(_SHORTEST_WAIT, next_look - time.monotonic())))
+            while not self.clock.is_over and (now := time.monotonic()) < ends:
+                seconds = min(max(_SHORTEST_WAIT, next_look - now), ends - now)
+                event = yield NextEvent(stream, self.clock.slice_of(seconds))
                 self.clock.check()
                 if event is not None:
                     self._note(event)
                     if event.is_ending:
                         self._on_ending(wait, event)
-                        return None
+                        if event.name != ERROR:
+                            return None
+                        ends = min(ends, now + SECONDS_AFTER_ERROR)
                 # A paused run sends nothing but pings, and so does one that hangs.
                 if time.monotonic() >= next_look:
                     next_look = time.monotonic() + self.poll_interval
                     if (found := (yield from self._look(wait))) is not None:
                         return found
         except DifyConnectionError as error:
-            self.log.warning("%s Polling the run every %g seconds instead.", error, self.poll_interval)
+            if ends == math.inf:
+                self.log.warning("%s Polling the run every %g seconds instead.", error, self.poll_interval)
         return None
 
     def _on_ending(self, wait: RunWait, event: WorkflowEvent) -> None:
+        if event.workflow_run_id == wait.workflow_run_id:
+            self._ended_run = event.ended_run
         if event.name == ERROR:
             self.log.warning(
                 "The event stream of workflow run %s ended with the error %s.",
@@ -327,23 +414,23 @@ class Follower:
         """Poll once; return what was found if the run is over, and how long not to poll."""
         try:
             run = yield from calls.look_up_run(wait.workflow_run_id)
-        except DifyWorkflowRunNotFound as error:
-            if self.progress.final_status == "failed":
-                raise self._failure_without_record(wait.workflow_run_id) from error
-            wait.on_failed_poll(error)
-            return None, 0.0
-        except DifyConnectionError as error:
-            wait.on_failed_poll(error)
+        except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
+            if isinstance(error, DifyWorkflowRunNotFound) and self.progress.was_rejected:
+                raise self._rejection(wait.workflow_run_id) from error
+            if self._ended_run is None:
+                wait.on_failed_poll(error)
             return None, delay_after(error, wait.consecutive_failures, RETRY_DELAY)
         verdict = wait.on_poll(run)
-        return (None if verdict.outcome is Outcome.WAIT else (run, verdict)), 0.0
+        # A record that is not over contradicts the events, if these have ended, however old it is.
+        is_open = verdict.outcome is Outcome.WAIT or (verdict.outcome is Outcome.TIMED_OUT and self._ended_run)
+        return (None if is_open else (run, verdict)), 0.0
 
-    def _failure_without_record(self, workflow_run_id: str) -> DifyError:
-        if self.progress.was_rejected:
-            return self._rejection(workflow_run_id)
-        node = f"{self.progress.failed_node} " if self.progress.failed_node else ""
-        reason = one_line(self.progress.final_error or "Dify gave no error text").rstrip(".")
-        return DifyWorkflowRunFailed(
-            f"{node}{reason}. The events of Dify workflow run {workflow_run_id} ended as failed, and Dify has no "
-            "record of it."
+    def _take_word_of_events(self, wait: RunWait, run: WorkflowRun) -> tuple[WorkflowRun, Verdict]:
+        """Return a run as its last event describes it: the record did not follow within the grace."""
+        self.log.warning(
+            "The events of Dify workflow run %s ended as %s, which counts although its record does not say so. %s",
+            run.id,
+            run.status,
+            wait.describe_last_status(),
         )
+        return run, wait.on_poll(run)

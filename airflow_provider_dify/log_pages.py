@@ -37,12 +37,15 @@ class LogPage:
     next_size: int | None = None
     is_filtered: bool = True
 
-    def request(self, *, user: str | None = None, created_after: datetime | None = None) -> Call[list[LogRow]]:
+    def request(
+        self, *, user: str | None = None, created_after: datetime | None = None, patience: float = 0.0
+    ) -> Call[list[LogRow]]:
         """
         Return the request for the page.
 
         :param user: whose runs; everybody's by default.
         :param created_after: the oldest second of the rows.
+        :param patience: seconds that the server gets for the page at least.
         """
         return calls.logged_runs(
             user=user,
@@ -50,6 +53,7 @@ class LogPage:
             created_before=self.created_before,
             page=self.number,
             limit=self.size,
+            patience=patience,
         )
 
     def after(self, rows: Sequence[LogRow], *, not_before: datetime | None = None) -> LogPage | None:

@@ -35,6 +35,19 @@ ENDED_STATUSES = frozenset(WorkflowRunStatus) - WAITING_STATUSES
 
 # Seconds for which a row of the log may wait for its run's record, where Dify lets workers write the records.
 RECORD_DELAY = 300.0
+# How Dify says that somebody stopped a run whose status is `failed`, which a stop may leave behind.
+_STOP_REQUESTED = "requested stop"
+
+
+def status_of(status: WorkflowRunStatus | str, error: str | None) -> WorkflowRunStatus | str:
+    """
+    Return what a run's status means: ``stopped`` for one that failed because somebody stopped it.
+
+    :param status: the status that Dify names.
+    :param error: Dify's own words on it.
+    """
+    is_stop = status == WorkflowRunStatus.FAILED and _STOP_REQUESTED in (error or "").lower()
+    return WorkflowRunStatus.STOPPED if is_stop else status
 
 
 def is_over(status: WorkflowRunStatus | str, finished_at: DateTime | None) -> bool:

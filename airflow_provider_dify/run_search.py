@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -18,6 +19,7 @@ from airflow_provider_dify.models import (
     RowWithoutRun,
     WorkflowRun,
     WorkflowRunStatus,
+    is_deleted,
     is_server_from,
     runs_of,
 )
@@ -79,19 +81,20 @@ class RunSearch:
         )
 
 
-def find_run(search: RunSearch, others: set[str] | None = None) -> Steps[str | None]:
+def find_run(search: RunSearch, others: set[str] | None = None, *, patience: float = 0.0) -> Steps[str | None]:
     """
     Look for the run of a start in Dify's log.
 
     :param search: what is known of it.
     :param others: ids of runs that were started with other inputs; a look adds those that it meets, and the next one
         does not ask for them again.
+    :param patience: seconds that the server gets for a page at least: its log may be slow.
     :return: the run's id; ``None`` if no run fits yet: it may be queued.
     :raises DifyWorkflowRunUncertain: if several fit, one can't be compared, or there are more runs than are read.
     :raises DifyError: if the log can't be read.
     """
     others = set() if others is None else others
-    candidates, are_all = yield from _candidates(search)
+    candidates, are_all = yield from _candidates(search, patience)
     fitting = []
     for run in candidates:
         if run.workflow_run_id in others:
@@ -136,15 +139,16 @@ def runs_queue(server_version: str | None) -> bool:
     return is_server_from(server_version, (1, 13)) is not False
 
 
-def _candidates(search: RunSearch) -> Steps[tuple[list[LoggedWorkflowRun], bool]]:
+def _candidates(search: RunSearch, patience: float) -> Steps[tuple[list[LoggedWorkflowRun], bool]]:
     """Return the runs that may be it, and whether these are all that there are."""
     found: list[LoggedWorkflowRun] = []
     number_of_rows = 0
     page: LogPage | None = LogPage(_PAGE_SIZE, next_size=_NEXT_PAGE_SIZE)
     while page is not None and number_of_rows < _MAX_ROWS:
-        rows: list[LogRow] = yield page.request(user=search.user, created_after=search.not_before)
+        rows: list[LogRow] = yield page.request(user=search.user, created_after=search.not_before, patience=patience)
         for row in rows:
-            if isinstance(row, RowWithoutRun) and row.user == search.user:
+            is_ours = row.user == search.user
+            if is_ours and isinstance(row, RowWithoutRun) and not is_deleted(row, time.time()):
                 raise without_record(f"a run of user {search.user!r}")
         found += [run for run in runs_of(rows) if search.is_candidate(run)]
         number_of_rows += len(rows)

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.session import call_within
 from airflow_provider_dify.api.started_run import StartedRun, wait_until_named
 from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
     DifyError,
     DifyTaskKilled,
     DifyWorkflowRunUncertain,
@@ -21,7 +22,7 @@ from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRun, is_server_from
-from airflow_provider_dify.run_search import find_run, known_runs
+from airflow_provider_dify.run_search import known_runs
 from airflow_provider_dify.starting import (
     StartMemory,
     StartSettings,
@@ -76,7 +77,7 @@ class RunningTask:
         self.context = context
         self.clock = clock
         self.xcoms = xcoms
-        self.follower = Follower(hook, clock, log, settings.poll_interval)
+        self.follower = Follower(hook, clock, log, settings.poll_interval, not_found_grace=settings.not_found_grace)
         self.run_is_over = False
         self._settings = settings
         self._hook = hook
@@ -197,7 +198,13 @@ class RunningTask:
         return self._memory.is_kept
 
     def _find_earlier_start(self) -> TaskStart | None:
-        found = self._look_through_failures(lambda: find_earlier_start(self.context, self._settings))
+        try:
+            found = self._look_through_failures(lambda: find_earlier_start(self.context, self._settings))
+        except DifyConnectionError as error:
+            # A new one, whose attributes say nothing of a start.
+            raise DifyConnectionError(
+                f"{error} So this try can't tell whether a run of an earlier one goes on, and started none."
+            ) from None
         if found is None:
             return None
         start, run = found
@@ -221,23 +228,34 @@ class RunningTask:
         self._start = start
         error = DifyWorkflowRunUncertain(
             f"An earlier try was ended while its start was under way, and Dify's log does not show a run of user "
-            f"{start.user!r}.",
+            f"{start.user!r}: it may be queued, and run later. Look for the user in the app's log in Dify's console, "
+            "then clear the task to start a new run.",
             user=start.user,
         )
         seconds = self.clock.left if start.was_accepted else self._settings.not_found_grace
         if self._settings.deferrable and start.was_accepted:
             return start
         run_id = self._hook.run_steps(self.follower.search_run(start.search, error, seconds))
-        if run_id is None and not start.was_accepted:
-            # The search goes on through failures. Only a log that was read says that there is no run.
-            run_id = self._look_through_failures(lambda: find_run(start.search))
         if run_id is not None:
             self._remember(replace(start, workflow_run_id=run_id, try_number=self.context["ti"].try_number))
             return self._start
-        if start.was_accepted:
+        if self.follower.last_look_failed:
+            # Airflow remembers the start, so the next try looks again.
+            raise DifyConnectionError(
+                f"Dify's log could not be read for {self.follower.not_found_grace:g} seconds. {error}"
+            )
+        if start.was_accepted or not self._may_start_again():
             raise error
+        self._log.warning("Dify's log shows no run of the earlier try's start; starting a new run.")
         self._start = None
         return None
+
+    def _may_start_again(self) -> bool:
+        """Return whether a start that Dify did not accept, and whose run is not in its log, may be sent again."""
+        if not self.follower.may_be_queued():
+            # This server shows each run at once.
+            return True
+        return self._settings.restart_lost_runs and not self.follower.log_was_away
 
     def _start_new_run(self) -> None:
         settings = self._settings
@@ -249,9 +267,8 @@ class RunningTask:
         start = new_start(ti, settings.user, settings.inputs, before, time.time())
         if self._hook.server_version:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
-        # Written before the act, so that a killed worker leaves a trace of it.
-        self._memory.save(start)
-        self._start = start
+        self.follower.before_send = lambda: self._keep(start)
+        self.follower.after_refusal = lambda: self._keep(None)
         try:
             stream = self._hook.run_steps(self.follower.send_start(settings.inputs, start.user, settings.workflow_id))
         except DifyWorkflowRunUncertain as error:
@@ -260,10 +277,14 @@ class RunningTask:
         except BaseException as error:
             if isinstance(error, Exception) and not isinstance(error, DifyTaskKilled):
                 # Nothing was started.
-                self._start = None
-                self._memory.save(None)
+                self._keep(None)
             raise
         self._wait_on_stream(start, stream)
+
+    def _keep(self, start: TaskStart | None) -> None:
+        """Let Airflow keep a start before it is sent, so that a killed worker leaves a trace; ``None`` for none."""
+        self._memory.save(start)
+        self._start = start
 
     def _wait_until_named(self, stream: StartedRun, start: TaskStart, seconds: float) -> str | None:
         return self._hook.run_steps(self.follower.wait_until_named(stream, start.search, seconds))
@@ -273,8 +294,7 @@ class RunningTask:
             run_id = self._wait_until_named(stream, start, SECONDS_BEFORE_QUEUED)
             if run_id is None:
                 start = replace(start, was_accepted=True)
-                self._memory.save(start)
-                self._start = start
+                self._keep(start)
                 self._log.info(
                     "Dify has accepted the start and named no run yet: the workflow run of user %r is queued.",
                     start.user,
@@ -289,8 +309,7 @@ class RunningTask:
             raise
         except DifyError:
             # Dify rejected it.
-            self._start = None
-            self._memory.save(None)
+            self._keep(None)
             raise
         if run_id is None:
             self._on_still_queued(start)
@@ -309,16 +328,24 @@ class RunningTask:
     def _wait_in_log(self, start: TaskStart, error: DifyWorkflowRunUncertain) -> None:
         """Look for the run of a start that broke off; a deferrable task leaves that to the triggerer soon."""
         self._log.warning("%s", error)
-        self._start = start
-        self._memory.save(start)
-        seconds = self.clock.left if self.follower.may_be_queued() else self._settings.not_found_grace
-        if self._settings.deferrable:
+        self._keep(start)
+        is_queued = start.was_accepted and self.follower.may_be_queued()
+        defers = is_queued and self._settings.deferrable
+        seconds = self.clock.left if is_queued else self._settings.not_found_grace
+        if defers:
             seconds = min(seconds, SECONDS_BEFORE_DEFERRAL)
         run_id = self._hook.run_steps(self.follower.search_run(start.search, error, seconds))
         if run_id is not None:
             self._remember(replace(start, workflow_run_id=run_id))
-        elif not self._settings.deferrable or not self.follower.may_be_queued():
+        elif not defers:
+            self._raise_lost(error, is_queued)
+
+    def _raise_lost(self, error: DifyWorkflowRunUncertain, is_queued: bool) -> NoReturn:
+        """End a try whose run was not found: for good, or with a retry that may start another one."""
+        if is_queued or not self._settings.restart_lost_runs or self.follower.log_was_away:
             raise error
+        self._keep(None)
+        raise DifyConnectionError(f"{error} restart_lost_runs is set: a retry starts another run.") from error
 
     def _on_still_queued(self, start: TaskStart) -> None:
         if self._settings.deferrable:

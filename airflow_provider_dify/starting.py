@@ -12,7 +12,7 @@ from airflow.providers.common.compat.sdk import conf
 
 from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.api.calls import Pause, Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunNotFound, DifyWorkflowRunUncertain
 from airflow_provider_dify.input_fingerprint import fingerprint
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from airflow_provider_dify.following import Server
 
 STATE_KEY = "dify_workflow_run"
+# What a retry gives Dify's log at least: without it, an earlier try's run would be paid for twice.
+SECONDS_FOR_LOG = 120.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StartSettings:
     not_found_grace: float
     max_consecutive_failures: int
     stop_on_failure: bool
+    restart_lost_runs: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,14 +159,14 @@ def find_earlier_start(
         if start.stop_was_asked:
             return None
         if start.workflow_run_id is None:
-            run_id = yield from find_run(start.search)
+            run_id = yield from find_run(start.search, patience=SECONDS_FOR_LOG)
             if run_id is None:
                 return start, None
             start = replace(start, workflow_run_id=run_id)
         return (yield from _if_it_can_succeed(start, settings))
     for search, number in _searches_of_earlier_tries(context, settings):
         try:
-            run_id = yield from find_run(search)
+            run_id = yield from find_run(search, patience=SECONDS_FOR_LOG)
         except DifyError as error:
             if number < ti.try_number or isinstance(error, DifyWorkflowRunUncertain):
                 raise
@@ -176,10 +179,18 @@ def find_earlier_start(
 
 
 def _if_it_can_succeed(start: TaskStart, settings: StartSettings) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
+    run_id = str(start.workflow_run_id)
     try:
-        run: WorkflowRun = yield from calls.look_up_run(str(start.workflow_run_id))
+        run: WorkflowRun = yield from calls.look_up_run(run_id)
     except DifyWorkflowRunNotFound:
-        return None
+        # A run is given up, and another one paid for, only after Dify has said so twice.
+        yield Pause(settings.poll_interval)
+        try:
+            run = yield from calls.look_up_run(run_id)
+        except DifyWorkflowRunNotFound as error:
+            if not error.is_sure:
+                raise
+            return None
     verdict = judge(
         run,
         now=datetime.now(timezone.utc),

@@ -62,6 +62,7 @@ class TriggerWait:
     :param stop_user: the ``user`` that started the run; ``None`` for a run that goes on.
     :param search: for a start that was not named yet: what to look for in Dify's log, as
         :meth:`~airflow_provider_dify.run_search.RunSearch.serialize` returns it.
+    :param was_seen: whether Dify has shown or named the run before.
     """
 
     poll_interval: float = 10.0
@@ -80,6 +81,7 @@ class TriggerWait:
     stop_task_id: str | None = None
     stop_user: str | None = None
     search: dict[str, Any] | None = None
+    was_seen: bool = False
 
     @property
     def policy(self) -> WaitPolicy:
@@ -110,6 +112,7 @@ class RunWait:
     :param log: where changes of status and failed polls are logged.
     :param first_poll: when the wait first polled, aware; at the first poll by default.
     :param on_first_run: called with the run once, as soon as a poll has brought it.
+    :param was_seen: whether Dify has shown or named the run before this wait.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class RunWait:
         log: Logger,
         first_poll: datetime | None = None,
         on_first_run: Callable[[WorkflowRun], None] | None = None,
+        was_seen: bool = False,
     ) -> None:
         self.workflow_run_id = workflow_run_id
         self.policy = policy
@@ -127,7 +131,8 @@ class RunWait:
         self.status: WorkflowRunStatus | str | None = None
         self.status_since: datetime | None = None
         self.consecutive_failures = 0
-        self._run: WorkflowRun | None = None
+        self.was_seen = was_seen
+        self._times_unknown = 0
         self._last_line: datetime | None = None
         self._log = log
         self._on_first_run = on_first_run
@@ -148,7 +153,8 @@ class RunWait:
         """
         now = max(datetime.now(timezone.utc), self.first_poll)
         self.consecutive_failures = 0
-        self._run = run
+        self.was_seen = True
+        self._times_unknown = 0
         if self._on_first_run is not None:
             self._on_first_run(run)
             self._on_first_run = None
@@ -179,8 +185,13 @@ class RunWait:
         :raises DifyConnectionError: once more than ``max_consecutive_failures`` polls in a row have failed.
         """
         # A server that can't say "unknown" may only be broken for a moment, if it has shown the run before.
-        if isinstance(error, DifyWorkflowRunNotFound) and (error.is_sure or self._run is None):
+        if isinstance(error, DifyWorkflowRunNotFound) and (error.is_sure or not self.was_seen):
             self.consecutive_failures = 0
+            self._times_unknown += 1
+            if self.was_seen and self._times_unknown == 1:
+                # Once may be a slip: of a replica that lags behind, or of a key that is being changed.
+                self._log.warning("Dify has named this run before; asking once more: %s", error)
+                return
             self._on_unknown_run(error)
             return
         self.consecutive_failures += 1

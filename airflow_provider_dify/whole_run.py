@@ -16,9 +16,6 @@ from airflow_provider_dify.models import WorkflowRun
 from airflow_provider_dify.run_search import RunSearch, known_runs
 from airflow_provider_dify.waiting import RunWait, WaitPolicy
 
-# Some servers write runs late.
-_NOT_FOUND_GRACE = 60.0
-
 
 def run_workflow(
     follower: Follower, inputs: Mapping[str, Any], user: str, workflow_id: str | None, timeout: float
@@ -55,7 +52,10 @@ def wait_for_run(follower: Follower, workflow_run_id: str, timeout: float) -> St
     :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.wait_for_workflow_run` does.
     """
     wait = RunWait(
-        parse_workflow_run_id(workflow_run_id), WaitPolicy(not_found_grace=_NOT_FOUND_GRACE), log=follower.log
+        parse_workflow_run_id(workflow_run_id),
+        WaitPolicy(not_found_grace=follower.not_found_grace),
+        log=follower.log,
+        was_seen=named_stream(follower) is not None,
     )
     run, _ = yield from follower.follow(wait, named_stream(follower), timeout)
     return run
@@ -71,7 +71,7 @@ def name_run(
     :param start: the steps that send the start.
     :param search: what is known of the run.
     :param seconds_in_log: how long to look for the run of a start that broke off; by default until the deadline, where
-        the server may have queued it, and for a minute elsewhere.
+        the server has accepted it and may have queued it, and for the follower's grace elsewhere.
     :return: the run's id.
     :raises DifyWorkflowRunUncertain: if it has none in time.
     :raises DifyError: as the start does.
@@ -83,7 +83,7 @@ def name_run(
         follower.log.warning("%s", error)
         seconds = seconds_in_log
         if seconds is None:
-            seconds = follower.clock.left if follower.may_be_queued() else _NOT_FOUND_GRACE
+            seconds = follower.clock.left if follower.is_in_queue() else follower.not_found_grace
         run_id = yield from follower.search_run(search, error, seconds)
         if run_id is None:
             raise

@@ -55,6 +55,8 @@ class AsyncWorkflowRunStream(StartedRun):
 
     async def next_event(self, seconds: float) -> WorkflowEvent | None:
         """Return the run's next event, as :meth:`StartedRun.next_event` describes."""
+        if (kept := self._take_kept()) is not None:
+            return kept
         if not self._items and self._end is None:
             await self._wait_for_item(seconds)
         if self._end is None and not self._items:

@@ -33,6 +33,7 @@ class Call(Generic[T]):
     :param params: the query.
     :param body: a JSON body.
     :param is_final: whether an error that usually may pass is not worth another attempt.
+    :param patience: seconds that the server gets for the response at least, whatever the connection says.
     """
 
     method: str
@@ -42,6 +43,7 @@ class Call(Generic[T]):
     params: Mapping[str, Any] | None = None
     body: Mapping[str, Any] | None = None
     is_final: Callable[[DifyConnectionError], bool] = field(default=lambda error: False)
+    patience: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ def logged_runs(
     created_before: datetime | None = None,
     page: int = 1,
     limit: int = 20,
+    patience: float = 0.0,
 ) -> Call[list[LogRow]]:
     """Return the request for a page of the app's log, newest runs first."""
     params = {
@@ -125,6 +128,7 @@ def logged_runs(
         responses.LOG_SUBJECT,
         responses.parse_log,
         params={name: value for name, value in params.items() if value is not None},
+        patience=patience,
     )
 
 

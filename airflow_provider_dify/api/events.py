@@ -9,11 +9,15 @@ on the first ping comes at once, before there is a run.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus, app_id_from
+from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.models import ENDED_STATUSES, WorkflowRun, WorkflowRunStatus, app_id_from, status_of
+
+_log = logging.getLogger(__name__)
 
 STARTED = "workflow_started"
 FINISHED = "workflow_finished"
@@ -58,39 +62,44 @@ class WorkflowEvent:
         Dify (1.12.1 to 1.16.1) makes event and detail of the same outputs and counts, and cuts neither. Of a run that
         did not succeed they may differ, so its detail has to be read.
         """
-        data = self.data
-        if self.name != FINISHED or data.get("status") != WorkflowRunStatus.SUCCEEDED or not self.workflow_run_id:
-            return None
-        outputs, tokens, steps = (data.get(name) for name in ("outputs", "total_tokens", "total_steps"))
-        seconds = data.get("elapsed_time")
+        run = self.ended_run
         # What has another shape is left to the detail's parser, which says what is wrong with it.
-        are_whole = all(type(number) is int for number in (tokens, steps))
-        if not isinstance(outputs, dict) or not are_whole or type(seconds) not in (int, float):
+        is_whole = run is not None and None not in (run.outputs, run.total_tokens, run.total_steps, run.elapsed_time)
+        return run if is_whole and run is not None and run.status == WorkflowRunStatus.SUCCEEDED else None
+
+    @property
+    def ended_run(self) -> WorkflowRun | None:
+        """The run as this event says that it ended, without inputs and times; ``None`` for any other event."""
+        data = self.data
+        if self.name != FINISHED or data.get("status") not in list(ENDED_STATUSES) or not self.workflow_run_id:
             return None
+        outputs, error, seconds = (data.get(name) for name in ("outputs", "error", "elapsed_time"))
+        steps, tokens = (
+            number if type(number) is int else None for number in (data.get("total_steps"), data.get("total_tokens"))
+        )
+        error = error if isinstance(error, str) else None
         return WorkflowRun(
             id=self.workflow_run_id,
             workflow_id=None,
-            status=WorkflowRunStatus.SUCCEEDED,
+            status=status_of(WorkflowRunStatus(data["status"]), error),
             inputs=None,
-            outputs=outputs,
-            error=None,
+            outputs=outputs if isinstance(outputs, dict) else None,
+            error=error,
             total_steps=steps,
             total_tokens=tokens,
             created_at=None,
             finished_at=None,
-            elapsed_time=seconds,
+            elapsed_time=seconds if type(seconds) in (int, float) else None,
         )
 
     @property
-    def starts_a_rejected_run(self) -> bool:
+    def names_a_rejected_run(self) -> bool:
         """
-        Whether this is the start of a run that Dify (1.15 and later) rejects in the next event, and keeps no record of.
+        Whether this event of a start's own stream names a run that Dify (1.15 and later) rejects without a record.
 
-        Measured on 1.15.0 and 1.16.1: both ids are the same, and the inputs have no ``sys.*`` entries.
+        Measured on 1.15.0 to 1.17: both ids are the same.
         """
-        inputs = self.data.get("inputs")
-        has_system_inputs = isinstance(inputs, dict) and any(str(name).startswith("sys.") for name in inputs)
-        return self.name == STARTED and self.task_id == self.workflow_run_id and not has_system_inputs
+        return self.workflow_run_id is not None and self.task_id == self.workflow_run_id
 
 
 class EventStreamReader:
@@ -109,14 +118,14 @@ class EventStreamReader:
         self._searched = 0
         self._data: list[bytes] = []
         self._name = b""
+        self._has_warned = False
 
     def feed(self, piece: bytes) -> list[WorkflowEvent]:
         """
         Parse the next piece of the stream.
 
         :param piece: bytes, cut anywhere, in the middle of a character too.
-        :return: the events that the piece completed.
-        :raises ValueError: if a ``data`` field is no JSON object with the name of an event.
+        :return: the events that the piece completed; one that can't be read is left out, with a warning.
         """
         self._pending += piece
         events: list[WorkflowEvent] = []
@@ -131,7 +140,7 @@ class EventStreamReader:
                 self._name = line[6:].strip()
             elif not line:
                 if self._data:
-                    events.append(_parse_event(self._redact(b"\n".join(self._data))))
+                    events.extend(self._read_event(self._redact(b"\n".join(self._data))))
                 elif self._name == PING.encode():
                     # Passed on, so that a reader of a silent run can look at the clock.
                     events.append(WorkflowEvent(PING, None, None, {}))
@@ -140,14 +149,25 @@ class EventStreamReader:
         self._searched = len(self._pending)
         return events
 
+    def _read_event(self, text: bytes) -> list[WorkflowEvent]:
+        """Return the event; none for one that is not Dify's, such as the ``[DONE]`` of a gateway."""
+        try:
+            return [_parse_event(text)]
+        except ValueError as error:
+            if not self._has_warned:
+                # Once a stream: a gateway may add a line to each event.
+                self._has_warned = True
+                _log.warning("An event of the stream could not be read and is left out: %s", one_line(str(error), 200))
+            return []
+
 
 def _parse_event(text: bytes) -> WorkflowEvent:
     try:
         fields = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("an event that is nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{type(error).__name__} in {text[:120]!r}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("event"), str):
-        raise ValueError(f"an event of another shape: {text[:120]!r}")
+        raise ValueError(f"another shape: {text[:120]!r}")
     data = fields.get("data")
     run_id, task_id = (
         value if isinstance(value := fields.get(name), str) and value else None

@@ -56,6 +56,20 @@ class HttpResponse:
         version = self.header("X-Version")
         return self.shown(version, 30) if version else None
 
+    @property
+    def is_of_dify(self) -> bool:
+        """
+        Whether Dify itself responded, and not a gateway, a proxy or a login page in front of it.
+
+        Each of Dify's responses has ``X-Version`` (1.12.1 to 1.17, also its HTML pages), which a proxy may remove. Its
+        errors are objects with ``code``, ``message`` and the HTTP status.
+        """
+        if self.header("X-Version"):
+            return True
+        data = self.json_object() or {}
+        has_texts = all(isinstance(data.get(name), str) for name in ("code", "message"))
+        return has_texts and data.get("status") == self.status_code
+
     def header(self, name: str) -> str | None:
         """Return a header's value, or ``None``."""
         wanted = name.lower()

@@ -50,7 +50,7 @@ class RunProgress:
         :return: a line for the task's log; ``None`` for an event that deserves none.
         """
         data = event.data
-        if event.starts_a_rejected_run:
+        if event.names_a_rejected_run:
             self.was_rejected = True
         if event.name == FINISHED:
             self.final_status = _text(data, "status")

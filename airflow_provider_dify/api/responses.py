@@ -18,10 +18,11 @@ from airflow_provider_dify.exceptions import (
     DifyError,
     DifyInputsRejected,
     DifyRequestError,
+    DifyWorkflowRunFailed,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.excerpts import REASON_LENGTH
-from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun
+from airflow_provider_dify.excerpts import REASON_LENGTH, one_line
+from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, status_of
 
 # 425 is the one other 4xx that HTTP itself defines as "the same request may succeed later".
 _PASSING_STATUS_CODES = frozenset({408, 425, 429})
@@ -36,13 +37,14 @@ def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> Workflow
     :param workflow_run_id: the run that was requested, for messages.
     :return: the run.
     :raises DifyWorkflowRunNotFound: on a 404 of Dify's, or its 200 with a null id (servers up to 1.12).
-    :raises DifyAuthenticationError: on 401 and 403.
-    :raises DifyRequestError: on any other rejection.
-    :raises DifyConnectionError: on what may pass, and on a response that is not Dify's.
+    :raises DifyAuthenticationError: on Dify's 401 and 403.
+    :raises DifyRequestError: on any other rejection of Dify's.
+    :raises DifyConnectionError: on what may pass, and on a response that is not Dify's, whatever it says.
     """
     subject = f"workflow run {workflow_run_id}"
-    # A 404 without a body is some gateway's way to say the same; one with HTML is a wrong base URL.
-    if response.status_code == 404 and (not response.body.strip() or _is_dify_error(response.json_object())):
+    # One with HTML is a wrong base URL.
+    says_so = not response.body.strip() or _is_dify_error(response.json_object())
+    if response.status_code == 404 and response.is_of_dify and says_so:
         raise not_found(response, workflow_run_id)
     data = _parse_object(response, subject)
     if "id" not in data or "status" not in data:
@@ -53,7 +55,7 @@ def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> Workflow
     return WorkflowRun(
         id=fields.required_id("id"),
         workflow_id=fields.text("workflow_id"),
-        status=fields.status(),
+        status=status_of(fields.status(), fields.text("error")),
         inputs=fields.json_object("inputs"),
         outputs=fields.json_object("outputs"),
         error=fields.text("error"),
@@ -115,7 +117,7 @@ def _parse_log_row(response: HttpResponse, row: Any) -> LogRow:
     fields = Fields(response, LOG_SUBJECT, row["workflow_run"])
     return LoggedWorkflowRun(
         workflow_run_id=fields.required_id("id"),
-        status=fields.status(),
+        status=status_of(fields.status(), fields.text("error")),
         user=user,
         error=fields.text("error"),
         total_steps=fields.integer("total_steps"),
@@ -179,6 +181,33 @@ def error_from_start(response: HttpResponse) -> DifyError:
     return _not_dify(response, subject, "no event stream")
 
 
+def error_from_event(data: dict[str, Any], server_version: str | None) -> DifyError:
+    """
+    Return what an ``error`` event means to a start whose run has no name: Dify's own word that it started nothing.
+
+    Measured on 1.16.1 and 1.17: ``code``, ``message`` and ``status`` are those of a response.
+
+    :param data: the event's fields.
+    :param server_version: Dify's version, for the error.
+    :return: a :class:`DifyInputsRejected` for ``invalid_param``, a :class:`DifyRequestError` for any other 4xx, and a
+        :class:`DifyWorkflowRunFailed`, which a retry may repeat, for the rest.
+    """
+    code, text, status = (data.get(name) for name in ("code", "message", "status"))
+    message = one_line(text or code or "Dify gave no error text").rstrip(".")
+    facts: dict[str, Any] = {"code": code, "dify_message": message, "server_version": server_version}
+    is_4xx = isinstance(status, int) and 400 <= status < 500
+    if "Too many requests" not in message:
+        if code == "invalid_param":
+            return DifyInputsRejected(
+                f"{message}. Dify rejected the inputs and started no workflow run. Check the task's inputs.", **facts
+            )
+        if is_4xx:
+            return DifyRequestError(f"{message}. Dify rejected the start of a workflow run ({code}).", **facts)
+    return DifyWorkflowRunFailed(
+        f"{message}. Dify failed to start a workflow run, and said so before the run had an id. A retry starts another."
+    )
+
+
 def not_found(response: HttpResponse, workflow_run_id: str) -> DifyWorkflowRunNotFound:
     """
     Return the error for a run that Dify doesn't know.
@@ -224,6 +253,13 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
             f"{cause}: Dify could not respond for {subject} at {response.url}. This may pass.",
             retry_after=response.retry_after(),
             is_overloaded=is_overloaded,
+            **facts,
+        )
+    if 400 <= status_code < 500 and status_code != 413 and not response.is_of_dify:
+        # Its word says nothing about the key or the run. 413 is about the request, whoever says it.
+        raise DifyConnectionError(
+            f"{cause}: something in front of Dify (a gateway, a proxy or a login page) responded for {subject} at "
+            f"{response.url}, not Dify itself. This may pass; if it doesn't, let the task's requests through there.",
             **facts,
         )
     if status_code in (401, 403):

@@ -55,6 +55,8 @@ class WorkflowRunStream(StartedRun, Closing):
 
     def next_event(self, seconds: float) -> WorkflowEvent | None:
         """Return the run's next event, as :meth:`StartedRun.next_event` describes."""
+        if (kept := self._take_kept()) is not None:
+            return kept
         try:
             item = self._end or self._items.get(timeout=max(0.0, seconds))
         except Empty:

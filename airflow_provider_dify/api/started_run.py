@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.api.events import STARTED, EventStreamReader, WorkflowEvent
+from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
-from airflow_provider_dify.api.responses import error_from_start
+from airflow_provider_dify.api.responses import error_from_event, error_from_start
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.excerpts import one_line
 
 _SUBJECT = "the start of a workflow run"
 START_HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+# Seconds for which a stream is read on after an error: the end of its run may follow (measured: within milliseconds).
+SECONDS_AFTER_ERROR = 2.0
 # What a stream brings: that an event stream has begun (None), a response that is none, an event, or why no more comes.
 StreamItem = HttpResponse | WorkflowEvent | Exception | None
 
@@ -32,6 +35,7 @@ class StartedRun:
     :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
     :ivar server_version: Dify's version; ``None`` until it responds.
     :ivar is_accepted: whether an event stream has begun, which from Dify 1.13 on does not say that there is a run yet.
+    :ivar error_event: the ``error`` that came before the run had a name; ``None`` where none did.
     """
 
     def __init__(self, connection: DifyConnection, url: str, user: str) -> None:
@@ -43,6 +47,9 @@ class StartedRun:
         self.app_id: str | None = None
         self.server_version: str | None = None
         self.is_accepted = False
+        self.error_event: WorkflowEvent | None = None
+        # An event that named the run and says more than that, for the next who asks.
+        self._kept: WorkflowEvent | None = None
 
     @property
     def is_named(self) -> bool:
@@ -100,15 +107,24 @@ class StartedRun:
         return self._note(item)
 
     def _note(self, item: WorkflowEvent) -> WorkflowEvent:
-        if item.name == STARTED and not self.is_named:
-            if not item.workflow_run_id or not item.task_id:
-                raise self._uncertain("the event workflow_started names no run")
+        if self.is_named:
+            return item
+        if item.workflow_run_id and item.task_id:
+            # Whichever event it is: with Dify's events on Redis streams, some runs have no workflow_started (measured).
             self.workflow_run_id = item.workflow_run_id
             self.task_id = item.task_id
             self.app_id = item.app_id
-        elif item.is_ending and not self.is_named:
+            self._kept = item if item.name != STARTED else None
+        elif item.name == ERROR:
+            self.error_event = item
+        elif item.is_ending:
             raise self._uncertain(f"the stream begins with the event {item.name!r}: {one_line(item.data, 300)}")
         return item
+
+    def _take_kept(self) -> WorkflowEvent | None:
+        """Return the event that named the run, if it is to be read again."""
+        kept, self._kept = self._kept, None
+        return kept
 
     def _error(self, error: Exception, may_have_been_sent: bool) -> DifyError:
         if self.is_named:
@@ -124,6 +140,12 @@ class StartedRun:
         if isinstance(error, DifyConnectionError) and not is_sure:
             return self._uncertain(str(error))
         return error
+
+    def rejection(self) -> DifyError | None:
+        """Return what Dify's error from before the run had a name means; ``None`` where there was none."""
+        if self.error_event is None:
+            return None
+        return error_from_event(self.error_event.data, self.server_version)
 
     def broken(self, reason: str) -> DifyConnectionError:
         return DifyConnectionError(
@@ -169,22 +191,31 @@ def wait_until_accepted(stream: StartedRun, seconds: float) -> Generator[NextEve
     return stream.is_accepted
 
 
-def wait_until_named(
-    stream: StartedRun, seconds: float
-) -> Generator[NextEvent, WorkflowEvent | None, WorkflowEvent | None]:
+def wait_until_named(stream: StartedRun, seconds: float) -> Generator[NextEvent, WorkflowEvent | None, bool]:
     """
-    Wait until Dify names the run.
+    Wait until Dify names the run, or says that there will be none.
 
     :param stream: the start.
     :param seconds: how long.
-    :return: the event ``workflow_started``; ``None`` if it did not come in time: the run is queued, perhaps.
+    :return: whether the run has a name; else it is queued, perhaps.
+    :raises DifyError: what Dify's error from before a name means.
     """
     until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        event = yield NextEvent(stream, left)
-        if event is not None and event.name == STARTED:
-            return event
-    return None
+    while not stream.is_named and (left := until - time.monotonic()) > 0:
+        yield NextEvent(stream, left)
+        if not stream.is_named and stream.error_event is not None:
+            yield from read_after_error(stream)
+            if not stream.is_named and (error := stream.rejection()) is not None:
+                raise error
+    return stream.is_named
+
+
+def read_after_error(stream: StartedRun) -> Generator[NextEvent, WorkflowEvent | None, None]:
+    """Read on for a moment after an error that named no run: it is not always the end of the stream."""
+    until = time.monotonic() + SECONDS_AFTER_ERROR
+    with suppress(DifyWorkflowRunUncertain):
+        while not stream.is_named and (left := until - time.monotonic()) > 0:
+            yield NextEvent(stream, left)
 
 
 def require_name(stream: StartedRun, seconds: float) -> Generator[NextEvent, WorkflowEvent | None, None]:
@@ -196,7 +227,7 @@ def require_name(stream: StartedRun, seconds: float) -> Generator[NextEvent, Wor
     :raises DifyWorkflowRunUncertain: if Dify named no run in time.
     """
     try:
-        if (yield from wait_until_named(stream, seconds)) is None:
+        if not (yield from wait_until_named(stream, seconds)):
             raise stream.unnamed(seconds)
     except BaseException:
         stream.close()

@@ -140,7 +140,10 @@ class SendingHook(Closing, BaseHook):
 
     def _send(self, call: Call[Any]) -> HttpResponse:
         request: dict[str, Any] = {} if call.body is None else {"json": call.body}
-        time_limit = self.connection.timeouts()[1]
+        connect, time_limit = self.connection.timeouts()
+        if call.patience > time_limit:
+            time_limit = call.patience
+            request["timeout"] = (connect, time_limit)
         if self.deadline is not None:
             # A second, so that the last look at a run, after its deadline, is one.
             time_limit = min(time_limit, max(1.0, self.deadline - time.time()))

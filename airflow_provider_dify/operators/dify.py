@@ -56,8 +56,9 @@ class DifyRunWorkflowOperator(BaseOperator):
     A run is not paid for twice: a request that may have started one is never sent again, but looked up in Dify's log by
     its ``user``. A retry goes on with the run that an earlier try started, while that is alive or has succeeded; not
     with one that Dify was asked to stop. What is left is one window: a worker that is killed between the request and
-    Dify's response, while the run is queued. Airflow 3.3 remembers the request, and the retry waits for its run; on
-    older ones the retry looks into Dify's log, which does not show a queued run yet, and starts a second one. With a
+    Dify's response, while the run is queued. Airflow 3.3 remembers the request, and the retry looks for its run, and
+    fails if there is none; on older ones the retry looks into Dify's log, which does not show a queued run yet, and
+    starts a second one. With a
     ``user`` of your own, the inputs distinguish the runs in the log, too. A task that is cleared starts a new run.
 
     :param inputs: the workflow's inputs by name. Templated. Checked against the app's form before the start.
@@ -75,6 +76,9 @@ class DifyRunWorkflowOperator(BaseOperator):
     :param max_consecutive_failures: as for the sensor.
     :param end_from_trigger: as for the sensor (Airflow 3.0 and later; implies ``deferrable``).
     :param stop_on_failure: ask Dify to stop the run when the task ends before it: killed, timed out or failed for good.
+    :param restart_lost_runs: let ``retries`` start another run where a start got lost: no event stream began, and
+        Dify's log, which could be read all the time, showed no run during ``not_found_grace``. The first one may still
+        be in Dify's queue, and be paid for, too. By default such a task fails without retry.
     :param multiple_outputs: whether each output is an XCom of its own too.
     :raises DifyInputsRejected: if Dify rejects the inputs.
     :raises DifyRequestError: if Dify rejects the start.
@@ -109,6 +113,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         max_consecutive_failures: int = 5,
         end_from_trigger: bool = False,
         stop_on_failure: bool = True,
+        restart_lost_runs: bool = False,
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -128,6 +133,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.end_from_trigger = parse_end_from_trigger(end_from_trigger)
         self.deferrable = deferrable or end_from_trigger
         self.stop_on_failure = stop_on_failure
+        self.restart_lost_runs = restart_lost_runs
         self._default_user: str | None = None
         # What on_kill, which has no arguments, has to look at.
         self._task: RunningTask | None = None
@@ -223,6 +229,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             not_found_grace=self.not_found_grace,
             max_consecutive_failures=self.max_consecutive_failures,
             stop_on_failure=self.stop_on_failure,
+            restart_lost_runs=self.restart_lost_runs,
         )
         self.hook.deadline = deadline
         self._task = RunningTask(settings, context, self.hook, TaskClock(deadline), self.log, TaskXComs(self, context))
@@ -245,7 +252,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         return self._wait(task)
 
     def _wait(self, task: RunningTask) -> dict[str, Any]:
-        wait = RunWait(task.named_run_id, self._policy(), log=self.log, on_first_run=task.xcoms.on_run)
+        wait = RunWait(task.named_run_id, self._policy(), log=self.log, on_first_run=task.xcoms.on_run, was_seen=True)
         run, verdict = self.hook.run_steps(task.follower.follow(wait, task.stream, self.timeout))
         task.run_is_over = verdict.outcome is not Outcome.TIMED_OUT
         return task.xcoms.push_and_return(run, verdict, price=task.follower.progress.price, starts_again=True)
@@ -268,6 +275,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             stop_task_id=start.task_id,
             stop_user=start.user if self.stop_on_failure else None,
             search=start.search.serialize() if start.workflow_run_id is None else None,
+            was_seen=True,
         )
         self.defer(
             trigger=DifyWorkflowRunTrigger(start.workflow_run_id, self.dify_conn_id, **wait.serialize()),

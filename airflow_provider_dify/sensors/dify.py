@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 # A worker that ends a try needs seconds, in which the next one must not begin.
 SHORTEST_RESCHEDULE = 60.0
+# Seconds, at most, before a rescheduled sensor asks again for a run that Dify does not know any more.
+MAX_PAUSE_BEFORE_SECOND_LOOK = 10.0
 TRIGGER = "airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger"
 
 
@@ -209,7 +211,14 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 on_first_run=self._task_xcoms(context).on_run,
             )
         try:
-            run = self._read_run()
+            try:
+                run = self._read_run()
+            except DifyWorkflowRunNotFound:
+                if self.deferrable or not self.reschedule or first_reschedule_date(context) is None:
+                    raise
+                # An earlier poke, of which nothing is left here, has seen the run.
+                time.sleep(min(self.poke_interval, MAX_PAUSE_BEFORE_SECOND_LOOK))
+                run = self._read_run()
         except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
             self._wait.on_failed_poll(error)
             return self._not_yet(self._wait)
@@ -307,6 +316,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             do_xcom_push=self.do_xcom_push,
             has_link=has_link(self),
             multiple_outputs=bool(self.multiple_outputs),
+            was_seen=self._wait is not None and self._wait.was_seen,
         )
 
     def _policy(self) -> WaitPolicy:

@@ -231,6 +231,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             self.wait.policy,
             log=self.log,
             first_poll=None if first_poll is None else datetime.fromtimestamp(first_poll, timezone.utc),
+            was_seen=self.wait.was_seen,
         )
         xcoms = TriggerXComs(getattr(self, "task_instance", None), self.wait, self.log)
         loop = asyncio.get_running_loop()

@@ -36,7 +36,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     9: ("sensors", "operators"),
 }
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
-MOST_LINES = 350
+MOST_LINES = 450
 
 
 def floor_of(module: str) -> int:

@@ -13,7 +13,7 @@ import pendulum
 import pytest
 
 from airflow_provider_dify.airflow_versions import UI_SECTION
-from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.api.calls import Call, Pause
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -84,6 +84,9 @@ def play(
     try:
         step = next(steps)
         while True:
+            if isinstance(step, Pause):
+                step = steps.send(None)
+                continue
             assert isinstance(step, Call)
             if step.path == "/workflows/logs":
                 assert step.params is not None
@@ -141,6 +144,12 @@ def test_a_run_that_has_vanished_is_not_continued(has_memory: bool) -> None:
         remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
     context = context_of(2, 2, store)
     assert play(context, settings_of(), [row_of(context, 1)], DifyWorkflowRunNotFound("gone"))[0] is None
+
+
+def test_a_run_that_the_server_can_not_say_it_does_not_know_is_not_given_up() -> None:
+    context = context_of(2, 2)
+    with pytest.raises(DifyWorkflowRunNotFound):
+        play(context, settings_of(), [row_of(context, 1)], DifyWorkflowRunNotFound("broken", is_sure=False))
 
 
 def test_a_partial_success_that_counts_as_failure_is_not_continued() -> None:

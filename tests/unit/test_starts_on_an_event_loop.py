@@ -176,7 +176,6 @@ def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn) ->
         lambda: html(504),
         lambda: html(200),
         lambda: respond(200, "", content_type="text/event-stream"),
-        lambda: respond(200, 'data: {"event": "error", "message": "boom"}\n\n', content_type="text/event-stream"),
         lambda: respond(200, "data: {broken\n\n", content_type="text/event-stream"),
     ],
 )

@@ -173,6 +173,7 @@ def test_a_server_that_cannot_say_unknown_is_only_broken_once_it_has_shown_the_r
     wait.on_poll(RUNNING)
     wait.on_failed_poll(unsure)
     assert wait.consecutive_failures == 1
+    wait.on_failed_poll(DifyWorkflowRunNotFound("gone", is_sure=True))
     with pytest.raises(DifyWorkflowRunNotFound):
         wait.on_failed_poll(DifyWorkflowRunNotFound("gone", is_sure=True))
 

@@ -94,9 +94,10 @@ def test_an_event_of_megabytes_arrives_in_small_pieces() -> None:
 @pytest.mark.parametrize(
     "broken", [b"data: {broken\n\n", b"data: [1]\n\n", b'data: {"no": "event"}\n\n', b"data: \xff\n\n"]
 )
-def test_an_event_of_another_shape_is_an_error(broken: bytes) -> None:
-    with pytest.raises(ValueError):
-        read(broken)
+def test_an_event_of_another_shape_is_left_out_with_a_warning(broken: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    events = read(broken + broken + b'data: {"event": "x"}\n\n')
+    assert [event.name for event in events] == ["x"]
+    assert caplog.text.count("could not be read and is left out") == 1
 
 
 def test_node_events_become_lines_and_others_do_not() -> None:
