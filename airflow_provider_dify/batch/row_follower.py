@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Pause, Steps
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.models import WorkflowRun
@@ -54,7 +55,7 @@ class RowFollower(Follower):
     A follower whose starts go by the batch's number of runs at once.
 
     It reads no detail of a run whose events say that it succeeded. Such a request costs Dify ten queries, and a batch
-    has thousands of runs.
+    has thousands of runs. And it tells a run whose record can't be read from a Dify that is away.
     """
 
     _succeeded: WorkflowRun | None = None
@@ -74,6 +75,20 @@ class RowFollower(Follower):
 
     def _poll(self, wait: RunWait) -> Steps[tuple[tuple[WorkflowRun, Verdict] | None, float]]:
         run, self._succeeded = self._succeeded, None
-        if run is None:
+        if run is not None:
+            return (run, wait.on_poll(run)), 0.0
+        try:
             return (yield from super()._poll(wait))
-        return (run, wait.on_poll(run)), 0.0
+        except DifyConnectionError as error:
+            try:
+                yield calls.app_info()
+            except DifyError:
+                raise error from None
+        try:
+            # Once more: Dify may have come back just now.
+            return (yield from super()._poll(wait))
+        except DifyConnectionError as error:
+            raise DifyError(
+                f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
+                f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
+            ) from None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.api.calls import SendStart, Step, Steps
 from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.batch.naming import RowUsers
@@ -43,6 +44,10 @@ RETRY_DELAY = 1.0
 MAX_LOST_STARTS = 3
 # Seconds without a name after which an accepted start shows that Dify's queue is not empty.
 _SECONDS_BEFORE_QUEUED = 5.0
+
+
+class NoMoreStarts(Exception):
+    """The batch starts nothing any more: it is killed, its time is over, or too many rows have failed."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ class RowRun:
         Run the row to its end.
 
         :return: its result, of the last run.
+        :raises NoMoreStarts: if the batch ends before its first start.
         :raises DifyConnectionError: if Dify can't be reached, which says nothing about the row.
         :raises DifyAuthenticationError: if the key is refused.
         :raises DifyWorkflowRunTimeout: if the batch's time is over.
@@ -176,12 +182,18 @@ class RowRun:
             plan = await self._look_for(plan)
             await client.places.take_place(self.row)
         attempt, failures, run_id = plan.attempt, plan.failures, plan.workflow_run_id
+        outcome: _Outcome | None = None
         while True:
             if run_id is not None:
                 self.user = client.users.user_of(self.row, attempt)
                 outcome = await self._follow(self._new_follower(), run_id)
             else:
-                outcome = await self._start(attempt)
+                try:
+                    outcome = await self._start(attempt)
+                except NoMoreStarts:
+                    if outcome is None:
+                        raise
+                    return self._result(outcome, attempt)
                 attempt += max(0, outcome.starts - 1)
             run_id = None
             if not outcome.can_be_repeated or failures >= client.settings.run_retries or not client.places.starts_more:
@@ -198,20 +210,38 @@ class RowRun:
                 outcome.error,
             )
             await asyncio.sleep(delay)
-            if not client.places.starts_more:
-                return self._result(outcome, attempt)
 
     def close(self) -> None:
         """Hang up; the run goes on."""
         if self._follower is not None and self._follower.stream is not None:
             self._follower.stream.close()
 
+    def close_unsent(self) -> None:
+        """Take a start back of which no byte went out."""
+        stream = self._follower.stream if self._follower is not None else None
+        if self._follower is not None and isinstance(stream, AsyncWorkflowRunStream) and not stream.may_have_been_sent:
+            stream.close()
+            self._follower.stream = None
+
     def _new_follower(self) -> RowFollower:
         self.close()
-        client = self._client
+        client, settings = self._client, self._client.settings
         self._found_run_id = None
-        self._follower = RowFollower(client.hook, client.clock, self._log, client.settings.poll_interval, "batch's")
-        return self._follower
+        self._follower = follower = RowFollower(
+            client.hook,
+            client.clock,
+            self._log,
+            settings.poll_interval,
+            "batch's",
+            not_found_grace=settings.not_found_grace,
+        )
+        follower.before_send = self._check_start
+        return follower
+
+    def _check_start(self) -> None:
+        """Let no start out, from whatever pause it comes, once the batch starts nothing any more."""
+        if not self._client.places.starts_more:
+            raise NoMoreStarts
 
     async def _look_for(self, plan: RowPlan) -> RowPlan:
         """Look for a run that an earlier try may have started, until the grace is over."""
@@ -280,7 +310,7 @@ class RowRun:
     async def _follow(self, follower: RowFollower, run_id: str) -> _Outcome:
         settings = self._client.settings
         self._found_run_id = run_id
-        wait = RunWait(run_id, settings.policy, log=self._log)
+        wait = RunWait(run_id, settings.policy, log=self._log, was_seen=True)
         try:
             run, verdict = await self._take(follower.follow(wait, named_stream(follower), settings.timeout))
         except (DifyConnectionError, DifyAuthenticationError, DifyWorkflowRunTimeout):

@@ -20,7 +20,7 @@ from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log
-from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
+from airflow_provider_dify.batch.row_run import BatchClient, NoMoreStarts, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyTaskKilled, DifyWorkflowRunTimeout
@@ -132,7 +132,7 @@ class BatchRun:
         self._stop_reason = self._stop_reason or reason
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._changed.set)
+                self._loop.call_soon_threadsafe(self._on_stop)
 
     def _run_loop(self) -> None:
         try:
@@ -143,6 +143,11 @@ class BatchRun:
             self._messages.put(("end", self._stop_reason))
 
     # --- on the event loop
+
+    def _on_stop(self) -> None:
+        for run in self._tasks.values():
+            run.close_unsent()
+        self._changed.set()
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -263,7 +268,10 @@ class BatchRun:
         task.add_done_callback(self._on_done)
 
     async def _run_row(self, run: RowRun) -> None:
-        result = await run.run()
+        try:
+            result = await run.run()
+        except NoMoreStarts:
+            return
         if self._stop_reason is None or result.status in _GOOD:
             self._on_result(result)
 

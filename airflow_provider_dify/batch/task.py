@@ -99,9 +99,10 @@ class BatchTask:
                 if self._was_killed:
                     raise DifyTaskKilled("Airflow killed the task before its batch began.")
                 self._run.run(on_app)
-        except AirflowFailException:
+        except BaseException as error:
+            is_last = isinstance(error, AirflowFailException) or not self._will_be_retried
             # No other try comes, so what is there is written all the same.
-            if progress.over:
+            if is_last and progress.over:
                 with contextlib.suppress(DifyError):
                     output.finish()
                     output.remove_parts()

@@ -17,6 +17,7 @@ from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyBatchFailed,
     DifyConfigurationError,
+    DifyConnectionError,
     DifyWorkflowRunTimeout,
 )
 from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
@@ -305,7 +306,9 @@ def test_the_key_is_in_no_log_xcom_or_result(
     dify: DifyStandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "results.jsonl"
-    dify.misbehave(respond(400, json.dumps({"code": "x", "message": f"bad {API_KEY}"})), only="POST .*/run")
+    dify.misbehave(
+        respond(400, json.dumps({"code": "x", "message": f"bad {API_KEY}", "status": 400})), only="POST .*/run"
+    )
     result = run_batch(inputs=numbered(3), max_failed_runs=3, output_path=str(output))
     assert result.state == "success"
     assert "bad ***" in output.read_text()
@@ -355,6 +358,88 @@ def test_no_rows_are_a_batch_too(dify: DifyStandIn) -> None:
     assert dify.started == []
 
 
+# --- a run whose record can't be read
+
+BROKEN = '{"code": "unknown", "message": "Internal Server Error", "status": 500}'
+
+
+@pytest.mark.parametrize("max_failed_runs", [0, 1])
+@pytest.mark.parametrize("dialect", ["1.13.0", "1.16.1"], indirect=True)
+def test_a_run_whose_record_can_not_be_read_fails_its_row_alone(
+    dify: DifyStandIn, dialect: str, tmp_path: Path, max_failed_runs: int
+) -> None:
+    output = tmp_path / "results.jsonl"
+    echo(dify, 20)
+    dify.starts[7] = Start(statuses=("running",), cut="workflow_started")
+    dify.misbehave_always(respond(500, BROKEN), only="GET .*/workflows/run/")
+    result = run_batch(
+        inputs=numbered(20),
+        max_active_runs=8,
+        max_failed_runs=max_failed_runs,
+        output_path=str(output),
+        retries=2,
+        retry_delay=0.0,
+    )
+    assert result.states["run"] == ("success" if max_failed_runs else "failed")
+    assert result.tries["run"] == 1
+    results = lines_of(output)
+    assert [row["index"] for row in results] == list(range(20))
+    (failed,) = [row for row in results if row["status"] != "succeeded"]
+    (broken,) = [started for started in dify.started if started.workflow_run_id == failed["workflow_run_id"]]
+    assert broken.inputs == {"n": failed["index"]}
+    assert broken.workflow_run_id in failed["error"]
+    assert "other requests succeed" in failed["error"]
+    assert len(dify.started) == 20
+    assert dify.stopped == []
+
+
+def test_a_record_that_can_be_read_again_when_dify_is_back_is_no_failed_row(dify: DifyStandIn) -> None:
+    dify.starts.append(Start(statuses=("running", "succeeded"), cut="workflow_started"))
+    # Dify comes back between the last poll that may fail, and the look whether it responds at all.
+    dify.misbehave(respond(503), times=3, only="GET .*/workflows/run/")
+    result = run_batch(inputs=numbered(1), max_consecutive_failures=2)
+    assert result.state == "success"
+    assert result.received["results"][0]["status"] == "succeeded"
+
+
+def test_dify_that_is_away_ends_the_try_and_not_the_row(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    dify.starts += [Start(), Start(statuses=("running",), cut="workflow_started")]
+    with once(
+        lambda: len(dify.started) == 2, lambda: dify.misbehave_always(respond(503), only="GET .*/(workflows/run/|info)")
+    ):
+        result = run_batch(
+            inputs=numbered(6),
+            max_active_runs=1,
+            max_failed_runs=6,
+            max_consecutive_failures=1,
+            output_path=str(output),
+        )
+    assert result.states["run"] == "failed"
+    assert isinstance(result.raised["run"][0], DifyConnectionError)
+    assert len(dify.started) == 2
+
+
+# --- what ends a batch for good
+
+
+def broken_off(dify: DifyStandIn) -> None:
+    """Let two rows succeed, and the third one's run can't be asked about, with all of Dify away."""
+    dify.starts += [Start(), Start(), Start(statuses=("running",), cut="workflow_started")]
+    dify.misbehave_always(respond(503), only="GET .*/(workflows/run/|info)")
+
+
+def test_the_last_try_writes_the_results_that_are_there(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    broken_off(dify)
+    arguments = {"inputs": numbered(6), "max_active_runs": 1, "max_consecutive_failures": 0, "retry_delay": 0.0}
+    result = run_batch(**arguments, output_path=str(output), retries=1)
+    assert (result.states["run"], result.tries["run"]) == ("failed", 2)
+    assert isinstance(result.raised["run"][-1], DifyConnectionError)
+    assert [(row["index"], row["status"]) for row in lines_of(output)] == [(0, "succeeded"), (1, "succeeded")]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
 # --- retries and kills
 
 
@@ -370,7 +455,7 @@ def test_a_retry_goes_on_with_what_the_first_try_has_started(
         Start(fields={"outputs": {"n": 1}}),
         Start(statuses=("running", "running", "succeeded"), fields={"outputs": {"n": 2}}, cut="workflow_started"),
     ]
-    dify.misbehave(respond(503), times=2, only="GET .*/workflows/run/")
+    dify.misbehave(respond(503), times=4, only="GET .*/(workflows/run/|info)")
     result = run_batch(
         inputs=numbered(8),
         max_active_runs=1,
