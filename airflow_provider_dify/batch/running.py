@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,13 @@ from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction
 from airflow_provider_dify.batch.row_run import BatchClient, NoMoreStarts, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyTaskKilled, DifyWorkflowRunTimeout
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyTaskKilled,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+)
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.looking import RepeatedLook
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
 
 # Seconds after which the batch looks at its clock, its parts and its progress, whatever happens.
 _TICK = 0.5
+# Starts that get lost one after the other, beside those under way, until nothing more is started.
+_MAX_LOST_IN_A_ROW = 10
 _GOOD = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
 
 
@@ -95,6 +103,10 @@ class BatchRun:
         self._tasks: dict[asyncio.Task[None], RowRun] = {}
         self._places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
         self._check = FormCheck(log)
+        # Rows whose start got lost; they are looked for once more when no other row is under way.
+        self._lost: list[RowRun] = []
+        self._lost_in_a_row = 0
+        self._last_start = 0.0
         self._has_link = False
         self._stopped_runs: tuple[str, ...] = ()
 
@@ -204,7 +216,9 @@ class BatchRun:
         next_line = time.monotonic() + settings.progress_interval
         has_more = True
         try:
-            while self._tasks or (has_more and self.starts_more):
+            while self._tasks or self._lost or (has_more and self.starts_more):
+                if not self._tasks and not (has_more and self.starts_more):
+                    self._look_once_more()
                 while self.starts_more and self._places.grant():
                     pass
                 while has_more and self.starts_more and not self._places.waiting and self._places.may_take():
@@ -229,8 +243,12 @@ class BatchRun:
         finally:
             if self._stop_reason is not None:
                 await self._stop_runs()
+            lost = [run for run in (*self._lost, *self._tasks.values()) if run.lost is not None]
             self._cancel(self._tasks)
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            for run in lost:
+                # So that no retry pays for it twice.
+                self._on_result(run.lost_result())
 
     async def _next_row(self, rows: RowsAhead) -> Row | None:
         try:
@@ -263,17 +281,44 @@ class BatchRun:
         run = RowRun(client, row.index, row.inputs, plan)
         if plan.action is not RowAction.LOOK_FOR:
             self._places.take(row.index)
-        task = asyncio.get_running_loop().create_task(self._run_row(run))
+        self._begin(run, run.run())
+
+    def _look_once_more(self) -> None:
+        """Look for the runs of lost starts, now that no other row is under way."""
+        lost, self._lost = self._lost, []
+        for run in lost:
+            self._places.take(run.row)
+            self._begin(run, run.run_if_found())
+
+    def _begin(self, run: RowRun, work: Coroutine[Any, Any, RowResult]) -> None:
+        task = asyncio.get_running_loop().create_task(self._run_row(run, work))
         self._tasks[task] = run
         task.add_done_callback(self._on_done)
 
-    async def _run_row(self, run: RowRun) -> None:
+    async def _run_row(self, run: RowRun, work: Coroutine[Any, Any, RowResult]) -> None:
         try:
-            result = await run.run()
+            result = await work
         except NoMoreStarts:
             return
-        if self._stop_reason is None or result.status in _GOOD:
+        except DifyWorkflowRunUncertain as error:
+            self._on_lost(run, error)
+            return
+        if self._stop_reason is None or result.status in _GOOD or run.lost is not None:
+            run.lost = None
             self._on_result(result)
+
+    def _on_lost(self, run: RowRun, error: DifyWorkflowRunUncertain) -> None:
+        self._log.warning(
+            "Row %d: Dify's log shows no run of its start. It is looked for once more when the other rows are over.",
+            run.row,
+        )
+        self._lost.append(run)
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > max(_MAX_LOST_IN_A_ROW, self._settings.max_active_runs) and self._failure is None:
+            self._failure = DifyConnectionError(
+                f"{error} The last {self._lost_in_a_row:,} starts got lost like this, so no more are sent. A retry "
+                "goes on with the other rows."
+            )
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
@@ -347,9 +392,14 @@ class BatchRun:
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, and let the main thread push the link to the app."""
         self._places.on_started()
+        self._last_start, self._lost_in_a_row = time.monotonic(), 0
         if app_id is not None and not self._has_link:
             self._has_link = True
             self._messages.put(("app", app_id))
+
+    def has_started_since(self, moment: float) -> bool:
+        """Return whether Dify has taken a start of any row since a moment of ``time.monotonic``."""
+        return self._last_start > moment
 
     # --- the end
 

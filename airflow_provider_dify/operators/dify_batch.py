@@ -40,12 +40,13 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     from the start on: ``total, succeeded, partial_succeeded, failed, stopped, total_tokens, elapsed_time,
     output_path``.
 
-    No run is paid for twice. After a crash or an Airflow retry, rows whose results are written are not asked for again,
-    and Dify's log tells which others have runs: their ``user`` names the row and the attempt. What is over is read,
-    what is alive is followed, and the rest is started. Rows that may have been under way at the crash, and starts that
-    got lost, are looked for during ``not_found_grace`` first. What is left is one window: a run that Dify has queued,
-    and that is still queued when the grace is over, while no other run of this batch is. Such a row runs, and is paid,
-    twice. A task that is cleared starts from scratch.
+    No run is paid for twice. A start that may have arrived is never sent again. Its run is looked for in Dify's log
+    during ``not_found_grace``, and once more at the batch's end; a row whose run does not come up has failed. After a
+    crash or an Airflow retry, rows whose results are written are not asked for again, and Dify's log tells which others
+    have runs: their ``user`` names the row and the attempt. What is over is read, what is alive is followed, and the
+    rest is started. Rows that may have been under way at the crash are looked for during ``not_found_grace`` first.
+    What is left is one window: a run that was queued at the crash, and is still queued when the grace is over. Such a
+    row runs, and is paid, twice. A task that is cleared starts from scratch.
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
         object storage takes it. Templated.
@@ -66,6 +67,9 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :param poll_interval: seconds between polls of a run whose events broke off.
     :param not_found_grace: seconds for which a run is looked for that may have been started.
     :param max_consecutive_failures: polls of a run in a row that may fail for a passing reason.
+    :param restart_lost_runs: let ``run_retries`` start another run where a start got lost: no event stream began, and
+        Dify's log, which could be read all the time, showed no run during ``not_found_grace``. The first one may still
+        be in Dify's queue, and be paid for, too. By default such a row fails.
     :raises DifyBatchFailed: if more rows failed than ``max_failed_runs``.
     :raises DifyConfigurationError: if the rows can't be read, or are too many for a return value; or if ``output_path``
         can't be used.
@@ -101,6 +105,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         poll_interval: timedelta | float = 10,
         not_found_grace: timedelta | float = 60,
         max_consecutive_failures: int = 5,
+        restart_lost_runs: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -124,6 +129,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         self.poll_interval = parse_seconds("poll_interval", poll_interval)
         self.not_found_grace = parse_seconds("not_found_grace", not_found_grace)
         self.max_consecutive_failures = parse_count("max_consecutive_failures", max_consecutive_failures)
+        self.restart_lost_runs = restart_lost_runs
         # What on_kill, which has no arguments, has to look at.
         self._batch: BatchTask | None = None
 
@@ -154,6 +160,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             poll_interval=self.poll_interval,
             not_found_grace=self.not_found_grace,
             max_consecutive_failures=self.max_consecutive_failures,
+            restart_lost_runs=self.restart_lost_runs,
         )
         batch = BatchSettings(
             self.inputs, self.dify_conn_id, self.max_active_runs, self.progress_interval, row, self.json_columns

@@ -22,7 +22,7 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
 from tests.airflow.airflow_runs import DagRunResult, run_dag, without_masking
-from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond, stall
+from tests.dify_stand_in import API_KEY, DifyStandIn, Start, form_field, lose_response, replay, reset, respond
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -252,14 +252,6 @@ def test_a_start_whose_response_gets_lost_is_found_and_not_sent_again(dify: Dify
     result = run_batch(inputs=numbered(6), not_found_grace=5)
     assert result.state == "success"
     assert len(dify.started) == 6
-
-
-def test_a_start_that_never_arrived_is_sent_again_after_the_grace(dify: DifyStandIn) -> None:
-    dify.misbehave(respond(502, "<html>"), times=2, only="POST .*/run")
-    result = run_batch(inputs=numbered(4), not_found_grace=0.5)
-    assert result.state == "success"
-    assert {row["status"] for row in result.received["results"]} == {"succeeded"}
-    assert len(dify.started) == 4
 
 
 def test_events_that_break_off_and_polls_that_fail_cost_a_retry(dify: DifyStandIn) -> None:
@@ -548,36 +540,6 @@ def test_runs_that_dify_queues_are_waited_for(dify: DifyStandIn, dialect: str) -
     result = run_batch(inputs=numbered(10), max_active_runs=6)
     assert result.state == "success"
     assert len(dify.started) == 10
-
-
-@pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
-def test_a_lost_start_is_not_sent_again_while_dify_has_a_queue(
-    dify: DifyStandIn, dialect: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("airflow_provider_dify.batch.row_run._SECONDS_BEFORE_QUEUED", 0.2)
-    dify.slots = 0
-    dify.misbehave(lose_response(reset()), only="POST .*/run")
-
-    def open_late() -> None:
-        time.sleep(3)
-        dify.slots = 4
-
-    with once(lambda: len(dify.started) == 4, open_late):
-        result = run_batch(inputs=numbered(4), max_active_runs=4, not_found_grace=0.5)
-    assert result.state == "success"
-    assert len(dify.started) == 4
-
-
-def test_a_server_that_says_nothing_costs_a_retry_and_not_the_batch(
-    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 1}}
-    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
-    dify.misbehave(stall(30), times=2, only="POST .*/run")
-    result = run_batch(inputs=numbered(4), not_found_grace=0.5)
-    assert result.state == "success"
-    assert sorted(row["attempts"] for row in result.received["results"]) == [1, 1, 2, 2]
-    assert len(dify.started) == 4
 
 
 def test_a_key_that_is_rotated_meanwhile_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:

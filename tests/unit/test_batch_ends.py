@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -217,3 +218,41 @@ def test_parts_stay_where_the_file_can_not_be_written(dify: DifyStandIn, tmp_pat
         batch.kill()
     assert isinstance(batch.error, DifyTaskKilled)
     assert "succeeded" in "".join(path.read_text() for path in tmp_path.glob("*.parts/*/*-*"))
+
+
+# --- rows whose start got lost
+
+
+@pytest.mark.parametrize("when", ["other rows go on", "looked for once more"])
+def test_the_retry_of_a_batch_that_was_killed_sends_no_lost_start_again(
+    dify: DifyStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    output = tmp_path / "results.jsonl"
+    row = replace(ROW, not_found_grace=0.1)
+    has_others = when == "other rows go on"
+    rows = numbered(4 if has_others else 1)
+
+    def is_lost() -> bool:
+        return any("shows no run of its start" in record.getMessage() for record in list(caplog.records))
+
+    async def look_slowly(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(1 if is_lost() else 0)
+        return await dify.respond_to(request)
+
+    dify.misbehave_always(look_slowly, "GET .*/logs")
+    dify.misbehave(respond(502), only="POST .*/run")
+    dify.run_duration = 60
+    with RunningBatch(rows, output, row=row if has_others else ROW, active=2, max_failed_runs=1) as batch:
+        wait_until(is_lost)
+        batch.kill()
+    assert isinstance(batch.error, DifyTaskKilled)
+    dify.run_duration = 0
+    dify.misbehave_always(None)
+    before = len(posts(dify))
+    with RunningBatch(rows, output, row=row, active=2, max_failed_runs=1, try_number=2) as batch:
+        pass
+    assert batch.error is None
+    results = lines_of(output)
+    assert [result["status"] for result in results] == ["failed", *["succeeded"] * (len(rows) - 1)]
+    assert "it may still run, and be paid for" in results[0]["error"]
+    assert len(posts(dify)) - before == len(rows) - 1

@@ -249,6 +249,20 @@ def test_a_row_without_a_run_says_so_in_the_log(dify: DifyStandIn, caplog: pytes
     assert not any("None" in message for message in messages)
 
 
+def test_a_start_that_failed_has_no_hole_in_its_line(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    said = b'data: {"event": "error", "message": "1 validation error for VariableEntity", "status": 500}\n\n'
+    headers = {"X-Version": "1.16.1"}
+    dify.misbehave(respond(200, said, content_type="text/event-stream", headers=headers), times=2, only="POST .*/run")
+    run_try(numbered(1), max_failed_runs=1, run_retries=1)
+    lines = [record.getMessage() for record in caplog.records if "VariableEntity" in record.getMessage()]
+    assert lines[0].startswith("Row 0: its start failed and is started again in")
+    assert lines[-1].startswith("Row 0 failed: 1 validation error")
+    assert lines[-1].endswith(" (no workflow run)")
+
+
 def test_what_a_run_says_of_its_failure_is_one_short_line_of_the_log(
     dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
