@@ -20,6 +20,7 @@ inputs must not change between two tries of a task.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -30,7 +31,14 @@ from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
 from airflow_provider_dify.log_pages import LogPage
-from airflow_provider_dify.models import WAITING_STATUSES, LogRow, RowWithoutRun, WorkflowRunStatus, row_key
+from airflow_provider_dify.models import (
+    WAITING_STATUSES,
+    LogRow,
+    RowWithoutRun,
+    WorkflowRunStatus,
+    is_deleted,
+    row_key,
+)
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, without_record
 
 _PAGE_SIZE = 100
@@ -131,6 +139,8 @@ def _take(users: RowUsers, logged: LogRow, found: dict[int, list[FoundRun]]) -> 
         return
     row, attempt = which
     if isinstance(logged, RowWithoutRun):
+        if is_deleted(logged, time.time()):
+            return
         raise without_record(f"a run of row {row}")
     run = FoundRun(attempt, logged.workflow_run_id, logged.status)
     runs = found.setdefault(row, [])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Pause, Steps
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.verdict import Verdict
 from airflow_provider_dify.waiting import RunWait
 
@@ -54,12 +56,27 @@ class RowFollower(Follower):
     A follower whose starts go by the batch's number of runs at once.
 
     It reads no detail of a run whose events say that it succeeded. Such a request costs Dify ten queries, and a batch
-    has thousands of runs.
+    has thousands of runs. And it tells a run whose record can't be read from a Dify that is away.
     """
 
     _succeeded: WorkflowRun | None = None
+    _has_searched_in_vain = False
     # Longer than for a single run, because a server that is restarted must not end a batch.
     start_retries = 7
+
+    @property
+    def log_shows_no_run(self) -> bool:
+        """Whether Dify did not accept the start, and its log, which could be read all the time, shows no run of it."""
+        return self._has_searched_in_vain and not self.log_was_away and not self.is_in_queue()
+
+    def search_run(
+        self, search: RunSearch, error: DifyError, seconds: float, through_failures: float | None = None
+    ) -> Steps[str | None]:
+        """Look for the run of a start, as :class:`Follower` does, and note whether there was none."""
+        self._has_searched_in_vain = False
+        run_id = yield from super().search_run(search, error, seconds, through_failures)
+        self._has_searched_in_vain = run_id is None
+        return run_id
 
     def before_next_start(self, error: DifyConnectionError, failures: int) -> Steps[None]:
         """Pause after a start that started nothing; without a place, if Dify has too many runs."""
@@ -74,6 +91,20 @@ class RowFollower(Follower):
 
     def _poll(self, wait: RunWait) -> Steps[tuple[tuple[WorkflowRun, Verdict] | None, float]]:
         run, self._succeeded = self._succeeded, None
-        if run is None:
+        if run is not None:
+            return (run, wait.on_poll(run)), 0.0
+        try:
             return (yield from super()._poll(wait))
-        return (run, wait.on_poll(run)), 0.0
+        except DifyConnectionError as error:
+            try:
+                yield calls.app_info()
+            except DifyError:
+                raise error from None
+        try:
+            # Once more: Dify may have come back just now.
+            return (yield from super()._poll(wait))
+        except DifyConnectionError as error:
+            raise DifyError(
+                f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
+                f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
+            ) from None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.api.calls import SendStart, Step, Steps
 from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.batch.naming import RowUsers
@@ -39,10 +40,12 @@ if TYPE_CHECKING:
 
 # Seconds before a run that failed is started again; doubled with each further failure.
 RETRY_DELAY = 1.0
-# How often a row is started again whose start got lost: no response, and no run in Dify's log.
-MAX_LOST_STARTS = 3
 # Seconds without a name after which an accepted start shows that Dify's queue is not empty.
 _SECONDS_BEFORE_QUEUED = 5.0
+
+
+class NoMoreStarts(Exception):
+    """The batch starts nothing any more: it is killed, its time is over, or too many rows have failed."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class RowSettings:
     poll_interval: float
     not_found_grace: float
     max_consecutive_failures: int
+    restart_lost_runs: bool = False
 
     @property
     def policy(self) -> WaitPolicy:
@@ -89,6 +93,9 @@ class Places(Protocol):
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, for a run of this app."""
 
+    def has_started_since(self, moment: float) -> bool:
+        """Return whether Dify has taken a start of any row since a moment of ``time.monotonic``."""
+
 
 @dataclass(frozen=True)
 class BatchClient:
@@ -106,14 +113,30 @@ class BatchClient:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of one run of a row."""
+    """What became of one run of a row, or of a start that has none."""
 
     status: str
     error: str | None = None
     run: WorkflowRun | None = None
     run_id: str | None = None
     can_be_repeated: bool = False
-    starts: int = 1
+    # Whether it counts among the row's attempts.
+    was_started: bool = True
+
+
+@dataclass(frozen=True)
+class LostStart:
+    """
+    A start that went out, and whose run was not found: it may run, and be paid for.
+
+    :param error: why no id came back.
+    :param search: what is known of the run.
+    :param attempt: the row's attempt, from 0.
+    """
+
+    error: DifyWorkflowRunUncertain
+    search: RunSearch
+    attempt: int
 
 
 class RowRun:
@@ -127,6 +150,7 @@ class RowRun:
     :ivar workflow_run_id: its run that is under way; ``None`` until that is known.
     :ivar task_id: what the stop route takes; ``None`` until it is known.
     :ivar user: who started it.
+    :ivar lost: its last start, if that got lost.
     """
 
     def __init__(self, client: BatchClient, row: int, inputs: Mapping[str, Any], plan: RowPlan) -> None:
@@ -139,6 +163,7 @@ class RowRun:
         self._found_run_id: str | None = None
         self._sent_at = 0.0
         self.user = ""
+        self.lost: LostStart | None = None
 
     @property
     def workflow_run_id(self) -> str | None:
@@ -167,51 +192,112 @@ class RowRun:
         Run the row to its end.
 
         :return: its result, of the last run.
+        :raises NoMoreStarts: if the batch ends before its first start.
+        :raises DifyWorkflowRunUncertain: if a start got lost, and its run was not found: it may run, and be paid for.
         :raises DifyConnectionError: if Dify can't be reached, which says nothing about the row.
         :raises DifyAuthenticationError: if the key is refused.
         :raises DifyWorkflowRunTimeout: if the batch's time is over.
         """
-        client, plan = self._client, self._plan
-        if plan.action is RowAction.LOOK_FOR:
-            plan = await self._look_for(plan)
+        client = self._client
+        if self._plan.action is RowAction.LOOK_FOR:
+            self._plan = await self._look_for(self._plan)
             await client.places.take_place(self.row)
-        attempt, failures, run_id = plan.attempt, plan.failures, plan.workflow_run_id
+        outcome: _Outcome | None = None
         while True:
-            if run_id is not None:
-                self.user = client.users.user_of(self.row, attempt)
-                outcome = await self._follow(self._new_follower(), run_id)
+            plan = self._plan
+            if plan.workflow_run_id is not None:
+                self.user = client.users.user_of(self.row, plan.attempt)
+                outcome = await self._follow(self._new_follower(), plan.workflow_run_id)
             else:
-                outcome = await self._start(attempt)
-                attempt += max(0, outcome.starts - 1)
-            run_id = None
-            if not outcome.can_be_repeated or failures >= client.settings.run_retries or not client.places.starts_more:
-                return self._result(outcome, attempt + 1 if outcome.starts else attempt)
-            failures += 1
-            attempt += 1
-            delay = delay_after(DifyConnectionError(), failures, RETRY_DELAY)
+                try:
+                    outcome = await self._start(plan.attempt)
+                except NoMoreStarts:
+                    if outcome is None:
+                        raise
+                    self._raise_if_lost()
+                    return self._result(outcome, plan.attempt)
+            if (
+                not outcome.can_be_repeated
+                or plan.failures >= client.settings.run_retries
+                or not client.places.starts_more
+            ):
+                self._raise_if_lost()
+                return self._result(outcome, plan.attempt + 1 if outcome.was_started else plan.attempt)
+            self._plan = RowPlan(RowAction.START, plan.attempt + 1, plan.failures + 1)
+            delay = delay_after(DifyConnectionError(), plan.failures + 1, RETRY_DELAY)
             self._log.warning(
-                "run %s failed and is started again in %.1f seconds, retry %d of %d: %s",
-                outcome.run_id,
+                "%s failed and is started again in %.1f seconds, retry %d of %d: %s",
+                f"run {outcome.run_id}" if outcome.run_id else "its start",
                 delay,
-                failures,
+                plan.failures + 1,
                 client.settings.run_retries,
                 outcome.error,
             )
             await asyncio.sleep(delay)
-            if not client.places.starts_more:
-                return self._result(outcome, attempt)
+
+    async def run_if_found(self) -> RowResult:
+        """
+        Look once more for the run of a start that got lost, and follow it if it came up.
+
+        :return: the row's result; :meth:`lost_result` if there is still none.
+        :raises DifyError: as :meth:`run` does.
+        """
+        lost = self.lost
+        assert lost is not None  # noqa: S101
+        follower = self._new_follower()
+        # Once; only a look that failed is repeated.
+        grace = self._client.settings.not_found_grace
+        try:
+            run_id: str | None = await self._take(follower.search_run(lost.search, lost.error, 0.0, grace))
+        except DifyWorkflowRunUncertain as error:
+            run_id, self.lost = None, replace(lost, error=error)
+        if run_id is None:
+            return self.lost_result()
+        self.lost = None
+        self._plan = replace(self._plan, action=RowAction.FOLLOW, attempt=lost.attempt, workflow_run_id=run_id)
+        return await self.run()
+
+    def lost_result(self) -> RowResult:
+        """Return the result of a row whose run did not come up until the batch's end."""
+        assert self.lost is not None  # noqa: S101
+        error = f"{self.lost.error} Its run did not come up by the end of the batch: it may still run, and be paid for."
+        return RowResult(self.row, "failed", error=error, attempts=self.lost.attempt + 1)
+
+    def _raise_if_lost(self) -> None:
+        if self.lost is not None:
+            raise self.lost.error
 
     def close(self) -> None:
         """Hang up; the run goes on."""
         if self._follower is not None and self._follower.stream is not None:
             self._follower.stream.close()
 
+    def close_unsent(self) -> None:
+        """Take a start back of which no byte went out."""
+        stream = self._follower.stream if self._follower is not None else None
+        if self._follower is not None and isinstance(stream, AsyncWorkflowRunStream) and not stream.may_have_been_sent:
+            stream.close()
+            self._follower.stream = None
+
     def _new_follower(self) -> RowFollower:
         self.close()
-        client = self._client
+        client, settings = self._client, self._client.settings
         self._found_run_id = None
-        self._follower = RowFollower(client.hook, client.clock, self._log, client.settings.poll_interval, "batch's")
-        return self._follower
+        self._follower = follower = RowFollower(
+            client.hook,
+            client.clock,
+            self._log,
+            settings.poll_interval,
+            "batch's",
+            not_found_grace=settings.not_found_grace,
+        )
+        follower.before_send = self._check_start
+        return follower
+
+    def _check_start(self) -> None:
+        """Let no start out, from whatever pause it comes, once the batch starts nothing any more."""
+        if not self._client.places.starts_more:
+            raise NoMoreStarts
 
     async def _look_for(self, plan: RowPlan) -> RowPlan:
         """Look for a run that an earlier try may have started, until the grace is over."""
@@ -232,55 +318,44 @@ class RowRun:
         return RowPlan(RowAction.START, plan.attempt, plan.failures)
 
     async def _start(self, attempt: int) -> _Outcome:
-        """Start a run and follow it; again, if the start got lost."""
+        """Start a run and follow it."""
         client = self._client
-        lost = 0
+        began = time.monotonic()
         while True:
-            self.user = client.users.user_of(self.row, attempt + lost)
+            self.user = client.users.user_of(self.row, attempt)
             follower = self._new_follower()
             used = client.hook.connection
+            start = follower.send_start(self._inputs, self.user, client.settings.workflow_id)
+            search = RunSearch(self.user, time.time(), user_is_unique=True)
             try:
-                run_id = await self._name(follower)
-                client.places.on_started(follower.stream.app_id if follower.stream is not None else None)
+                run_id: str = await self._take(name_run(follower, start, search))
             except DifyAuthenticationError:
                 if not await client.hook.connection_has_changed(used):
                     raise
                 continue
             except DifyWorkflowRunUncertain as error:
-                lost += 1
-                if lost > MAX_LOST_STARTS or client.clock.is_over or not client.places.starts_more:
-                    return _Outcome("failed", str(error), starts=lost)
-                self._log.warning("Dify's log shows no run of the start, which is sent again as another user.")
-                continue
-            except DifyConnectionError:
-                raise
+                self.lost = LostStart(error, search, attempt)
+                may_restart = client.settings.restart_lost_runs and follower.log_shows_no_run
+                return _Outcome("failed", str(error), can_be_repeated=may_restart)
+            except DifyConnectionError as error:
+                if not client.places.has_started_since(began):
+                    raise
+                # What refuses this start again and again takes those of other rows.
+                outcome = _Outcome("failed", str(error), was_started=False)
             except DifyError as error:
-                # Of this row only: Dify rejected it, or it can't be sent.
-                return _Outcome("failed", str(error), starts=lost)
-            outcome = await self._follow(follower, run_id)
-            return _Outcome(
-                outcome.status, outcome.error, outcome.run, outcome.run_id, outcome.can_be_repeated, lost + 1
-            )
-
-    async def _name(self, follower: RowFollower) -> str:
-        client, settings = self._client, self._client.settings
-        search = RunSearch(self.user, time.time(), user_is_unique=True)
-        start = follower.send_start(self._inputs, self.user, settings.workflow_id)
-        try:
-            name: str = await self._take(name_run(follower, start, search, settings.not_found_grace))
-            return name
-        except DifyWorkflowRunUncertain as error:
-            # As long as Dify's queue is not empty, the run may be in it.
-            while client.places.has_queued_runs and not client.clock.is_over and follower.may_be_queued():
-                run_id: str | None = await self._take(follower.search_run(search, error, settings.poll_interval))
-                if run_id is not None:
-                    return run_id
-            raise
+                # Of this row only: Dify rejected it, or failed to start it, or it can't be sent.
+                was_started = isinstance(error, DifyWorkflowRunFailed)
+                outcome = _Outcome("failed", str(error), can_be_repeated=was_started, was_started=was_started)
+            else:
+                client.places.on_started(follower.stream.app_id if follower.stream is not None else None)
+                outcome = await self._follow(follower, run_id)
+            self.lost = None
+            return outcome
 
     async def _follow(self, follower: RowFollower, run_id: str) -> _Outcome:
         settings = self._client.settings
         self._found_run_id = run_id
-        wait = RunWait(run_id, settings.policy, log=self._log)
+        wait = RunWait(run_id, settings.policy, log=self._log, was_seen=True)
         try:
             run, verdict = await self._take(follower.follow(wait, named_stream(follower), settings.timeout))
         except (DifyConnectionError, DifyAuthenticationError, DifyWorkflowRunTimeout):

@@ -46,14 +46,15 @@ class Row:
     length: int = field(default=0, compare=False)
 
 
-def read_rows(inputs: Any) -> Iterator[Row]:
+def read_rows(inputs: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
     """
     Return the rows of a batch, one at a time.
 
-    A file is read as a stream, one row at a time. In JSON Lines, blank lines are skipped. In
-    CSV, the first line names the inputs, each value is text, and a quoted value may have several lines.
+    A file is read as a stream, one row at a time. In JSON Lines, blank lines are skipped. In CSV, the first line names
+    the inputs, each value is text, a quoted value may have several lines, and an empty one is no input.
 
     :param inputs: a list of dicts, or the path or URL of a file that ends in ``.jsonl``, ``.ndjson`` or ``.csv``.
+    :param json_columns: columns of a CSV file whose values are JSON.
     :return: the rows in order; what is no object has an error.
     :raises DifyConfigurationError: if the inputs are neither, or the file isn't there, or its header can't be used.
     :raises DifyError: if the storage fails.
@@ -69,7 +70,7 @@ def read_rows(inputs: Any) -> Iterator[Row]:
     if suffix in _JSON_LINES:
         return _rows_of_json_lines(inputs)
     if suffix in _CSV:
-        return _rows_of_csv(inputs)
+        return _rows_of_csv(inputs, json_columns)
     if str(inputs).lstrip()[:1] in ("[", "{"):
         raise DifyConfigurationError(
             f"inputs is a text, not a list of dicts: {one_line(str(inputs), 120)!r}. Pass the upstream task's output "
@@ -93,16 +94,17 @@ def load_lazy(inputs: Any) -> Any:
     return list(inputs) if is_lazy else inputs
 
 
-def count_rows(inputs: Any) -> int:
+def count_rows(inputs: Any, json_columns: Sequence[str] = ()) -> int:
     """
     Return how many rows a batch has. A file is read once for that, as a stream.
 
     :param inputs: as for :func:`read_rows`.
+    :param json_columns: as for :func:`read_rows`.
     :raises DifyError: as :func:`read_rows` does.
     """
     if not is_file(inputs) and isinstance(inputs, Sequence):
         return len(inputs)
-    return sum(1 for _ in read_rows(inputs))
+    return sum(1 for _ in read_rows(inputs, json_columns))
 
 
 def is_file(inputs: Any) -> bool:
@@ -161,15 +163,20 @@ def _lines(file: Any) -> Iterator[tuple[int, str | None]]:
         yield number, None
 
 
-def _rows_of_csv(path: Any) -> Iterator[Row]:
+def _rows_of_csv(path: Any, json_columns: Sequence[str]) -> Iterator[Row]:
     with open_text(path, newline="") as file, _long_fields():
         records = _records(file)
         header = next(records, None)
         if header is None:
             return
         names = _check_header(path, header)
+        for name in json_columns:
+            if name not in names:
+                raise DifyConfigurationError(
+                    f"json_columns names {one_line(name, 100)!r}, which is no column of {one_line(str(path), 200)!r}."
+                )
         for index, record in enumerate(records):
-            yield _parse_record(index, record, names)
+            yield _parse_record(index, record, names, json_columns)
 
 
 @dataclass(frozen=True)
@@ -223,18 +230,33 @@ def _check_header(path: Any, header: _Record) -> list[str]:
     return names
 
 
-def _parse_record(index: int, record: _Record, names: list[str]) -> Row:
+def _parse_record(index: int, record: _Record, names: list[str], json_columns: Sequence[str]) -> Row:
     problem = None
+    inputs: dict[str, Any] = {}
     if record.error:
         problem = f"can't be read as CSV: {one_line(record.error, 120)}"
     elif len(record.fields) != len(names):
         problem = f"has {len(record.fields)} fields, but the header has {len(names)}"
     elif not all(map(_is_utf8, record.fields)):
         problem = "is not UTF-8"
+    else:
+        # CSV has no other way to say that a row has no such input. Dify takes no empty text for a select, say.
+        inputs = {name: text for name, text in zip(names, record.fields, strict=True) if text}
+        problem = _parse_cells(inputs, json_columns)
     if problem:
         return Row(index, record.first, None, f"{record.where} {problem}.")
-    length = sum(map(len, record.fields))
-    return Row(index, record.first, dict(zip(names, record.fields, strict=True)), length=length)
+    return Row(index, record.first, inputs, length=sum(map(len, record.fields)))
+
+
+def _parse_cells(inputs: dict[str, Any], json_columns: Sequence[str]) -> str | None:
+    """Parse the cells of these columns where they are; return what is wrong with the first that is no JSON."""
+    for name in json_columns:
+        try:
+            if name in inputs:
+                inputs[name] = json.loads(inputs[name])
+        except (ValueError, RecursionError) as error:  # noqa: PERF203
+            return f"has no JSON in the column {one_line(name, 100)!r}: {one_line(str(error), 120)}"
+    return None
 
 
 @contextmanager

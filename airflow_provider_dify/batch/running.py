@@ -7,7 +7,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,16 @@ from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log
-from airflow_provider_dify.batch.row_run import BatchClient, RowRun, RowSettings
+from airflow_provider_dify.batch.row_run import BatchClient, NoMoreStarts, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyTaskKilled, DifyWorkflowRunTimeout
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyTaskKilled,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+)
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.looking import RepeatedLook
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
 
 # Seconds after which the batch looks at its clock, its parts and its progress, whatever happens.
 _TICK = 0.5
+# Starts that get lost one after the other, beside those under way, until nothing more is started.
+_MAX_LOST_IN_A_ROW = 10
 _GOOD = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
 
 
@@ -47,6 +55,7 @@ class BatchSettings:
     max_active_runs: int
     progress_interval: float
     row: RowSettings
+    json_columns: tuple[str, ...] = ()
 
 
 class BatchRun:
@@ -94,6 +103,10 @@ class BatchRun:
         self._tasks: dict[asyncio.Task[None], RowRun] = {}
         self._places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
         self._check = FormCheck(log)
+        # Rows whose start got lost; they are looked for once more when no other row is under way.
+        self._lost: list[RowRun] = []
+        self._lost_in_a_row = 0
+        self._last_start = 0.0
         self._has_link = False
         self._stopped_runs: tuple[str, ...] = ()
 
@@ -131,7 +144,7 @@ class BatchRun:
         self._stop_reason = self._stop_reason or reason
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._changed.set)
+                self._loop.call_soon_threadsafe(self._on_stop)
 
     def _run_loop(self) -> None:
         try:
@@ -142,6 +155,11 @@ class BatchRun:
             self._messages.put(("end", self._stop_reason))
 
     # --- on the event loop
+
+    def _on_stop(self) -> None:
+        for run in self._tasks.values():
+            run.close_unsent()
+        self._changed.set()
 
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -191,11 +209,16 @@ class BatchRun:
         )
 
     async def _run_rows(self, client: BatchClient) -> None:
-        rows = RowsAhead(row for row in read_rows(self._settings.inputs) if not self._output.has(row.index))
-        next_line = time.monotonic() + self._settings.progress_interval
+        settings = self._settings
+        rows = RowsAhead(
+            row for row in read_rows(settings.inputs, settings.json_columns) if not self._output.has(row.index)
+        )
+        next_line = time.monotonic() + settings.progress_interval
         has_more = True
         try:
-            while self._tasks or (has_more and self.starts_more):
+            while self._tasks or self._lost or (has_more and self.starts_more):
+                if not self._tasks and not (has_more and self.starts_more):
+                    self._look_once_more()
                 while self.starts_more and self._places.grant():
                     pass
                 while has_more and self.starts_more and not self._places.waiting and self._places.may_take():
@@ -215,13 +238,17 @@ class BatchRun:
                     self._cancel([task for task, run in self._tasks.items() if not self._places.holds(run.row)])
                 await self._write()
                 if time.monotonic() >= next_line:
-                    next_line = time.monotonic() + self._settings.progress_interval
+                    next_line = time.monotonic() + settings.progress_interval
                     self._log.info("%s", self._progress.line(self._places.taken, time.time()))
         finally:
             if self._stop_reason is not None:
                 await self._stop_runs()
+            lost = [run for run in (*self._lost, *self._tasks.values()) if run.lost is not None]
             self._cancel(self._tasks)
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            for run in lost:
+                # So that no retry pays for it twice.
+                self._on_result(run.lost_result())
 
     async def _next_row(self, rows: RowsAhead) -> Row | None:
         try:
@@ -254,14 +281,44 @@ class BatchRun:
         run = RowRun(client, row.index, row.inputs, plan)
         if plan.action is not RowAction.LOOK_FOR:
             self._places.take(row.index)
-        task = asyncio.get_running_loop().create_task(self._run_row(run))
+        self._begin(run, run.run())
+
+    def _look_once_more(self) -> None:
+        """Look for the runs of lost starts, now that no other row is under way."""
+        lost, self._lost = self._lost, []
+        for run in lost:
+            self._places.take(run.row)
+            self._begin(run, run.run_if_found())
+
+    def _begin(self, run: RowRun, work: Coroutine[Any, Any, RowResult]) -> None:
+        task = asyncio.get_running_loop().create_task(self._run_row(run, work))
         self._tasks[task] = run
         task.add_done_callback(self._on_done)
 
-    async def _run_row(self, run: RowRun) -> None:
-        result = await run.run()
-        if self._stop_reason is None or result.status in _GOOD:
+    async def _run_row(self, run: RowRun, work: Coroutine[Any, Any, RowResult]) -> None:
+        try:
+            result = await work
+        except NoMoreStarts:
+            return
+        except DifyWorkflowRunUncertain as error:
+            self._on_lost(run, error)
+            return
+        if self._stop_reason is None or result.status in _GOOD or run.lost is not None:
+            run.lost = None
             self._on_result(result)
+
+    def _on_lost(self, run: RowRun, error: DifyWorkflowRunUncertain) -> None:
+        self._log.warning(
+            "Row %d: Dify's log shows no run of its start. It is looked for once more when the other rows are over.",
+            run.row,
+        )
+        self._lost.append(run)
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > max(_MAX_LOST_IN_A_ROW, self._settings.max_active_runs) and self._failure is None:
+            self._failure = DifyConnectionError(
+                f"{error} The last {self._lost_in_a_row:,} starts got lost like this, so no more are sent. A retry "
+                "goes on with the other rows."
+            )
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
@@ -285,7 +342,12 @@ class BatchRun:
             self._failure = self._failure or error
         if is_failure:
             run = f"workflow run {result.workflow_run_id}, status {one_line(result.status, 40)}"
-            self._log.warning("Row %d failed: %s (%s)", result.index, one_line(result.error), run)
+            self._log.warning(
+                "Row %d failed: %s (%s)",
+                result.index,
+                one_line(result.error or "Dify gave no error text"),
+                run if result.workflow_run_id else "no workflow run",
+            )
 
     async def _wait_for_change(self) -> None:
         until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None
@@ -330,9 +392,14 @@ class BatchRun:
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, and let the main thread push the link to the app."""
         self._places.on_started()
+        self._last_start, self._lost_in_a_row = time.monotonic(), 0
         if app_id is not None and not self._has_link:
             self._has_link = True
             self._messages.put(("app", app_id))
+
+    def has_started_since(self, moment: float) -> bool:
+        """Return whether Dify has taken a start of any row since a moment of ``time.monotonic``."""
+        return self._last_start > moment
 
     # --- the end
 

@@ -79,7 +79,7 @@ class BatchTask:
         batch = self._batch = replace(self._batch, inputs=load_lazy(self._batch.inputs))
         deadline = time.time() + batch.row.timeout
         users = RowUsers.of_task(self._ti, settings.user)
-        total = count_rows(batch.inputs)
+        total = count_rows(batch.inputs, batch.json_columns)
         progress = BatchProgress(
             total,
             FailureLimit(settings.max_failed_runs),
@@ -99,9 +99,10 @@ class BatchTask:
                 if self._was_killed:
                     raise DifyTaskKilled("Airflow killed the task before its batch began.")
                 self._run.run(on_app)
-        except AirflowFailException:
+        except BaseException as error:
+            is_last = isinstance(error, AirflowFailException) or not self._will_be_retried
             # No other try comes, so what is there is written all the same.
-            if progress.over:
+            if is_last and progress.over:
                 with contextlib.suppress(DifyError):
                     output.finish()
                     output.remove_parts()

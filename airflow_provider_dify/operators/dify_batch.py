@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from airflow_provider_dify.hooks.dify import DifyHook
 
 BATCH = "batch"
+# Each run holds a connection, and what its events bring, in one process.
+MAX_ACTIVE_RUNS = 1000
 
 
 class DifyRunWorkflowBatchOperator(BaseOperator):
@@ -38,20 +40,22 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     from the start on: ``total, succeeded, partial_succeeded, failed, stopped, total_tokens, elapsed_time,
     output_path``.
 
-    No run is paid for twice. After a crash or an Airflow retry, rows whose results are written are not asked for again,
-    and Dify's log tells which others have runs: their ``user`` names the row and the attempt. What is over is read,
-    what is alive is followed, and the rest is started. Rows that may have been under way at the crash, and starts that
-    got lost, are looked for during ``not_found_grace`` first. What is left is one window: a run that Dify has queued,
-    and that is still queued when the grace is over, while no other run of this batch is. Such a row runs, and is paid,
-    twice. A task that is cleared starts from scratch.
+    No run is paid for twice. A start that may have arrived is never sent again. Its run is looked for in Dify's log
+    during ``not_found_grace``, and once more at the batch's end; a row whose run does not come up has failed. After a
+    crash or an Airflow retry, rows whose results are written are not asked for again, and Dify's log tells which others
+    have runs: their ``user`` names the row and the attempt. What is over is read, what is alive is followed, and the
+    rest is started. Rows that may have been under way at the crash are looked for during ``not_found_grace`` first.
+    What is left is one window: a run that was queued at the crash, and is still queued when the grace is over. Such a
+    row runs, and is paid, twice. A task that is cleared starts from scratch.
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
         object storage takes it. Templated.
-    :param max_active_runs: how many runs there are at once.
+    :param max_active_runs: how many runs there are at once, up to 1,000.
     :param output_path: path or URL of the results' file; ``None`` for a return value. Templated.
     :param max_failed_runs: how many rows may fail: a number, or a share such as ``0.05``. The task fails without retry
         as soon as more have failed and the active runs are over.
     :param run_retries: how often a run that failed is started again.
+    :param json_columns: columns of a CSV file whose cells are JSON. An empty cell of a CSV file is no input.
     :param user: a name in front of each run's ``user``; by default one that names Airflow installation, Dag, task, Dag
         run and map index. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
@@ -63,6 +67,9 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :param poll_interval: seconds between polls of a run whose events broke off.
     :param not_found_grace: seconds for which a run is looked for that may have been started.
     :param max_consecutive_failures: polls of a run in a row that may fail for a passing reason.
+    :param restart_lost_runs: let ``run_retries`` start another run where a start got lost: no event stream began, and
+        Dify's log, which could be read all the time, showed no run during ``not_found_grace``. The first one may still
+        be in Dify's queue, and be paid for, too. By default such a row fails.
     :raises DifyBatchFailed: if more rows failed than ``max_failed_runs``.
     :raises DifyConfigurationError: if the rows can't be read, or are too many for a return value; or if ``output_path``
         can't be used.
@@ -87,6 +94,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         output_path: str | os.PathLike[str] | None = None,
         max_failed_runs: float = 0,
         run_retries: int = 0,
+        json_columns: Sequence[str] | None = None,
         user: str | None = None,
         dify_conn_id: str = "dify_default",
         workflow_id: str | None = None,
@@ -97,16 +105,20 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         poll_interval: timedelta | float = 10,
         not_found_grace: timedelta | float = 60,
         max_consecutive_failures: int = 5,
+        restart_lost_runs: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.inputs = inputs
         self.max_active_runs = parse_count("max_active_runs", max_active_runs)
-        if self.max_active_runs == 0:
-            raise DifyConfigurationError("max_active_runs must be a whole number from 1 on, but it is 0.")
+        if not 1 <= self.max_active_runs <= MAX_ACTIVE_RUNS:
+            raise DifyConfigurationError(
+                f"max_active_runs must be a whole number from 1 to {MAX_ACTIVE_RUNS:,}, but it is {max_active_runs:,}."
+            )
         self.output_path = output_path
         self.max_failed_runs = parse_limit("max_failed_runs", max_failed_runs)
         self.run_retries = parse_count("run_retries", run_retries)
+        self.json_columns = _parse_columns(json_columns)
         self.user = user
         self.dify_conn_id = dify_conn_id
         self.workflow_id = workflow_id
@@ -117,6 +129,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         self.poll_interval = parse_seconds("poll_interval", poll_interval)
         self.not_found_grace = parse_seconds("not_found_grace", not_found_grace)
         self.max_consecutive_failures = parse_count("max_consecutive_failures", max_consecutive_failures)
+        self.restart_lost_runs = restart_lost_runs
         # What on_kill, which has no arguments, has to look at.
         self._batch: BatchTask | None = None
 
@@ -147,8 +160,11 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             poll_interval=self.poll_interval,
             not_found_grace=self.not_found_grace,
             max_consecutive_failures=self.max_consecutive_failures,
+            restart_lost_runs=self.restart_lost_runs,
         )
-        batch = BatchSettings(self.inputs, self.dify_conn_id, self.max_active_runs, self.progress_interval, row)
+        batch = BatchSettings(
+            self.inputs, self.dify_conn_id, self.max_active_runs, self.progress_interval, row, self.json_columns
+        )
         output_path = None if self.output_path is None else str(self.output_path)
         settings = TaskSettings(self.user, output_path, self.max_failed_runs, self.retries or 0)
         ti: Any = context["ti"]
@@ -170,3 +186,11 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         """Stop the active runs, when the task is killed."""
         if self._batch is not None:
             self._batch.kill()
+
+
+def _parse_columns(columns: Any) -> tuple[str, ...]:
+    if columns is None:
+        return ()
+    if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) and name for name in columns):
+        raise DifyConfigurationError(f"json_columns must be a list of column names, or None: {columns!r:.100}")
+    return tuple(columns)

@@ -82,10 +82,10 @@ def test_a_batch_that_broke_off_and_is_cleared_runs_all_rows_again(
     dify: DifyStandIn, tmp_path: Path, retries: int
 ) -> None:
     output = tmp_path / "results.jsonl"
-    # Two rows are over when the next one's run can't be asked for; its parts stay for a retry.
+    # Two rows are over when Dify is away, so that the next one's run can't be asked for; parts stay for a retry.
     broken = Start(statuses=("running", "succeeded"), cut="workflow_started")
     dify.starts += [Start(), Start(), *[broken] * (1 + retries)]
-    dify.misbehave(*[respond(503)] * (1 + retries), only="GET .*/workflows/run/")
+    dify.misbehave(*[respond(503)] * 2 * (1 + retries), only="GET .*/(workflows/run/|info)")
     result = run_and_clear(
         output_path=str(output), max_active_runs=1, retries=retries, max_consecutive_failures=0, poll_interval=0.2
     )

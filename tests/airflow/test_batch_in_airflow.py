@@ -17,8 +17,10 @@ from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyBatchFailed,
     DifyConfigurationError,
+    DifyConnectionError,
     DifyWorkflowRunTimeout,
 )
+from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
 from tests.airflow.airflow_runs import DagRunResult, run_dag, without_masking
 from tests.dify_stand_in import (
     API_KEY,
@@ -30,7 +32,6 @@ from tests.dify_stand_in import (
     replay,
     reset,
     respond,
-    stall,
 )
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
@@ -152,6 +153,64 @@ def test_a_row_that_is_no_object_is_a_failed_row_with_its_line(dify: DifyStandIn
     assert len(dify.started) == 2
 
 
+def csv_of(folder: Path, text: str) -> str:
+    (folder / "rows.csv").write_text(text)
+    return str(folder / "rows.csv")
+
+
+FORM = [
+    form_field("query", required=True),
+    form_field("mode", "select", options=("fast", "exact")),
+    form_field("meta", "json_object"),
+    form_field("count", "number"),
+]
+
+
+@pytest.mark.parametrize("has_form", [True, False])
+def test_an_empty_cell_of_csv_is_left_out(dify: DifyStandIn, tmp_path: Path, has_form: bool) -> None:
+    if has_form:
+        dify.user_input_form = FORM
+    else:
+        dify.misbehave_always(respond(500), "GET .*/parameters")
+    rows = csv_of(tmp_path, "query,mode,meta\nhello,,\n")
+    result = run_batch(inputs=rows, json_columns=["meta"])
+    assert result.state == "success"
+    assert [started.inputs for started in dify.started] == [{"query": "hello"}]
+
+
+def test_a_required_input_whose_cell_is_empty_fails_the_row_before_a_start(dify: DifyStandIn, tmp_path: Path) -> None:
+    dify.user_input_form = FORM
+    result = run_batch(inputs=csv_of(tmp_path, "query,mode\n,fast\nhello,exact\n"), max_failed_runs=1)
+    assert result.state == "success"
+    assert "Input 'query' is required and missing." in result.received["results"][0]["error"]
+    assert [started.inputs for started in dify.started] == [{"query": "hello", "mode": "exact"}]
+
+
+def test_json_columns_of_csv_and_texts_of_numbers_become_inputs(dify: DifyStandIn, tmp_path: Path) -> None:
+    dify.user_input_form = FORM
+    rows = csv_of(tmp_path, 'query,meta,count\na,"{""tags"": [1]}",12\nb,oops,3\nc,[1],1\nd,,x\n')
+    result = run_batch(inputs=rows, json_columns=["meta"], max_failed_runs=3)
+    assert result.state == "success"
+    assert [started.inputs for started in dify.started] == [{"query": "a", "meta": {"tags": [1]}, "count": "12"}]
+    errors = [row["error"] for row in result.received["results"]]
+    assert "Line 3 has no JSON in the column 'meta'" in errors[1]
+    assert "Input 'meta' must be an object, not a list." in errors[2]
+    assert "Input 'count' must be a number, not 'x'." in errors[3]
+
+
+@pytest.mark.parametrize("columns", ["meta", [1], {"meta": 1}, [""]])
+def test_json_columns_that_are_no_list_of_names_are_refused_when_the_dag_is_parsed(columns: Any) -> None:
+    with pytest.raises(DifyConfigurationError, match="json_columns must be a list of column names"):
+        DifyRunWorkflowBatchOperator(task_id="run", inputs=[], json_columns=columns)
+
+
+@pytest.mark.parametrize("count", [0, 1001, 10**9])
+def test_more_runs_at_once_than_a_process_can_follow_are_refused_when_the_dag_is_parsed(count: int) -> None:
+    with pytest.raises(DifyConfigurationError, match="max_active_runs must be a whole number from 1 to 1,000"):
+        DifyRunWorkflowBatchOperator(task_id="run", inputs=[], max_active_runs=count)
+    DifyRunWorkflowBatchOperator(task_id="run", inputs=[], max_active_runs=1000)
+
+
 def test_rows_are_checked_against_the_form_which_is_read_once(dify: DifyStandIn) -> None:
     dify.user_input_form = [form_field("query", required=True)]
     rows = [{"query": "a"}, {}, {"query": "b"}, {"query": None}]
@@ -203,14 +262,6 @@ def test_a_start_whose_response_gets_lost_is_found_and_not_sent_again(dify: Dify
     result = run_batch(inputs=numbered(6), not_found_grace=5)
     assert result.state == "success"
     assert len(dify.started) == 6
-
-
-def test_a_start_that_never_arrived_is_sent_again_after_the_grace(dify: DifyStandIn) -> None:
-    dify.misbehave(respond(502, "<html>"), times=2, only="POST .*/run")
-    result = run_batch(inputs=numbered(4), not_found_grace=0.5)
-    assert result.state == "success"
-    assert {row["status"] for row in result.received["results"]} == {"succeeded"}
-    assert len(dify.started) == 4
 
 
 def test_events_that_break_off_and_polls_that_fail_cost_a_retry(dify: DifyStandIn) -> None:
@@ -307,6 +358,88 @@ def test_no_rows_are_a_batch_too(dify: DifyStandIn) -> None:
     assert dify.started == []
 
 
+# --- a run whose record can't be read
+
+BROKEN = '{"code": "unknown", "message": "Internal Server Error", "status": 500}'
+
+
+@pytest.mark.parametrize("max_failed_runs", [0, 1])
+@pytest.mark.parametrize("dialect", ["1.13.0", "1.16.1"], indirect=True)
+def test_a_run_whose_record_can_not_be_read_fails_its_row_alone(
+    dify: DifyStandIn, dialect: str, tmp_path: Path, max_failed_runs: int
+) -> None:
+    output = tmp_path / "results.jsonl"
+    echo(dify, 20)
+    dify.starts[7] = Start(statuses=("running",), cut="workflow_started")
+    dify.misbehave_always(respond(500, BROKEN), only="GET .*/workflows/run/")
+    result = run_batch(
+        inputs=numbered(20),
+        max_active_runs=8,
+        max_failed_runs=max_failed_runs,
+        output_path=str(output),
+        retries=2,
+        retry_delay=0.0,
+    )
+    assert result.states["run"] == ("success" if max_failed_runs else "failed")
+    assert result.tries["run"] == 1
+    results = lines_of(output)
+    assert [row["index"] for row in results] == list(range(20))
+    (failed,) = [row for row in results if row["status"] != "succeeded"]
+    (broken,) = [started for started in dify.started if started.workflow_run_id == failed["workflow_run_id"]]
+    assert broken.inputs == {"n": failed["index"]}
+    assert broken.workflow_run_id in failed["error"]
+    assert "other requests succeed" in failed["error"]
+    assert len(dify.started) == 20
+    assert dify.stopped == []
+
+
+def test_a_record_that_can_be_read_again_when_dify_is_back_is_no_failed_row(dify: DifyStandIn) -> None:
+    dify.starts.append(Start(statuses=("running", "succeeded"), cut="workflow_started"))
+    # Dify comes back between the last poll that may fail, and the look whether it responds at all.
+    dify.misbehave(respond(503), times=3, only="GET .*/workflows/run/")
+    result = run_batch(inputs=numbered(1), max_consecutive_failures=2)
+    assert result.state == "success"
+    assert result.received["results"][0]["status"] == "succeeded"
+
+
+def test_dify_that_is_away_ends_the_try_and_not_the_row(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    dify.starts += [Start(), Start(statuses=("running",), cut="workflow_started")]
+    with once(
+        lambda: len(dify.started) == 2, lambda: dify.misbehave_always(respond(503), only="GET .*/(workflows/run/|info)")
+    ):
+        result = run_batch(
+            inputs=numbered(6),
+            max_active_runs=1,
+            max_failed_runs=6,
+            max_consecutive_failures=1,
+            output_path=str(output),
+        )
+    assert result.states["run"] == "failed"
+    assert isinstance(result.raised["run"][0], DifyConnectionError)
+    assert len(dify.started) == 2
+
+
+# --- what ends a batch for good
+
+
+def broken_off(dify: DifyStandIn) -> None:
+    """Let two rows succeed, and the third one's run can't be asked about, with all of Dify away."""
+    dify.starts += [Start(), Start(), Start(statuses=("running",), cut="workflow_started")]
+    dify.misbehave_always(respond(503), only="GET .*/(workflows/run/|info)")
+
+
+def test_the_last_try_writes_the_results_that_are_there(dify: DifyStandIn, tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    broken_off(dify)
+    arguments = {"inputs": numbered(6), "max_active_runs": 1, "max_consecutive_failures": 0, "retry_delay": 0.0}
+    result = run_batch(**arguments, output_path=str(output), retries=1)
+    assert (result.states["run"], result.tries["run"]) == ("failed", 2)
+    assert isinstance(result.raised["run"][-1], DifyConnectionError)
+    assert [(row["index"], row["status"]) for row in lines_of(output)] == [(0, "succeeded"), (1, "succeeded")]
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
 # --- retries and kills
 
 
@@ -322,7 +455,7 @@ def test_a_retry_goes_on_with_what_the_first_try_has_started(
         Start(fields={"outputs": {"n": 1}}),
         Start(statuses=("running", "running", "succeeded"), fields={"outputs": {"n": 2}}, cut="workflow_started"),
     ]
-    dify.misbehave(respond(503), times=2, only="GET .*/workflows/run/")
+    dify.misbehave(respond(503), times=4, only="GET .*/(workflows/run/|info)")
     result = run_batch(
         inputs=numbered(8),
         max_active_runs=1,
@@ -415,36 +548,6 @@ def test_runs_that_dify_queues_are_waited_for(dify: DifyStandIn, dialect: str) -
     result = run_batch(inputs=numbered(10), max_active_runs=6)
     assert result.state == "success"
     assert len(dify.started) == 10
-
-
-@pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
-def test_a_lost_start_is_not_sent_again_while_dify_has_a_queue(
-    dify: DifyStandIn, dialect: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("airflow_provider_dify.batch.row_run._SECONDS_BEFORE_QUEUED", 0.2)
-    dify.slots = 0
-    dify.misbehave(lose_response(reset()), only="POST .*/run")
-
-    def open_late() -> None:
-        time.sleep(3)
-        dify.slots = 4
-
-    with once(lambda: len(dify.started) == 4, open_late):
-        result = run_batch(inputs=numbered(4), max_active_runs=4, not_found_grace=0.5)
-    assert result.state == "success"
-    assert len(dify.started) == 4
-
-
-def test_a_server_that_says_nothing_costs_a_retry_and_not_the_batch(
-    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 1}}
-    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
-    dify.misbehave(stall(30), times=2, only="POST .*/run")
-    result = run_batch(inputs=numbered(4), not_found_grace=0.5)
-    assert result.state == "success"
-    assert sorted(row["attempts"] for row in result.received["results"]) == [1, 1, 2, 2]
-    assert len(dify.started) == 4
 
 
 def test_a_key_that_is_rotated_meanwhile_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,11 +175,19 @@ def test_rows_of_others_whose_runs_are_deleted_hide_no_run() -> None:
 
 
 def test_a_run_of_the_batch_whose_record_is_not_written_yet_is_waited_for() -> None:
-    unwritten = RowWithoutRun("row", USERS.user_of(3, 0), None)
+    unwritten = RowWithoutRun("row", USERS.user_of(3, 0), pendulum.from_timestamp(time.time() - 200))
     with pytest.raises(DifyConnectionError, match="no record yet of a run of row 3"):
         play(read_log(USERS, SINCE), [unwritten])
     with pytest.raises(DifyConnectionError, match="no record yet of a run of row 3"):
         play(look_for(USERS, 3, 0, SINCE), [unwritten])
+
+
+@pytest.mark.parametrize("age", [301, None])
+def test_a_run_of_the_batch_that_has_no_record_for_five_minutes_was_deleted(age: float | None) -> None:
+    logged_at = None if age is None else pendulum.from_timestamp(time.time() - age)
+    deleted = RowWithoutRun("row", USERS.user_of(3, 0), logged_at)
+    assert play(read_log(USERS, SINCE), [deleted, logged(4)])[0].keys() == {4}
+    assert play(look_for(USERS, 3, 0, SINCE), [deleted])[0] is None
 
 
 def test_a_server_that_knows_no_pages_is_not_read_for_ever() -> None:

@@ -91,9 +91,47 @@ def test_the_first_line_of_csv_names_the_inputs_and_values_are_text(tmp_path: Pa
     assert list(read_rows(path)) == [
         Row(0, 2, {"id": "1", "name": "a, b"}),
         Row(1, 4, {"id": "2", "name": "two\nlines"}),
-        Row(2, 6, {"id": "3", "name": ""}),
+        Row(2, 6, {"id": "3"}),
     ]
     assert count_rows(path) == 3
+
+
+def test_an_empty_cell_of_csv_is_no_input(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", 'query,mode,meta\nhello,,\n"",fast," "\n,,\n')
+    assert [row.inputs for row in read_rows(path)] == [{"query": "hello"}, {"mode": "fast", "meta": " "}, {}]
+
+
+def test_an_empty_text_of_json_lines_and_of_a_list_is_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '{"query": "", "mode": null}\n')
+    assert [row.inputs for row in read_rows(path)] == [{"query": "", "mode": None}]
+    assert [row.inputs for row in read_rows([{"query": ""}])] == [{"query": ""}]
+
+
+def test_the_cells_of_a_json_column_of_csv_are_parsed(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "rows.csv", 'query,meta\n1,"{""tags"": [1, ""ä""]}"\n2,7\n3,\n4,null\n5,"{\n""a"": true}"\n'
+    )
+    assert [row.inputs for row in read_rows(path, ("meta",))] == [
+        {"query": "1", "meta": {"tags": [1, "ä"]}},
+        {"query": "2", "meta": 7},
+        {"query": "3"},
+        {"query": "4", "meta": None},
+        {"query": "5", "meta": {"a": True}},
+    ]
+
+
+def test_a_cell_of_a_json_column_that_is_no_json_is_an_error_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "query,meta\n1,{}\n2,{a: 1}\n3,[]\n")
+    good, bad, last = read_rows(path, ("meta",))
+    assert (good.inputs, last.inputs) == ({"query": "1", "meta": {}}, {"query": "3", "meta": []})
+    assert (bad.index, bad.line, bad.inputs) == (1, 3, None)
+    assert (bad.error or "").startswith("Line 3 has no JSON in the column 'meta': Expecting property name")
+
+
+def test_a_json_column_that_the_header_does_not_name_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", "query,meta\n1,{}\n")
+    with pytest.raises(DifyConfigurationError, match="json_columns names 'mata', which is no column of"):
+        count_rows(path, ("meta", "mata"))
 
 
 @pytest.mark.parametrize(

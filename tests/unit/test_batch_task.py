@@ -24,7 +24,7 @@ from airflow_provider_dify.batch.row_run import RowSettings
 from airflow_provider_dify.batch.running import BatchSettings
 from airflow_provider_dify.batch.task import BatchTask, TaskSettings
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
-from tests.dify_stand_in import DifyStandIn, Start, respond
+from tests.dify_stand_in import DifyStandIn, Start, form_field, respond
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
 
@@ -144,6 +144,15 @@ def test_after_retries_were_lowered_all_tries_before_this_one_may_have_left_queu
         assert any(f"session_id={quote(users.user_of(row, 0), safe='/')}" in seen.path for seen in dify.requests), row
 
 
+def test_a_run_that_was_deleted_does_not_keep_a_retry_from_its_rows(dify: DifyStandIn) -> None:
+    users = RowUsers.of_task(SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, max_tries=1))
+    deleted = dify.add_run("succeeded", user=users.user_of(1, 0), created_at=int(time.time()) - 400)
+    dify.runs[deleted].has_no_record = True
+    returned = run_try(numbered(3), try_number=2)
+    assert [row["status"] for row in returned] == ["succeeded"] * 3
+    assert sorted(started.inputs["n"] for started in dify.started) == [0, 1, 2]
+
+
 # --- arguments that can't work: nothing is started
 
 
@@ -229,6 +238,29 @@ def test_a_row_that_is_too_large_for_a_proxy_fails_alone_and_at_once(dify: DifyS
     assert "HTTP 413" in failed["error"]
     assert "client_max_body_size" in failed["error"]
     assert sum(request.method == "POST" for request in dify.requests) == 6
+
+
+def test_a_row_without_a_run_says_so_in_the_log(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
+    dify.user_input_form = [form_field("query", required=True)]
+    run_try([{}, [1]], max_failed_runs=2)
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(message.startswith("Row 0 failed: ") and message.endswith(" (no workflow run)") for message in messages)
+    assert any(message.startswith("Row 1 failed: ") and message.endswith(" (no workflow run)") for message in messages)
+    assert not any("None" in message for message in messages)
+
+
+def test_a_start_that_failed_has_no_hole_in_its_line(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    said = b'data: {"event": "error", "message": "1 validation error for VariableEntity", "status": 500}\n\n'
+    headers = {"X-Version": "1.16.1"}
+    dify.misbehave(respond(200, said, content_type="text/event-stream", headers=headers), times=2, only="POST .*/run")
+    run_try(numbered(1), max_failed_runs=1, run_retries=1)
+    lines = [record.getMessage() for record in caplog.records if "VariableEntity" in record.getMessage()]
+    assert lines[0].startswith("Row 0: its start failed and is started again in")
+    assert lines[-1].startswith("Row 0 failed: 1 validation error")
+    assert lines[-1].endswith(" (no workflow run)")
 
 
 def test_what_a_run_says_of_its_failure_is_one_short_line_of_the_log(
