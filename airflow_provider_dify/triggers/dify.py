@@ -289,13 +289,13 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         return timeout_after.timestamp() - self._margin()
 
     def _margin(self) -> float:
-        """Return by how many seconds Airflow's limit for a task that started here comes after the sensor's timeout."""
+        """Return by how many seconds Airflow's limit for a task that started here comes after the end of the wait."""
         task: Any = self.task
         limit = getattr(getattr(task, "start_trigger_args", None), "timeout", None)
         if limit is None or task.execution_timeout is None or task.execution_timeout > limit:
             return TRIGGER_TIMEOUT_MARGIN
-        # Airflow's limit is the execution_timeout, which may come before the sensor's.
-        return float(TRIGGER_TIMEOUT_MARGIN - (limit - task.execution_timeout).total_seconds())
+        # Airflow's limit is the execution_timeout, which may come before the sensor's timeout, and ends the wait then.
+        return float(max(0.0, TRIGGER_TIMEOUT_MARGIN - (limit - task.execution_timeout).total_seconds()))
 
     def _event(
         self, end: WaitEnd, message: str, *, status: object = None, error: DifyError | None = None

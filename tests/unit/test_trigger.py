@@ -689,7 +689,7 @@ def tokyo() -> Iterator[None]:
         (timedelta(hours=1), timedelta(hours=2), 120),
         (timedelta(hours=1), timedelta(hours=1), 120),
         (timedelta(hours=1), timedelta(minutes=59), 60),
-        (timedelta(hours=1), timedelta(minutes=50), -480),
+        (timedelta(hours=1), timedelta(minutes=50), 0),
     ],
 )
 @pytest.mark.parametrize("zone", [timezone.utc, timezone(timedelta(hours=5)), None])
