@@ -12,6 +12,13 @@ from airflow_provider_dify.exceptions import DifyConfigurationError
 DEFAULT_BASE_URL = "https://api.dify.ai/v1"
 # Dify Cloud and a default self-hosted Dify both serve the API here.
 DEFAULT_PATH = "/v1"
+_CLOUD_CONSOLE = "cloud.dify.ai"
+# A path of the API itself, as Dify's documentation shows it, after the base URL's own; a gateway may have a folder with
+# the name of a short one.
+_ENDPOINT = re.compile(
+    r"(.*?)/?workflows/(?:run|logs|tasks|[^/]+/run)(?:/.*)?|"
+    r"(.*?v1)/(?:workflows|parameters|info|files/upload|chat-messages|completion-messages)"
+)
 
 _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*\.?", re.IGNORECASE)
 
@@ -51,10 +58,22 @@ def make_base_url(host: str | None, schema: str | None = None, port: int | None 
         raise DifyConfigurationError(f"{final_port} is no port.")
 
     path = "/".join(part for part in url.path.split("/") if part)
-    return (
-        f"{url.scheme or schema or 'https'}://{host_in_url(url, host)}"
+    name = host_in_url(url, host)
+    if name.rstrip(".") == _CLOUD_CONSOLE:
+        raise DifyConfigurationError(
+            f"the host is Dify Cloud's console. Its API is at {DEFAULT_BASE_URL}: write that, or leave the host empty."
+        )
+    endpoint = _ENDPOINT.fullmatch(path)
+    path = (endpoint[1] or endpoint[2] or "") if endpoint else path
+    base_url = (
+        f"{url.scheme or schema or 'https'}://{name}"
         f"{f':{final_port}' if final_port else ''}{f'/{path}' if path else DEFAULT_PATH}"
     )
+    if endpoint:
+        raise DifyConfigurationError(
+            f"the host {host!r} is the address of one request. Write {base_url} there: each request adds the rest."
+        )
+    return base_url
 
 
 def split_url(host: str) -> SplitResult:

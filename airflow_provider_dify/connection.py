@@ -37,6 +37,8 @@ CLOUD_CONSOLE_URL = "https://cloud.dify.ai"
 
 # What an HTTP header takes without encoding; anything else in a key is a slip of copy and paste.
 _API_KEY = re.compile(r"[\x21-\x7e]+")
+# What documentation and settings' files put around a key, and no key has.
+_WRAPPING = "{}\"'"
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,13 @@ def _api_key(password: str | None) -> str:
     if not api_key:
         raise DifyConfigurationError(
             "it has no password. Put the API key of the Dify app there (in Dify: the app's page, API Access, API Key)."
+        )
+    if api_key[0] in _WRAPPING or api_key[-1] in _WRAPPING:
+        raise DifyConfigurationError("its password stands in braces or quotes. Put the API key there without them.")
+    if api_key.lower().startswith("dataset-"):
+        raise DifyConfigurationError(
+            "its password is the API key of a knowledge base, which runs no workflow. Put the API key of the workflow "
+            "app there (in Dify: the app's page, API Access, API Key)."
         )
     if not _API_KEY.fullmatch(api_key):
         raise DifyConfigurationError(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
 from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus
@@ -15,6 +15,8 @@ from airflow_provider_dify.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
+
+E = TypeVar("E", bound=BaseException)
 
 # Seconds that no failed poll is delayed beyond, unless the server asks for more.
 MAX_RETRY_DELAY = 60.0
@@ -249,7 +251,29 @@ def _life(run: WorkflowRun, now: datetime) -> str:
     return ", ".join(filter(None, (age, steps))) or "as before"
 
 
-def error_from_event(event: Any, timed_out: Callable[[str], Exception]) -> Exception | None:
+def deferral_deadline(deadline: float, started: datetime, execution_timeout: timedelta | None) -> float:
+    """
+    Return when a deferral ends: Airflow 3 does not look at a task's ``execution_timeout`` while it is deferred.
+
+    :param deadline: epoch seconds at which the task's own timeout is over.
+    :param started: when the try was started first.
+    :param execution_timeout: the task's.
+    :return: epoch seconds.
+    """
+    return deadline if execution_timeout is None else min(deadline, (started + execution_timeout).timestamp())
+
+
+def is_limited(execution_timeout: timedelta | None, timeout: float) -> bool:
+    """
+    Return whether a deferral ends by the task's ``execution_timeout``, before the task's own timeout is over.
+
+    :param execution_timeout: the task's.
+    :param timeout: the task's own, in seconds.
+    """
+    return execution_timeout is not None and execution_timeout.total_seconds() < timeout
+
+
+def error_from_event(event: Any, timed_out: Callable[[str], E]) -> E | DifyError | None:
     """
     Return the error that a trigger's event stands for.
 

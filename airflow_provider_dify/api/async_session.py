@@ -31,6 +31,9 @@ KEEPALIVE_SECONDS = 75.0
 # Shorter than any server's: gunicorn, which Dify runs on, closes an idle connection after two seconds.
 KEEPALIVE_OF_STARTS = 1.0
 MAX_REDIRECTS = 5
+# Bytes of a header, as many as http.client takes on a worker: a gateway's Content-Security-Policy may be longer than
+# aiohttp's 8,190.
+MAX_HEADER = 65_536
 
 
 @dataclass(eq=False)
@@ -185,6 +188,8 @@ class SharedSession(Shared):
             # The key may stand here: this session is one connection's, and follows no redirect by itself.
             headers={**HEADERS, "Authorization": f"Bearer {self.connection.api_key}"},
             cookie_jar=aiohttp.DummyCookieJar(),
+            max_line_size=MAX_HEADER,
+            max_field_size=MAX_HEADER,
             **settings,
         )
 

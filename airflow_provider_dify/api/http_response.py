@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -15,6 +16,10 @@ from airflow_provider_dify.excerpts import EXCERPT_LENGTH, as_text, one_line, re
 
 # A shorter key is a test's, and could be part of a word.
 _SHORTEST_KEY_IN_A_BODY = 8
+# What Python refuses from 3.13 on, in OpenSSL's words.
+_STRICT_TLS = re.compile(
+    "Missing (Authority|Subject) Key Identifier|does not include key usage extension|not marked critical"
+)
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,15 @@ def no_response(connection: DifyConnection, subject: str, url: str, error: BaseE
     :param url: the URL that was requested.
     :param error: what the HTTP client raised.
     """
-    return DifyConnectionError(
-        f"{reason_of(error, connection.secrets)}: Dify could not be reached for {subject} at {url}."
+    reason = reason_of(error, connection.secrets)
+    lack = _STRICT_TLS.search(str(error))
+    hint = (
+        f"Python 3.13 and later refuse the certificate ({lack[0]}). Have it made anew (openssl: "
+        "authorityKeyIdentifier=keyid), or run Airflow on Python 3.12."
+        if lack
+        else ""
     )
+    return DifyConnectionError(f"{reason}: Dify could not be reached for {subject} at {url}. {hint}".rstrip())
 
 
 def reason_of(error: BaseException, secrets: Iterable[str]) -> str:

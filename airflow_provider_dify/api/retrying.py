@@ -69,7 +69,9 @@ class RequestRetries:
 
     def _wait(self, state: RetryCallState) -> float:
         jitter = wait_random(0, self.delay)(state)
-        return max(min(self._shortest_wait(state) + jitter, MAX_RETRY_DELAY), _retry_after(state))
+        wait = max(min(self._shortest_wait(state) + jitter, MAX_RETRY_DELAY), _retry_after(state))
+        # The shortest wait ends before the deadline, or this is the last attempt.
+        return wait if self.deadline is None else min(wait, max(0.0, self.deadline - time.time()))
 
     def _shortest_wait(self, state: RetryCallState) -> float:
         return max(wait_exponential(self.delay)(state), _retry_after(state))

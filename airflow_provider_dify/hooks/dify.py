@@ -97,13 +97,16 @@ class DifyHook(SendingHook):
         :raises DifyWorkflowRunUncertain: if a run may have been started and can't be named.
         :raises DifyConnectionError: if nothing was started, retries included.
         """
+        until = time.time() + timeout
 
         def start() -> WorkflowRunStream:
             stream = self.send_start(inputs, user, workflow_id=workflow_id)
-            stream.require_name(timeout)
+            # An attempt that is made at all has a second, as every other request.
+            stream.require_name(max(min(timeout, 1.0), round(until - time.time(), 1)))
             return stream
 
-        return self._with_retries(start)
+        with self._until(until):
+            return self._with_retries(start)
 
     def send_start(self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None) -> WorkflowRunStream:
         """
@@ -142,7 +145,9 @@ class DifyHook(SendingHook):
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
         """
-        return self.run_steps(run_workflow(self._follower(poll_interval, timeout), inputs, user, workflow_id, timeout))
+        follower = self._follower(poll_interval, timeout)
+        with self._until(follower.clock.deadline):
+            return self.run_steps(run_workflow(follower, inputs, user, workflow_id, timeout))
 
     def wait_for_workflow_run(
         self, workflow_run_id: str, *, poll_interval: float = 10.0, timeout: float = WEEK
@@ -158,7 +163,9 @@ class DifyHook(SendingHook):
         :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.
         :raises DifyError: any other, as :meth:`get_workflow_run` does.
         """
-        return self.run_steps(wait_for_run(self._follower(poll_interval, timeout), workflow_run_id, timeout))
+        follower = self._follower(poll_interval, timeout)
+        with self._until(follower.clock.deadline):
+            return self.run_steps(wait_for_run(follower, workflow_run_id, timeout))
 
     def stop_workflow_task(self, task_id: str, user: str) -> None:
         """

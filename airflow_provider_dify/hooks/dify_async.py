@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
@@ -15,7 +16,7 @@ from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.api.async_session import SharedSession
 from airflow_provider_dify.api.bodies import encode_start
 from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, SendStart, Step, Steps
-from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.http_response import HttpResponse, no_response
 from airflow_provider_dify.api.started_run import NextEvent
 from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.connection import DifyConnection
@@ -122,10 +123,11 @@ class DifyAsyncHook:
         :return: the started run: its ids, and its events. To be closed, by ``async with``.
         :raises DifyError: as there; a :class:`DifyConnectionError` if nothing was started.
         """
+        until = time.time() + timeout
 
         async def start() -> AsyncWorkflowRunStream:
             stream = self._send_start(SendStart(inputs, user, workflow_id))
-            await stream.require_name(timeout)
+            await stream.require_name(max(min(timeout, 1.0), round(until - time.time(), 1)))
             self.server_version = stream.server_version or self.server_version
             return stream
 
@@ -152,7 +154,8 @@ class DifyAsyncHook:
         :raises DifyError: as there.
         """
         follower = Follower(self, TaskClock(time.time() + timeout, math.inf), _log, poll_interval, "hook's")
-        return await self.run_steps(run_workflow(follower, inputs, user, workflow_id, timeout))
+        take_step = partial(self._take_step_until, follower.clock)
+        return await run_steps_async(run_workflow(follower, inputs, user, workflow_id, timeout), take_step)
 
     async def list_workflow_runs(
         self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20
@@ -216,6 +219,18 @@ class DifyAsyncHook:
                 return await asyncio.wait_for(self._session.read_live_task_id(step), step.seconds)
             return None
         return await self.perform(step)
+
+    async def _take_step_until(self, clock: TaskClock, step: Step) -> Any:
+        """Take a step of a wait; a request ends with the wait, but has a second, as on a worker."""
+        if not isinstance(step, Call):
+            return await self.take_step(step)
+        assert self.connection is not None  # noqa: S101
+        seconds = max(1.0, clock.left)
+        try:
+            return await asyncio.wait_for(self.take_step(step), seconds)
+        except asyncio.TimeoutError:
+            error = TimeoutError(f"no whole response within {seconds:.3g} seconds")
+            raise no_response(self.connection, step.subject, f"{self.connection.base_url}{step.path}", error) from None
 
     async def _with_current_key(self, work: Callable[[], Awaitable[T]]) -> T:
         used = self.connection

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +24,7 @@ from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import requests
 
@@ -93,6 +94,16 @@ class SendingHook(Closing, BaseHook):
         if self._session is not None:
             self._session.close()
             self._session = None
+
+    @contextlib.contextmanager
+    def _until(self, deadline: float) -> Iterator[None]:
+        """Send nothing again after a deadline, in epoch seconds, nor after one that is set already."""
+        before = self.deadline
+        self.deadline = deadline if before is None else min(before, deadline)
+        try:
+            yield
+        finally:
+            self.deadline = before
 
     def perform(self, call: Call[T]) -> T:
         """

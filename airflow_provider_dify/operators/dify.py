@@ -23,11 +23,19 @@ from airflow_provider_dify.exceptions import (
     DifyTaskKilled,
     DifyWorkflowRunFailed,
     DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs, has_link
 from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
+from airflow_provider_dify.waiting import (
+    RunWait,
+    TriggerWait,
+    WaitPolicy,
+    deferral_deadline,
+    error_from_event,
+    is_limited,
+)
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -163,7 +171,13 @@ class DifyRunWorkflowOperator(BaseOperator):
                 task.close()
 
     def execute_complete(
-        self, context: Context, event: Any = None, start: dict[str, Any] | None = None, deadline: float | None = None
+        self,
+        context: Context,
+        event: Any = None,
+        start: dict[str, Any] | None = None,
+        deadline: float | None = None,
+        server_version: str | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
         """
         Continue after the triggerer's wait: read the finished run once more, or fail as the wait did.
@@ -171,20 +185,22 @@ class DifyRunWorkflowOperator(BaseOperator):
         :param event: the trigger's event.
         :param start: the start that the task deferred with.
         :param deadline: epoch seconds at which the wait was to give up.
+        :param server_version: Dify's version, which a stop depends on.
         :return: the run's outputs.
         """
         with self.hook:
-            error = error_from_event(event, self._timed_out)
+            self.hook.server_version = server_version
             deadline = deadline or time.time() + self.timeout
+            error = self._error_from_event(event, deadline, context)
             if error is None:
                 # The run is over. A worker that comes late reads it all the same, and a failed poll does not end that.
                 deadline = max(deadline, time.time() + SECONDS_TO_READ)
             task = self._begin(context, deadline)
             task.resume(start, event)
             self._show_user(task.task_start.user)
+            if error is not None:
+                self._fail_after_deferral(error, task)
             try:
-                if error is not None:
-                    raise error
                 return self._wait(task)
             except DifyError as failure:
                 self._fail(failure, task)
@@ -195,7 +211,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             with self.hook:
                 task = self._begin(context, time.time())
                 task.resume(None, None)
-                self._fail(self._lost(context), task)
+                self._fail_after_deferral(self._timed_out("No triggerer reported on the run.", context), task)
         return super().resume_execution(next_method, next_kwargs, context)
 
     def on_kill(self) -> None:
@@ -261,9 +277,10 @@ class DifyRunWorkflowOperator(BaseOperator):
         from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 
         start = task.task_start
+        deadline = deferral_deadline(task.clock.deadline, task.context["ti"].start_date, self.execution_timeout)
         wait = TriggerWait(
             poll_interval=self.poll_interval,
-            deadline=task.clock.deadline,
+            deadline=deadline,
             fail_on_partial_success=self.fail_on_partial_success,
             not_found_grace=self.not_found_grace,
             run_timeout=self.run_timeout,
@@ -280,8 +297,12 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.defer(
             trigger=DifyWorkflowRunTrigger(start.workflow_run_id, self.dify_conn_id, **wait.serialize()),
             method_name="execute_complete",
-            kwargs={"start": start.serialize(), "deadline": task.clock.deadline},
-            timeout=timedelta(seconds=task.clock.left + TRIGGER_TIMEOUT_MARGIN),
+            kwargs={
+                "start": start.serialize(),
+                "deadline": deadline,
+                "server_version": self.hook.server_version,
+            },
+            timeout=timedelta(seconds=max(0.0, deadline - time.time()) + TRIGGER_TIMEOUT_MARGIN),
         )
 
     def _policy(self) -> WaitPolicy:
@@ -292,17 +313,27 @@ class DifyRunWorkflowOperator(BaseOperator):
             max_consecutive_failures=self.max_consecutive_failures,
         )
 
-    def _timed_out(self, last_status: str) -> DifyWorkflowRunTimeout:
+    def _error_from_event(self, event: Any, deadline: float, context: Context) -> DifyError | None:
+        error = error_from_event(event, lambda seen: self._timed_out(seen, context))
+        is_over = isinstance(error, DifyWorkflowRunUncertain) and time.time() >= deadline
+        if is_over and is_limited(self.execution_timeout, self.timeout):
+            # Dify had named no run when the time was over, as it may happen on a worker.
+            return self._timed_out("Dify's log did not show its run yet.", context)
+        return error
+
+    def _timed_out(self, last_status: str, context: Context) -> DifyError:
+        if is_limited(self.execution_timeout, self.timeout):
+            number = context["ti"].try_number
+            return DifyTaskKilled(
+                f"The task's execution_timeout of {self.execution_timeout} is over (try {number}). {last_status}"
+            )
         return DifyWorkflowRunTimeout(f"The operator's timeout of {self.timeout:g} seconds is over. {last_status}")
 
-    def _lost(self, context: Context) -> DifyError:
-        """Return the error for a deferral whose time was over before its trigger's."""
-        ti: Any = context["ti"]
-        limit = self.execution_timeout
-        if limit is not None and limit.total_seconds() < self.timeout + TRIGGER_TIMEOUT_MARGIN:
-            # Airflow 2 ends a deferral at the task's execution_timeout.
-            return DifyTaskKilled(f"The task's execution_timeout of {limit} is over (try {ti.try_number}).")
-        return self._timed_out("No triggerer reported on the run.")
+    def _fail_after_deferral(self, error: DifyError, task: RunningTask) -> NoReturn:
+        if isinstance(error, DifyTaskKilled):
+            # What Airflow does on a worker.
+            task.stop_after_kill()
+        self._fail(error, task)
 
     def _fail(self, error: DifyError, task: RunningTask) -> NoReturn:
         """Fail, and stop a run that nobody will wait on any more; one that a retry will continue is left alone."""

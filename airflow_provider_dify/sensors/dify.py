@@ -13,6 +13,7 @@ from airflow.providers.common.compat.sdk import (
     AirflowException,
     AirflowSensorTimeout,
     AirflowSkipException,
+    AirflowTaskTimeout,
     BaseSensorOperator,
     PokeReturnValue,
     conf,
@@ -36,7 +37,14 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs, has_link
 from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, error_from_event
+from airflow_provider_dify.waiting import (
+    RunWait,
+    TriggerWait,
+    WaitPolicy,
+    deferral_deadline,
+    error_from_event,
+    is_limited,
+)
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -132,7 +140,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         self._wait: RunWait | None = None
         self._xcoms: TaskXComs | None = None
         self._deadline: float | None = None
-        self._ended_with: Exception | None = None
+        self._ended_with: BaseException | None = None
         if start_from_trigger:
             self._start_from_trigger()
 
@@ -160,7 +168,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         return self._execute(context)
 
     def execute_complete(
-        self, context: Context, event: Any = None, deadline: float | None = None
+        self, context: Context, event: Any = None, deadline: float | None = None, **_: Any
     ) -> dict[str, Any] | None:
         """
         Continue after the triggerer's wait: read the finished run once more, or fail as the wait did.
@@ -170,7 +178,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         :return: the run's outputs.
         """
         self._deadline = deadline
-        self._ended_with = error_from_event(event, lambda seen: AirflowSensorTimeout(self._timed_out(seen)))
+        self._ended_with = error_from_event(event, self._deferral_timed_out)
         return self._execute(context)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
@@ -187,7 +195,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 raise
             # The wait was lost: no triggerer lived to see its deadline, or the trigger could not be loaded.
             self._ended_with = (
-                AirflowSensorTimeout(self._timed_out("No triggerer reported on the run."))
+                self._deferral_timed_out("No triggerer reported on the run.")
                 if is_deferral_timeout(next_kwargs)
                 else error
             )
@@ -221,14 +229,14 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 run = self._read_run()
         except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
             self._wait.on_failed_poll(error)
-            return self._not_yet(self._wait)
+            return self._not_yet(self._wait, context)
         if run is None:
-            return self._not_yet(self._wait)
+            return self._not_yet(self._wait, context)
         if self._wait.status is None and self.hook.server_version:
             self.log.info("Dify %s at %s.", self.hook.server_version, self.hook.connection.base_url)
         verdict = self._wait.on_poll(run)
         if verdict.outcome is Outcome.WAIT:
-            return self._not_yet(self._wait)
+            return self._not_yet(self._wait, context)
         return PokeReturnValue(True, xcom_value=self._task_xcoms(context).push_and_return(run, verdict))
 
     def _read_run(self) -> WorkflowRun | None:
@@ -256,12 +264,13 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         finally:
             self.hook.close()
 
-    def _not_yet(self, wait: RunWait) -> PokeReturnValue:
-        return self._defer(wait) if self.deferrable else PokeReturnValue(False)
+    def _not_yet(self, wait: RunWait, context: Context) -> PokeReturnValue:
+        return self._defer(wait, context) if self.deferrable else PokeReturnValue(False)
 
-    def _defer(self, wait: RunWait) -> NoReturn:
+    def _defer(self, wait: RunWait, context: Context) -> NoReturn:
         if self._deadline is None:
-            self._deadline = time.time() + self.timeout
+            started = context["ti"].start_date
+            self._deadline = deferral_deadline(time.time() + self.timeout, started, self.execution_timeout)
         self.defer(
             trigger=self._trigger(self._trigger_wait(self._deadline, wait.first_poll.timestamp())),
             method_name="execute_complete",
@@ -340,8 +349,14 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             return None
         return first_reschedule_date(context)
 
-    def _timed_out(self, last_seen: str) -> str:
-        return f"The sensor has timed out after {self.timeout:g} seconds. {last_seen}"
+    def _deferral_timed_out(self, last_seen: str) -> BaseException:
+        if is_limited(self.execution_timeout, self.timeout):
+            why = f"The task's execution_timeout of {self.execution_timeout} is over."
+            return AirflowTaskTimeout(self._timed_out(last_seen, why))
+        return AirflowSensorTimeout(self._timed_out(last_seen))
+
+    def _timed_out(self, last_seen: str, why: str | None = None) -> str:
+        return f"{why or f'The sensor has timed out after {self.timeout:g} seconds.'} {last_seen}"
 
 
 _MAPPED_START = (

@@ -85,7 +85,7 @@ class DifyLatestWorkflowRunSensor(DifyWorkflowRunSensor):
         return self._search
 
     def execute_complete(
-        self, context: Context, event: Any = None, deadline: float | None = None
+        self, context: Context, event: Any = None, deadline: float | None = None, **_: Any
     ) -> dict[str, Any] | None:
         """
         Continue after the triggerer's wait, with the run that it found.
@@ -117,7 +117,7 @@ class DifyLatestWorkflowRunSensor(DifyWorkflowRunSensor):
         wait = replace(wait, search=self.search.serialize())
         return DifyLatestWorkflowRunTrigger(None, self.dify_conn_id, **wait.serialize())
 
-    def _timed_out(self, last_seen: str) -> str:
+    def _timed_out(self, last_seen: str, why: str | None = None) -> str:
         if not self.workflow_run_id:
             last_seen = f"There was not {self.search.describe()}."
-        return super()._timed_out(last_seen)
+        return super()._timed_out(last_seen, why)

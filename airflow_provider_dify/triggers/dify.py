@@ -162,9 +162,9 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         # Imported in a thread, because the HTTP client takes a while to load and others run on this loop.
         hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
-            if self.workflow_run_id is None:
+            if is_found := self.workflow_run_id is None:
                 self.workflow_run_id = await self._find_run(hook, deadline)
-            return await self._poll_until_over(hook, self.workflow_run_id, deadline)
+            return await self._poll_until_over(hook, str(self.workflow_run_id), deadline, at_once=is_found)
 
     async def _find_run(self, hook: DifyAsyncHook, deadline: float | None) -> str:
         """Look for a queued run in Dify's log, until it is there."""
@@ -224,7 +224,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 self.log.info("%s; %.0f seconds in the triggerer.", what, time.time() - began)
             await self._sleep_until(asyncio.get_running_loop().time() + delay, deadline)
 
-    async def _poll_until_over(self, hook: DifyAsyncHook, run_id: str, deadline: float | None) -> TriggerEvent:
+    async def _poll_until_over(
+        self, hook: DifyAsyncHook, run_id: str, deadline: float | None, *, at_once: bool
+    ) -> TriggerEvent:
+        """Poll a run until the wait is over: at once if a search has found it, since it may have ended long ago."""
         first_poll = self.wait.first_poll
         wait = RunWait(
             run_id,
@@ -238,7 +241,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         polls = 0
         has_link = self.wait.has_link
         # Triggers that start together, after a restart say, must not poll together for ever.
-        due = loop.time() + random.uniform(0, self.wait.poll_interval)  # noqa: S311
+        due = loop.time() + (0.0 if at_once else random.uniform(0, self.wait.poll_interval))  # noqa: S311
         while True:
             await self._sleep_until(due, deadline)
             delay = 0.0
@@ -290,13 +293,13 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         return timeout_after.timestamp() - self._margin()
 
     def _margin(self) -> float:
-        """Return by how many seconds Airflow's limit for a task that started here comes after the sensor's timeout."""
+        """Return by how many seconds Airflow's limit for a task that started here comes after the end of the wait."""
         task: Any = self.task
         limit = getattr(getattr(task, "start_trigger_args", None), "timeout", None)
         if limit is None or task.execution_timeout is None or task.execution_timeout > limit:
             return TRIGGER_TIMEOUT_MARGIN
-        # Airflow's limit is the execution_timeout, which may come before the sensor's.
-        return float(TRIGGER_TIMEOUT_MARGIN - (limit - task.execution_timeout).total_seconds())
+        # Airflow's limit is the execution_timeout, which may come before the sensor's timeout, and ends the wait then.
+        return float(max(0.0, TRIGGER_TIMEOUT_MARGIN - (limit - task.execution_timeout).total_seconds()))
 
     def _event(
         self, end: WaitEnd, message: str, *, status: object = None, error: DifyError | None = None

@@ -37,4 +37,4 @@ class DifyLatestWorkflowRunTrigger(DifyWorkflowRunTrigger):
             if run_id is None:
                 return self._event(WaitEnd.TIMED_OUT, f"There was not {search.describe()}.")
             self.workflow_run_id = run_id
-            return await self._poll_until_over(hook, run_id, deadline)
+            return await self._poll_until_over(hook, run_id, deadline, at_once=True)

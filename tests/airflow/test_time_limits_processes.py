@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from airflow_provider_dify.airflow_versions import CAN_RENDER_AFTER_EXECUTION
 from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
-from tests.airflow.shared_airflow import SharedAirflow
+from tests.airflow.shared_airflow import SharedAirflow, side_by_side
 from tests.dify_stand_in.runs import Started
 
-pytestmark = [
-    pytest.mark.airflow_processes,
-    pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 does not retry a task that its own limit has ended"),
-]
+pytestmark = pytest.mark.airflow_processes
 
-# Only Airflow 2 ends a deferral at the task's execution_timeout.
-TASKS: dict[str, dict[str, Any]] = {"worker": {}}
+# Airflow 2 ends a deferral at the task's execution_timeout by itself; on Airflow 3 that is left to us.
+SECONDS = 4 if AIRFLOW_2 else 10
+TASKS: dict[str, dict[str, Any]] = {
+    "worker": {"execution_timeout": 4},
+    "deferred": {"deferrable": True, "retries": 0},
+    "deferred_and_retried": {"deferrable": True},
+}
 if AIRFLOW_2:
-    TASKS["deferred"] = {"deferrable": True, "retries": 0}
-    TASKS["deferred_and_retried"] = {"deferrable": True}
     TASKS["deferred_without_xcoms"] = {"deferrable": True, "do_xcom_push": False, "retries": 0}
+
+# A sensor that waits, and one whose failures skip it.
+SENSORS: dict[str, dict[str, Any]] = {"waiting": {"retries": 0}, "skipping": {"retries": 1, "soft_fail": True}}
 
 DAG = """
 import json
@@ -30,6 +36,7 @@ import pendulum
 from datetime import timedelta
 from airflow.providers.common.compat.sdk import dag
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 
 def tell(context):
     with open({errors!r}, "a") as file:
@@ -39,11 +46,19 @@ def tell(context):
 @dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
 def limited():
     for name, way in json.loads({tasks!r}).items():
-        arguments = {{"retries": 1, **way}}
+        arguments = {{"retries": 1, "execution_timeout": {seconds}, "timeout": 150, **way}}
+        limit = timedelta(seconds=arguments.pop("execution_timeout"))
         DifyRunWorkflowOperator(
             task_id=name, dify_conn_id={conn_id!r}, inputs={{}}, poll_interval=1,
-            execution_timeout=timedelta(seconds=4), retry_delay=timedelta(seconds=1),
+            execution_timeout=limit, retry_delay=timedelta(seconds=1),
             on_failure_callback=tell, on_retry_callback=tell, **arguments,
+        )
+    limit = timedelta(seconds={seconds})
+    for name, way in json.loads({sensors!r}).items():
+        DifyWorkflowRunSensor(
+            task_id=name, dify_conn_id={conn_id!r}, workflow_run_id={run_id!r}, poke_interval=1, timeout=150,
+            deferrable=True, execution_timeout=limit, on_failure_callback=tell, on_retry_callback=tell,
+            retry_delay=timedelta(seconds=1), **way,
         )
 
 limited()
@@ -52,26 +67,39 @@ limited()
 
 @dataclass
 class Ended:
-    """What became of a task: its state, its log, its errors, the runs that it started, and those that were stopped."""
+    """
+    What became of a task: its state, its log, its errors, the runs that it started, those that were stopped, and the
+    seconds of its last try.
+    """
 
     state: str
     log: str
     errors: list[tuple[str, str]]
     started: list[Started]
     stopped: list[str]
+    seconds: float
 
 
-@pytest.fixture(scope="module")
-def ended(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    errors = tmp_path_factory.mktemp("errors") / "errors.jsonl"
+def run_limited(shared: SharedAirflow, folder: Path, dag_id: str, tasks: Any, sensors: Any, slots: int | None) -> Any:
+    """Run a Dag of tasks that take too long, to its end, and return what became of each."""
+    errors = folder / f"{dag_id}.jsonl"
     errors.touch()
-    with shared.scenario("limited", dialect="1.16.1") as scenario:
+    with shared.scenario(dag_id, dialect="1.16.1") as scenario:
         dify = scenario.dify
         dify.run_duration = 300.0
-        scenario.add_dag(DAG, errors=str(errors), tasks=json.dumps(TASKS))
+        dify.slots = slots
+        scenario.add_dag(
+            DAG,
+            errors=str(errors),
+            tasks=json.dumps(tasks),
+            sensors=json.dumps(sensors),
+            run_id=dify.add_run("running"),
+            seconds=SECONDS,
+        )
         scenario.wait_until_over(seconds=400)
         lines = [json.loads(line) for line in errors.read_text().splitlines()]
-        logs = shared.airflow.home / "logs" / "dag_id=limited"
+        logs = shared.airflow.home / "logs" / f"dag_id={dag_id}"
+        seconds_of_try = "(julianday(end_date) - julianday(start_date)) * 86400"
         return {
             task_id: Ended(
                 state,
@@ -79,11 +107,23 @@ def ended(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> di
                 [(kind, text) for name, kind, text in lines if name == task_id],
                 [run for run in dify.started if f"/{task_id}/" in run.user],
                 [task for task, user in dify.stopped if f"/{task_id}/" in user],
+                seconds,
             )
-            for task_id, state in scenario.query("task_id, state", "task_instance")
+            for task_id, state, seconds in scenario.query(f"task_id, state, {seconds_of_try}", "task_instance")
         }
 
 
+@pytest.fixture(scope="module")
+def ended(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    folder = tmp_path_factory.mktemp("errors")
+    dags = {"limited": partial(run_limited, shared, folder, "limited", TASKS, SENSORS, None)}
+    if not AIRFLOW_2:
+        queued = {"queued": {"deferrable": True, "retries": 0}}
+        dags["limited_queue"] = partial(run_limited, shared, folder, "limited_queue", queued, {}, 0)
+    return {name: task for dag in side_by_side(dags).values() for name, task in dag.result().items()}
+
+
+@pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 does not retry a task that its own limit has ended")
 def test_on_a_worker_each_try_stops_its_run_and_the_retry_starts_a_new_one(ended: dict[str, Ended]) -> None:
     task = ended["worker"]
     assert task.state == "failed"
@@ -112,3 +152,42 @@ if AIRFLOW_2:
         assert task.state == "failed"
         # It sends no events from which its task id could be learnt.
         assert f"Workflow run {task.started[0].workflow_run_id} goes on: its task id" in task.log
+
+else:
+
+    def test_a_deferral_that_took_too_long_stops_its_run(ended: dict[str, Ended]) -> None:
+        task = ended["deferred"]
+        assert task.state == "failed"
+        ((kind, text),) = task.errors
+        assert kind == "DifyTaskKilled"
+        assert text.startswith("The task's execution_timeout of 0:00:10 is over (try 1). Dify workflow run ")
+        assert task.stopped == [run.task_id for run in task.started]
+        assert SECONDS <= task.seconds < 120
+
+    @pytest.mark.skipif(not CAN_RENDER_AFTER_EXECUTION, reason="no Airflow before 3.3 remembers that a run was stopped")
+    def test_after_a_deferral_that_took_too_long_the_retry_starts_a_new_run(ended: dict[str, Ended]) -> None:
+        task = ended["deferred_and_retried"]
+        assert [kind for kind, _ in task.errors] == ["DifyTaskKilled"] * 2
+        assert len(task.started) == 2
+        assert task.stopped == [run.task_id for run in task.started]
+
+    def test_a_deferral_that_took_too_long_in_difys_queue_is_no_uncertain_start(ended: dict[str, Ended]) -> None:
+        task = ended["queued"]
+        ((kind, text),) = task.errors
+        assert kind == "DifyTaskKilled"
+        assert text.startswith("The task's execution_timeout of 0:00:10 is over (try 1). Dify's log did not show its")
+        assert task.stopped == []
+        assert "is queued, and Dify stops no queued run" in task.log
+
+
+def test_a_sensors_deferral_that_took_too_long_ends_as_on_a_worker(ended: dict[str, Ended]) -> None:
+    task = ended["waiting"]
+    assert task.state == "failed"
+    assert [kind for kind, _ in task.errors] == ["AirflowTaskTimeout"]
+    assert SECONDS <= task.seconds < 120
+
+
+@pytest.mark.skipif(AIRFLOW_2, reason="Airflow 2 ends the task before its sensor has a say")
+def test_a_sensor_that_may_skip_does_so_after_a_deferral_that_took_too_long(ended: dict[str, Ended]) -> None:
+    assert ended["skipping"].state == "skipped"
+    assert ended["skipping"].seconds < 120

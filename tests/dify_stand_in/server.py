@@ -82,6 +82,8 @@ class DifyStandIn:
         #: The form that inputs are checked against. ``None``: ``GET /parameters`` shows the recorded form with nothing
         #: required in it, and nothing is checked.
         self.user_input_form: Form | None = None
+        #: Headers that something in front of Dify adds to each response.
+        self.added_headers: dict[str, str] = {}
         #: Bytes of a file that are too many.
         self.upload_limit = 15 * 1024 * 1024
         #: Whether a run's row appears in the log only at its end, as before about Dify 1.9.
@@ -134,6 +136,7 @@ class DifyStandIn:
         app = web.Application()
         app[STAND_IN] = self
         app.router.add_route("*", "/{path:.*}", self._handle)
+        app.on_response_prepare.append(self._add_headers)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1, keepalive_timeout=30)
         await self._runner.setup()
         await self._listen()
@@ -307,6 +310,9 @@ class DifyStandIn:
         )
         fault = self._fault(request)
         return await self.respond_to(request) if fault is None else await fault(request)
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(self.added_headers)
 
     def _fault(self, request: web.Request) -> Fault | None:
         line = f"{request.method} {request.raw_path}"

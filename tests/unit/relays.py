@@ -22,6 +22,16 @@ from cryptography.x509.oid import NameOID
 # What is done with the bytes of a response: what to send instead. Fewer bytes are the last ones before a reset.
 Change = Callable[[bytes], bytes]
 T = TypeVar("T", bound="Listener")
+_KEY_USES = (
+    "digital_signature",
+    "content_commitment",
+    "key_encipherment",
+    "data_encipherment",
+    "key_agreement",
+    "crl_sign",
+    "encipher_only",
+    "decipher_only",
+)
 
 
 class Listener:
@@ -200,38 +210,59 @@ def reset(sock: socket.socket) -> None:
     sock.close()
 
 
-def make_certificate(folder: Path, *names: str) -> tuple[ssl.SSLContext, Path]:
+def make_certificate(folder: Path, *names: str, names_issuer: bool = True) -> tuple[ssl.SSLContext, Path]:
     """
-    Make a certificate that signs itself.
+    Make a certificate that signs itself, or one of an authority.
 
     :param folder: where its file goes.
     :param names: the host names that it is for, beside 127.0.0.1.
+    :param names_issuer: whether it signs itself; else an authority does, of which it has no Authority Key Identifier.
     :return: a server's TLS settings, and the file that a client has to trust.
     """
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "stand-in")])
-    now = datetime.datetime.now(datetime.timezone.utc)
+    key, authority_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     subjects: list[x509.GeneralName] = [x509.IPAddress(ipaddress.IPv4Address("127.0.0.1")), *map(x509.DNSName, names)]
-    certificate = (
+    alternatives = x509.SubjectAlternativeName(subjects)
+    if names_issuer:
+        certificate = trusted = _certificate("stand-in", key, "stand-in", key, alternatives, _issuer(key))
+    else:
+        certificate = _certificate("stand-in", key, "authority", authority_key, alternatives, is_authority=False)
+        signs = x509.KeyUsage(**dict.fromkeys(_KEY_USES, False), key_cert_sign=True)
+        trusted = _certificate("authority", authority_key, "authority", authority_key, _issuer(authority_key), signs)
+    key_file, certificate_file, bundle = (folder / f"{name}.pem" for name in ("key", "certificate", "bundle"))
+    key_file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    certificate_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    bundle.write_bytes(trusted.public_bytes(serialization.Encoding.PEM))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(certificate_file, key_file)
+    return server, bundle
+
+
+def _issuer(key: ec.EllipticCurvePrivateKey) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key())
+
+
+def _certificate(
+    name: str,
+    key: ec.EllipticCurvePrivateKey,
+    issuer: str,
+    issuer_key: ec.EllipticCurvePrivateKey,
+    *extensions: x509.ExtensionType,
+    is_authority: bool = True,
+) -> x509.Certificate:
+    now = datetime.datetime.now(datetime.timezone.utc)
+    builder = (
         x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
+        .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(days=1))
         .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName(subjects), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=is_authority, path_length=None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-        .sign(key, hashes.SHA256())
     )
-    bundle = folder / "certificate.pem"
-    bundle.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    key_file = folder / "key.pem"
-    key_file.write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    )
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(bundle, key_file)
-    return server, bundle
+    for extension in extensions:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(issuer_key, hashes.SHA256())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import API_KEY, DifyStandIn
+from tests.unit.relays import make_certificate
 
 
 def on_a_worker(run_id: str) -> str | None:
@@ -70,6 +72,33 @@ def test_a_certificate_that_nobody_names_ends_the_connection_before_the_key_is_s
     with pytest.raises(DifyConnectionError, match=r"(?i)certificate.verify.failed"):
         look_up(secure_dify.add_run("succeeded"))
     assert secure_dify.requests == []
+
+
+def start_on_a_worker(run_id: str) -> None:
+    with DifyHook(retry_limit=0) as hook:
+        hook.start_workflow_run({}, "me").close()
+
+
+@pytest.mark.parametrize("ask", [on_a_worker, on_an_event_loop, start_on_a_worker])
+def test_a_certificate_that_does_not_name_its_issuer_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object]
+) -> None:
+    load = ssl.SSLContext.load_verify_locations
+
+    def load_strictly(context: ssl.SSLContext, *args: Any, **kwargs: Any) -> None:
+        # As Python 3.13 and later do by themselves.
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        load(context, *args, **kwargs)
+
+    if sys.version_info < (3, 13):
+        monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", load_strictly)
+    tls, bundle = make_certificate(tmp_path, names_issuer=False)
+    with DifyStandIn(tls=tls) as dify:
+        connect(dify, monkeypatch, verify=str(bundle))
+        why = r"Python 3\.13 and later refuse the certificate \(Missing Authority Key Identifier\)\. Have it made anew"
+        with pytest.raises(DifyConnectionError, match=why):
+            ask(dify.add_run("succeeded"))
+        assert dify.requests == []
 
 
 @both_ways

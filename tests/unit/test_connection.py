@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -92,6 +93,52 @@ def test_a_missing_or_broken_key_is_reported_and_not_shown(password: str | None)
     with pytest.raises(DifyConfigurationError, match=r"'my_dify'.*password") as caught:
         read(password=password)
     assert "app-" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("password", "problem"),
+    [
+        ("{app-some-key}", "stands in braces or quotes"),
+        ('"app-some-key"', "stands in braces or quotes"),
+        ("'app-some-key'", "stands in braces or quotes"),
+        ("'app-some-key", "stands in braces or quotes"),
+        ("dataset-some-key", "is the API key of a knowledge base"),
+        (" Dataset-some-key ", "is the API key of a knowledge base"),
+        ('"dataset-some-key"', "stands in braces or quotes"),
+    ],
+)
+def test_what_is_wrong_with_a_key_is_named_and_the_key_is_not_shown(password: str, problem: str) -> None:
+    with pytest.raises(DifyConfigurationError, match=rf"'my_dify' cannot be used: its password {problem}") as caught:
+        read(password=password)
+    assert "some-key" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "instead"),
+    [
+        ("https://dify.example.com/v1/workflows/run", "https://dify.example.com/v1"),
+        ("https://dify.example.com/v1/workflows/run/", "https://dify.example.com/v1"),
+        ("dify.example.com:8080/v1/workflows/run/2d7a7544-770c-496f-8ef9", "https://dify.example.com:8080/v1"),
+        ("http://dify.example.com/gateway/v1/workflows/logs", "http://dify.example.com/gateway/v1"),
+        ("http://dify.example.com/workflows/run", "http://dify.example.com/v1"),
+        ("https://dify.example.com/v1/workflows/tasks/some-task/stop", "https://dify.example.com/v1"),
+        ("https://dify.example.com/v1/workflows/some-workflow/run", "https://dify.example.com/v1"),
+        ("https://dify.example.com/v1/workflows", "https://dify.example.com/v1"),
+        ("https://dify.example.com/v1/parameters", "https://dify.example.com/v1"),
+        ("https://dify.example.com/v1/chat-messages", "https://dify.example.com/v1"),
+        ("https://cloud.dify.ai", "https://api.dify.ai/v1"),
+        ("Cloud.Dify.ai./apps", "https://api.dify.ai/v1"),
+    ],
+)
+def test_a_host_that_is_an_endpoint_or_the_console_is_told_what_to_write_instead(host: str, instead: str) -> None:
+    with pytest.raises(DifyConfigurationError, match=r"'my_dify' cannot be used: the host ") as caught:
+        read(host=host)
+    assert re.search(f" {re.escape(instead)}(:| )", str(caught.value))
+
+
+@pytest.mark.parametrize("path", ["workflows", "workflows/v1", "v1/dify", "info", "run/v1", "v1/workflows/v1"])
+def test_a_path_of_a_gateway_is_taken(path: str) -> None:
+    assert read(host=f"https://example.com/{path}").base_url == f"https://example.com/{path}"
 
 
 def test_white_space_around_a_key_does_not_count() -> None:

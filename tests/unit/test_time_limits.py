@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -22,6 +22,7 @@ from tests.dify_stand_in import (
     dribble,
     dribble_headers,
     pings_only,
+    respond,
     stall,
     too_many_requests,
 )
@@ -143,6 +144,45 @@ def test_a_request_near_the_deadline_ends_with_it(dify: DifyStandIn, connect: Co
         with pytest.raises(DifyConnectionError, match="no whole response within 1 seconds"):
             hook.get_workflow_run(RUN_ID)
     assert time.monotonic() - began - standstill.seconds < 1.6
+
+
+async def on_an_event_loop(ask: Callable[[DifyAsyncHook], Awaitable[Any]]) -> None:
+    async with DifyAsyncHook() as hook:
+        await ask(hook)
+
+
+WAITS: dict[str, Callable[[], Any]] = {
+    "wait": lambda: DifyHook().wait_for_workflow_run(RUN_ID, timeout=1),
+    "run": lambda: DifyHook().run_workflow({}, "me", timeout=1),
+    "start": lambda: DifyHook().start_workflow_run({}, "me", timeout=1),
+    "run on an event loop": lambda: asyncio.run(on_an_event_loop(lambda hook: hook.run_workflow({}, "me", timeout=1))),
+    "start on an event loop": lambda: asyncio.run(
+        on_an_event_loop(lambda hook: hook.start_workflow_run({}, "me", timeout=1))
+    ),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS.keys())
+@pytest.mark.parametrize("fault", [stall(8), respond(503), too_many_requests(), dribble(interval=0.02)])
+def test_a_wait_of_the_hook_ends_within_its_timeout_and_a_short_request(
+    dify: DifyStandIn, connect: Connect, fault: Any, wait: Callable[[], Any], standstill: Standstill
+) -> None:
+    connect(30)
+    dify.misbehave_always(fault)
+    began = time.monotonic()
+    with pytest.raises(DifyError):
+        wait()
+    assert time.monotonic() - began - standstill.seconds < 5
+
+
+def test_a_wait_of_the_hook_leaves_no_limit_to_its_next_requests(dify: DifyStandIn, connect: Connect) -> None:
+    run_id = dify.add_run("running", "running", "succeeded")
+    hook = DifyHook(retry_delay=0.01)
+    with hook, pytest.raises(DifyError):
+        hook.wait_for_workflow_run(run_id, timeout=0.01)
+    assert hook.deadline is None
+    dify.misbehave(respond(503), times=3)
+    assert hook.get_workflow_run(run_id).status == "succeeded"
 
 
 class Killed(BaseException):

@@ -28,8 +28,10 @@ from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.input_fingerprint import fingerprint
+from airflow_provider_dify.latest_run import LatestRunSearch
 from airflow_provider_dify.run_search import RunSearch
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
+from airflow_provider_dify.triggers.dify_latest import DifyLatestWorkflowRunTrigger
 from airflow_provider_dify.triggers.outputs import TriggerXComs
 from airflow_provider_dify.waiting import delay_after, next_interval
 from airflow_provider_dify.xcoms import RUN_LOG
@@ -689,7 +691,7 @@ def tokyo() -> Iterator[None]:
         (timedelta(hours=1), timedelta(hours=2), 120),
         (timedelta(hours=1), timedelta(hours=1), 120),
         (timedelta(hours=1), timedelta(minutes=59), 60),
-        (timedelta(hours=1), timedelta(minutes=50), -480),
+        (timedelta(hours=1), timedelta(minutes=50), 0),
     ],
 )
 @pytest.mark.parametrize("zone", [timezone.utc, timezone(timedelta(hours=5)), None])
@@ -715,6 +717,19 @@ def test_a_wait_that_started_on_the_triggerer_ends_before_airflows_limit(
     ours = trigger_of(str(uuid.uuid4()), deadline=5.0)
     ours.timeout_after = trigger.timeout_after
     assert ours._deadline() == 5.0
+
+
+@pytest.mark.parametrize("kind", [DifyWorkflowRunTrigger, DifyLatestWorkflowRunTrigger])
+def test_a_run_that_a_search_has_found_is_polled_at_once(
+    dify: DifyStandIn, kind: type[DifyWorkflowRunTrigger], standstill: Standstill
+) -> None:
+    run_id = dify.add_run("succeeded", user="us", created_at=int(time.time()))
+    is_latest = kind is DifyLatestWorkflowRunTrigger
+    search = LatestRunSearch(time.time() - 60) if is_latest else RunSearch("us", time.time(), True)
+    began = time.monotonic()
+    payload = payload_of(kind(None, search=search.serialize(), poll_interval=3_600.0, deadline=time.time() + 15))
+    assert (payload["workflow_run_id"], payload["end"]) == (run_id, "run_is_over")
+    assert time.monotonic() - began - standstill.seconds < 10
 
 
 def test_the_last_poll_is_at_the_deadline(dify: DifyStandIn) -> None:
