@@ -32,7 +32,7 @@ from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.input_check import check_inputs
 from airflow_provider_dify.input_form import parse_input_form
 from airflow_provider_dify.looking import RETRY_DELAY, RepeatedLook
-from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.models import WAITING_STATUSES, WorkflowRun
 from airflow_provider_dify.run_search import RunSearch, find_run, runs_queue
 from airflow_provider_dify.task_clock import TaskClock
 from airflow_provider_dify.verdict import Outcome, Verdict
@@ -75,6 +75,8 @@ class Follower:
     :param not_found_grace: seconds for which a run is looked for that may have been started.
     :ivar log_was_away: whether a look of the last search into Dify's log failed, so that it may have missed the run.
     :ivar last_look_failed: whether its last look did.
+    :ivar ended_run: the run as the last event of its stream describes it; ``None`` while that is still to come.
+    :ivar record_is_open: whether the run's record went on saying that it is not over, so that the events counted.
     """
 
     # How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
@@ -105,8 +107,8 @@ class Follower:
         # The start under way, which a signal's handler may have to look at.
         self.stream: StartedRun | None = None
         self._next_line = 0.0
-        # The run as the last event of its stream describes it.
-        self._ended_run: WorkflowRun | None = None
+        self.ended_run: WorkflowRun | None = None
+        self.record_is_open = False
 
     def check_inputs(self, inputs: Mapping[str, Any]) -> Steps[None]:
         """
@@ -207,7 +209,13 @@ class Follower:
         return None
 
     def search_run(
-        self, search: RunSearch, error: DifyError, seconds: float, through_failures: float | None = None
+        self,
+        search: RunSearch,
+        error: DifyError,
+        seconds: float,
+        through_failures: float | None = None,
+        *,
+        patience: float = 0.0,
     ) -> Steps[str | None]:
         """
         Look for the run of a start in Dify's log, until it is there.
@@ -216,6 +224,7 @@ class Follower:
         :param error: why no id came back.
         :param seconds: how long to look.
         :param through_failures: how long to look while the log can't be read; ten times as long by default.
+        :param patience: as for :func:`~airflow_provider_dify.run_search.find_run`.
         :return: the run's id; ``None`` if the time is over.
         :raises DifyWorkflowRunUncertain: if several runs fit, or the log can't be read at all.
         """
@@ -226,7 +235,7 @@ class Follower:
 
         def look() -> Steps[str | None]:
             try:
-                run_id = yield from find_run(search, others)
+                run_id = yield from find_run(search, others, patience=patience)
             except (DifyConnectionError, DifyWorkflowRunUncertain):
                 raise
             except DifyError as failure:
@@ -275,8 +284,8 @@ class Follower:
         while found is None:
             is_last = self.clock.is_over
             found, delay = yield from self._poll(wait)
-            if found is None and self._ended_run is not None and (is_last or time.monotonic() >= until):
-                found = self._take_word_of_events(wait, self._ended_run)
+            if found is None and self.ended_run is not None and (is_last or time.monotonic() >= until):
+                found = self._take_word_of_events(wait, self.ended_run)
             if found is None and is_last:
                 raise DifyWorkflowRunTimeout(
                     f"The {self.whose} timeout of {timeout:g} seconds is over. {wait.describe_last_status()}"
@@ -284,10 +293,10 @@ class Follower:
             if found is None:
                 pause = max(interval, delay)
                 left = until - time.monotonic()
-                yield from self.clock.pause(min(pause, max(0.0, left)) if self._ended_run is not None else pause)
+                yield from self.clock.pause(min(pause, max(0.0, left)) if self.ended_run is not None else pause)
                 interval = min(interval * 2, self.poll_interval)
         run, verdict = found
-        status = self._ended_run.status if self._ended_run is not None else None
+        status = self.ended_run.status if self.ended_run is not None else None
         if status and status != run.status:
             self.log.warning(
                 "The event stream said %s, the run's detail says %s; the detail decides.",
@@ -391,7 +400,7 @@ class Follower:
 
     def _on_ending(self, wait: RunWait, event: WorkflowEvent) -> None:
         if event.workflow_run_id == wait.workflow_run_id:
-            self._ended_run = event.ended_run
+            self.ended_run = event.ended_run
         if event.name == ERROR:
             self.log.warning(
                 "The event stream of workflow run %s ended with the error %s.",
@@ -417,12 +426,12 @@ class Follower:
         except (DifyConnectionError, DifyWorkflowRunNotFound) as error:
             if isinstance(error, DifyWorkflowRunNotFound) and self.progress.was_rejected:
                 raise self._rejection(wait.workflow_run_id) from error
-            if self._ended_run is None:
+            if self.ended_run is None:
                 wait.on_failed_poll(error)
             return None, delay_after(error, wait.consecutive_failures, RETRY_DELAY)
         verdict = wait.on_poll(run)
         # A record that is not over contradicts the events, if these have ended, however old it is.
-        is_open = verdict.outcome is Outcome.WAIT or (verdict.outcome is Outcome.TIMED_OUT and self._ended_run)
+        is_open = verdict.outcome is Outcome.WAIT or (verdict.outcome is Outcome.TIMED_OUT and self.ended_run)
         return (None if is_open else (run, verdict)), 0.0
 
     def _take_word_of_events(self, wait: RunWait, run: WorkflowRun) -> tuple[WorkflowRun, Verdict]:
@@ -433,4 +442,5 @@ class Follower:
             run.status,
             wait.describe_last_status(),
         )
+        self.record_is_open = wait.status in WAITING_STATUSES
         return run, wait.on_poll(run)

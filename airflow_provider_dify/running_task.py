@@ -24,6 +24,7 @@ from airflow_provider_dify.looking import RepeatedLook
 from airflow_provider_dify.models import WorkflowRun, is_server_from
 from airflow_provider_dify.run_search import known_runs
 from airflow_provider_dify.starting import (
+    SECONDS_FOR_LOG,
     StartMemory,
     StartSettings,
     TaskStart,
@@ -139,6 +140,15 @@ class RunningTask:
         if is_new:
             self._remember(self._start)
 
+    def remember_end(self) -> bool:
+        """
+        Let the retry know that the run is over although its record says that it goes on.
+
+        :return: whether a retry starts another run; before Airflow 3.3 it would take up this one.
+        """
+        is_kept = self._try_to_remember(replace(self.task_start, has_ended=True))
+        return is_kept or not self.follower.record_is_open
+
     def stop(self) -> None:
         """Ask Dify to stop the run, if it is named, and log what came of it."""
         start = self._start
@@ -163,7 +173,7 @@ class RunningTask:
                 # Only here: this may be a signal's handler, in the middle of a message to Airflow.
                 ids = {"workflow_run_id": self.stream.workflow_run_id, "task_id": self.stream.task_id}
                 self._start = replace(self._start, **ids)
-        if self._start is None or self.run_is_over:
+        if self._start is None or self.run_is_over or self.follower.ended_run is not None:
             return
         ti: Any = self.context["ti"]
         will_be_retried = ti.try_number <= (ti.max_tries or 0)
@@ -235,15 +245,14 @@ class RunningTask:
         seconds = self.clock.left if start.was_accepted else self._settings.not_found_grace
         if self._settings.deferrable and start.was_accepted:
             return start
-        run_id = self._hook.run_steps(self.follower.search_run(start.search, error, seconds))
+        steps = self.follower.search_run(start.search, error, seconds, patience=SECONDS_FOR_LOG)
+        run_id = self._hook.run_steps(steps)
         if run_id is not None:
             self._remember(replace(start, workflow_run_id=run_id, try_number=self.context["ti"].try_number))
             return self._start
         if self.follower.last_look_failed:
             # Airflow remembers the start, so the next try looks again.
-            raise DifyConnectionError(
-                f"Dify's log could not be read for {self.follower.not_found_grace:g} seconds. {error}"
-            )
+            raise DifyConnectionError(f"Dify's log could not be read. {error}")
         if start.was_accepted or not self._may_start_again():
             raise error
         self._log.warning("Dify's log shows no run of the earlier try's start; starting a new run.")

@@ -60,6 +60,7 @@ class TaskStart:
     :param workflow_run_id: the run's UUID; ``None`` until it is named.
     :param task_id: what the stop route takes; ``None`` until it is known.
     :param stop_was_asked: whether Dify was asked to stop the run, which must not be continued then.
+    :param has_ended: whether the run's events said that it failed, although its record says that it goes on.
     """
 
     user: str
@@ -70,6 +71,7 @@ class TaskStart:
     workflow_run_id: str | None = None
     task_id: str | None = None
     stop_was_asked: bool = False
+    has_ended: bool = False
 
     def serialize(self) -> dict[str, Any]:
         """Return the start as JSON-ready values, for :meth:`deserialize`."""
@@ -156,7 +158,7 @@ def find_earlier_start(
     ti: Any = context["ti"]
     start = StartMemory(context).load()
     if start is not None:
-        if start.stop_was_asked:
+        if start.stop_was_asked or start.has_ended:
             return None
         if start.workflow_run_id is None:
             run_id = yield from find_run(start.search, patience=SECONDS_FOR_LOG)

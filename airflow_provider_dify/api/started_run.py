@@ -56,6 +56,11 @@ class StartedRun:
         """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
         return bool(self.workflow_run_id)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the event that named the run was its last one."""
+        return self._kept is not None and self._kept.is_ending
+
     def next_event(self, seconds: float) -> Any:
         """
         Return the run's next event; on an event loop, to be awaited.

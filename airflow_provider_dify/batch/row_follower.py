@@ -70,11 +70,17 @@ class RowFollower(Follower):
         return self._has_searched_in_vain and not self.log_was_away and not self.is_in_queue()
 
     def search_run(
-        self, search: RunSearch, error: DifyError, seconds: float, through_failures: float | None = None
+        self,
+        search: RunSearch,
+        error: DifyError,
+        seconds: float,
+        through_failures: float | None = None,
+        *,
+        patience: float = 0.0,
     ) -> Steps[str | None]:
         """Look for the run of a start, as :class:`Follower` does, and note whether there was none."""
         self._has_searched_in_vain = False
-        run_id = yield from super().search_run(search, error, seconds, through_failures)
+        run_id = yield from super().search_run(search, error, seconds, through_failures, patience=patience)
         self._has_searched_in_vain = run_id is None
         return run_id
 

@@ -256,14 +256,15 @@ class DifyRunWorkflowOperator(BaseOperator):
             self.user = self._default_user = user
 
     def _go_on(self, task: RunningTask) -> Any:
-        if self.deferrable or not self.wait_for_completion:
+        # Without need a deferral costs a worker's start, and Airflow takes a task that resumes at once for dead.
+        is_over = task.run_is_over or (task.stream is not None and task.stream.has_ended)
+        if not self.wait_for_completion or (self.deferrable and not is_over):
             # From here on another process waits for the run: a signal to this one must not stop it any more.
             self._task = None
             task.clock.check()
         if not self.wait_for_completion:
             return task.named_run_id
-        # Without need a deferral costs a worker's start, and Airflow takes a task that resumes at once for dead.
-        if self.deferrable and not task.run_is_over:
+        if self.deferrable and not is_over:
             self._defer(task)
         return self._wait(task)
 
@@ -271,7 +272,8 @@ class DifyRunWorkflowOperator(BaseOperator):
         wait = RunWait(task.named_run_id, self._policy(), log=self.log, on_first_run=task.xcoms.on_run, was_seen=True)
         run, verdict = self.hook.run_steps(task.follower.follow(wait, task.stream, self.timeout))
         task.run_is_over = verdict.outcome is not Outcome.TIMED_OUT
-        return task.xcoms.push_and_return(run, verdict, price=task.follower.progress.price, starts_again=True)
+        starts_again = not verdict.is_failure or run is not task.follower.ended_run or task.remember_end()
+        return task.xcoms.push_and_return(run, verdict, price=task.follower.progress.price, starts_again=starts_again)
 
     def _defer(self, task: RunningTask) -> NoReturn:
         from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
