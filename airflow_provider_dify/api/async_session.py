@@ -64,16 +64,18 @@ class SharedSession(Shared):
         *,
         params: Mapping[str, Any] | None = None,
         body: Mapping[str, Any] | None = None,
+        patience: float = 0.0,
     ) -> HttpResponse:
         """
         Send a request and return the whole response; a GET follows redirects within the connection's server.
 
+        :param patience: seconds for the response at least, whatever the connection says.
         :raises DifyConnectionError: if there is none.
         """
         first_url = url = f"{self.connection.base_url}{path}"
         for _ in range(MAX_REDIRECTS):
             # The query goes with the first request only: a redirect names its own.
-            response = await self._send_once(method, url, subject, params if url == first_url else None, body)
+            response = await self._send_once(method, url, subject, params if url == first_url else None, body, patience)
             target = self._redirect_target(url, response) if method == "GET" else None
             if target is None:
                 break
@@ -89,17 +91,23 @@ class SharedSession(Shared):
         return target if target and self.connection.owns(target) else None
 
     async def _send_once(
-        self, method: str, url: str, subject: str, params: Mapping[str, Any] | None, body: Mapping[str, Any] | None
+        self,
+        method: str,
+        url: str,
+        subject: str,
+        params: Mapping[str, Any] | None,
+        body: Mapping[str, Any] | None,
+        patience: float,
     ) -> HttpResponse:
         # The wait for a slot is outside the timeout: that others are slow is no failure of this poll.
         async with self.slots:
             client = self.client or await self.open()
             try:
                 try:
-                    return await self._request(client, method, url, params, body)
+                    return await self._request(client, method, url, params, body, patience)
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                     # Most likely a kept-alive connection that the server closed just now; a new one tells.
-                    return await self._request(client, method, url, params, body)
+                    return await self._request(client, method, url, params, body, patience)
             except Exception as error:
                 # Whatever the client calls it, and whatever the server or a proxy said to cause it.
                 failure = no_response(self.connection, subject, url, error)
@@ -113,9 +121,12 @@ class SharedSession(Shared):
         url: str,
         params: Mapping[str, Any] | None,
         body: Mapping[str, Any] | None,
+        patience: float,
     ) -> HttpResponse:
+        connect, total = self.connection.timeouts()
+        timeout = aiohttp.ClientTimeout(total=max(total, patience), sock_connect=connect)
         async with client.request(
-            method, url, params=params, json=body, allow_redirects=False, proxy=self.proxy
+            method, url, params=params, json=body, allow_redirects=False, proxy=self.proxy, timeout=timeout
         ) as response:
             return HttpResponse.received(self.connection, url, response.status, response.headers, await response.read())
 

@@ -40,6 +40,7 @@ from airflow_provider_dify.models import (
     row_key,
 )
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, without_record
+from airflow_provider_dify.starting import SECONDS_FOR_LOG
 
 _PAGE_SIZE = 100
 
@@ -103,7 +104,7 @@ def read_log(users: RowUsers, since: float) -> Steps[dict[int, list[FoundRun]]]:
     seen: set[str] = set()
     page: LogPage | None = LogPage(_PAGE_SIZE)
     while page is not None:
-        rows: list[LogRow] = yield page.request(created_after=not_before)
+        rows: list[LogRow] = yield page.request(created_after=not_before, patience=SECONDS_FOR_LOG)
         # Two pages may show a run twice. A page with nothing new is the end, too: of a server that doesn't know pages.
         new = [row for row in rows if row_key(row) not in seen]
         seen = {row_key(row) for row in rows}
@@ -125,7 +126,10 @@ def look_for(users: RowUsers, row: int, attempt: int, since: float) -> Steps[Fou
     :raises DifyError: if the log can't be read.
     """
     not_before = datetime.fromtimestamp(since, timezone.utc) - CLOCK_TOLERANCE
-    rows: list[LogRow] = yield calls.logged_runs(user=users.user_of(row, attempt), created_after=not_before, limit=20)
+    user = users.user_of(row, attempt)
+    rows: list[LogRow] = yield calls.logged_runs(
+        user=user, created_after=not_before, limit=20, patience=SECONDS_FOR_LOG
+    )
     found: dict[int, list[FoundRun]] = {}
     for logged in rows:
         _take(users, logged, found)

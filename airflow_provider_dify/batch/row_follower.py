@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Pause, Steps
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
+from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError, DifyError
 from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.models import WorkflowRun
@@ -49,6 +49,18 @@ class PlaceAgain(Pause):
     """A pause until the batch has a place again, after Dify turned a start away."""
 
     error: DifyConnectionError
+
+
+def dify_responds() -> Steps[bool]:
+    """Return whether Dify responds at all, so that what fails again and again is of one row."""
+    try:
+        yield calls.app_info()
+    except (DifyConnectionError, DifyAuthenticationError):
+        return False
+    except DifyError:
+        # Dify's own word, whatever it is.
+        return True
+    return True
 
 
 class RowFollower(Follower):
@@ -101,11 +113,9 @@ class RowFollower(Follower):
             return (run, wait.on_poll(run)), 0.0
         try:
             return (yield from super()._poll(wait))
-        except DifyConnectionError as error:
-            try:
-                yield calls.app_info()
-            except DifyError:
-                raise error from None
+        except DifyConnectionError:
+            if not (yield from dify_responds()):
+                raise
         try:
             # Once more: Dify may have come back just now.
             return (yield from super()._poll(wait))

@@ -15,7 +15,7 @@ from airflow_provider_dify.api.steps import run_steps_async
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, look_for
-from airflow_provider_dify.batch.row_follower import PlaceAgain, RowFollower, RowLog
+from airflow_provider_dify.batch.row_follower import PlaceAgain, RowFollower, RowLog, dify_responds
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -338,10 +338,10 @@ class RowRun:
                 may_restart = client.settings.restart_lost_runs and follower.log_shows_no_run
                 return _Outcome("failed", str(error), can_be_repeated=may_restart)
             except DifyConnectionError as error:
-                if not client.places.has_started_since(began):
+                if not client.places.has_started_since(began) or not await self._take(dify_responds()):
                     raise
                 # What refuses this start again and again takes those of other rows.
-                outcome = _Outcome("failed", str(error), was_started=False)
+                outcome = _Outcome("failed", str(error), can_be_repeated=True, was_started=False)
             except DifyError as error:
                 # Of this row only: Dify rejected it, or failed to start it, or it can't be sent.
                 was_started = isinstance(error, DifyWorkflowRunFailed)

@@ -288,4 +288,6 @@ class DifyAsyncHook:
 
     async def _send(self, call: Call[Any]) -> HttpResponse:
         assert self._session is not None  # noqa: S101
-        return await self._session.send(call.method, call.path, call.subject, params=call.params, body=call.body)
+        return await self._session.send(
+            call.method, call.path, call.subject, params=call.params, body=call.body, patience=call.patience
+        )

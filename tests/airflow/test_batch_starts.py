@@ -216,6 +216,34 @@ def test_the_retry_of_a_batch_sends_no_lost_start_again(
     assert posts(dify) == 10
 
 
+def test_a_log_that_is_slower_than_the_connections_timeout_keeps_no_retry_from_its_rows(
+    dify: DifyStandIn, tmp_path: Path
+) -> None:
+    output = tmp_path / "results.jsonl"
+
+    async def slowly(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(1.5)
+        return await dify.respond_to(request)
+
+    # Dify is away when the third row's run is asked for; the retry reads the log.
+    dify.misbehave(take(dify), take(dify), stream(STARTED), only="POST .*/run")
+    dify.add_run("running", "succeeded", run_id=RUN)
+    dify.misbehave(respond(503), respond(503), only=f"GET .*/({RUN}|info)")
+    dify.misbehave_always(slowly, "GET .*/logs")
+    result = run_batch(
+        inputs=numbered(5),
+        max_active_runs=1,
+        max_consecutive_failures=0,
+        not_found_grace=GRACE,
+        output_path=str(output),
+        retries=1,
+        retry_delay=0.0,
+        **SHORT,
+    )
+    assert (result.state, result.tries["run"]) == ("success", 2)
+    assert {row["status"] for row in lines_of(output)} == {"succeeded"}
+
+
 # --- a start that something in front of Dify refuses
 
 GATEWAY = respond(403, "error code: 1010", content_type="text/plain")
