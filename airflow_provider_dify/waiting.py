@@ -251,16 +251,18 @@ def _life(run: WorkflowRun, now: datetime) -> str:
     return ", ".join(filter(None, (age, steps))) or "as before"
 
 
-def deferral_deadline(deadline: float, started: datetime, execution_timeout: timedelta | None) -> float:
+def deferral_deadline(deadline: float, started: datetime | None, execution_timeout: timedelta | None) -> float:
     """
     Return when a deferral ends: Airflow 3 does not look at a task's ``execution_timeout`` while it is deferred.
 
     :param deadline: epoch seconds at which the task's own timeout is over.
-    :param started: when the try was started first.
+    :param started: when the try was started first; ``None`` where Airflow doesn't say.
     :param execution_timeout: the task's.
     :return: epoch seconds.
     """
-    return deadline if execution_timeout is None else min(deadline, (started + execution_timeout).timestamp())
+    if started is None or execution_timeout is None:
+        return deadline
+    return min(deadline, (started + execution_timeout).timestamp())
 
 
 def is_limited(execution_timeout: timedelta | None, timeout: float) -> bool:
