@@ -127,7 +127,7 @@ class RunningTask:
         :param event: the trigger's event, which names a run that was queued when the task deferred.
         """
         ti: Any = self.context["ti"]
-        start = TaskStart.deserialize(data) if data else self._memory.load()
+        start = TaskStart.deserialize(data) or self._memory.load()
         if start is None or start.try_number != ti.try_number:
             self._start = new_start(ti, self._settings.user, self._settings.inputs, (), earliest_start(self.context))
             # The event names the run, but not the task id that a stop takes.
