@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,22 @@ CAN_PUSH_NONE = _AIRFLOW != (3, 0)
 # Whether a task's rendered fields may be written after it has run. Airflow 3.0 to 3.2 refuse those of a try that will
 # be retried: 3.0 and 3.1 then end the task's process before its callbacks, 3.2 logs a traceback. Goes with Airflow 3.2.
 CAN_RENDER_AFTER_EXECUTION = _AIRFLOW >= (3, 3)
+# What no XCom's key may have on Airflow 3, which puts it into a URL as it is: the XCom would have another key, or the
+# task fail (measured on 3.0.6 and 3.3.2). 3.0 takes one part of a path. Goes with the last Airflow that quotes no key.
+_NOT_IN_XCOM_KEY = re.compile(
+    r"[?#\x00-\x1f\x7f]|%[0-9A-Fa-f]{2}|(^|/)\.\.?(/|$)" + ("|/" if _AIRFLOW == (3, 0) else "")
+)
 # Whether XComs travel as strict JSON, without NaN and the like. Goes with Airflow 2.11.
 XCOMS_ARE_STRICT_JSON = _AIRFLOW >= (3, 0)
+
+
+def is_xcom_key(name: str) -> bool:
+    """
+    Return whether Airflow stores an XCom under this name.
+
+    :param name: the name, which is not empty.
+    """
+    return _AIRFLOW < (3, 0) or _NOT_IN_XCOM_KEY.search(name) is None
 
 
 def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:

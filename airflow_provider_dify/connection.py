@@ -121,6 +121,20 @@ class DifyConnection:
         seconds = timeout or self.timeout or DEFAULT_TIMEOUT
         return min(seconds, MAX_CONNECT_TIMEOUT), seconds
 
+    def check_key(self) -> None:
+        """
+        Check that the key is an app's. One of a knowledge base is good for the session of ``get_conn`` only.
+
+        :raises DifyConfigurationError: if it is of a knowledge base.
+        """
+        if self.api_key.lower().startswith("dataset-"):
+            name = name_connection(self.conn_id)
+            raise DifyConfigurationError(
+                f"{name[0].upper()}{name[1:]} cannot be used: its password is the API key of a knowledge base, which "
+                "runs no workflow. Put the API key of the workflow app there (in Dify: the app's page, API Access, API "
+                "Key)."
+            )
+
     def owns(self, url: str) -> bool:
         """
         Return whether a URL is on the connection's own server: the only one that the API key may be sent to.
@@ -174,11 +188,6 @@ def _api_key(password: str | None) -> str:
         )
     if api_key[0] in _WRAPPING or api_key[-1] in _WRAPPING:
         raise DifyConfigurationError("its password stands in braces or quotes. Put the API key there without them.")
-    if api_key.lower().startswith("dataset-"):
-        raise DifyConfigurationError(
-            "its password is the API key of a knowledge base, which runs no workflow. Put the API key of the workflow "
-            "app there (in Dify: the app's page, API Access, API Key)."
-        )
     if not _API_KEY.fullmatch(api_key):
         raise DifyConfigurationError(
             "its password holds white space or characters that no API key has. Copy the app's API key again."

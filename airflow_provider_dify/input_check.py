@@ -135,10 +135,15 @@ def _text_problem(field: InputField, value: Any) -> str | None:
     Characters are counted as Python does, before NUL characters are removed; exactly ``max_length`` is taken.
     """
     if not isinstance(value, str):
-        return f"must be text, not {_describe(value)}"
+        return _no_text(value)
     if field.max_length is not None and len(value) > field.max_length:
         return f"must have at most {field.max_length} characters, not {len(value)}"
     return None
+
+
+def _no_text(value: Any) -> str:
+    # "4711" and "1.10" are numbers after it.
+    return f"must be text, not {_describe(value)}. With render_template_as_native_obj=True a template gives that"
 
 
 def _select_problem(field: InputField, value: Any) -> str | None:
@@ -149,7 +154,7 @@ def _select_problem(field: InputField, value: Any) -> str | None:
     An empty text is no option, even if the input is optional.
     """
     if not isinstance(value, str):
-        return f"must be text, not {_describe(value)}"
+        return _no_text(value)
     if not field.options or value in field.options:
         return None
     return f"must be one of {_listed(field.options)}, not {_describe(value)}"

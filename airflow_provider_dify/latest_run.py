@@ -11,6 +11,7 @@ from typing import Any
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.finished_runs import look_at_runs
+from airflow_provider_dify.models import known_fields
 from airflow_provider_dify.run_filter import RunFilter
 from airflow_provider_dify.run_window import FinishedRun, RunWindow, WindowPolicy
 
@@ -78,9 +79,9 @@ class LatestRunSearch:
 
     @classmethod
     def deserialize(cls, data: Mapping[str, Any]) -> LatestRunSearch:
-        """Return the search that :meth:`serialize` described."""
+        """Return the search that :meth:`serialize` described, maybe in another version of this package."""
         wanted = {name: data.get(name) for name in ("statuses", "triggered_from", "user")}
-        return cls(data["created_after"], RunFilter.parse(**wanted), data["poll_interval"], data["run_timeout"])
+        return cls(**{**known_fields(cls, data), "filter": RunFilter.parse(**wanted)})
 
     def look(self, now: float) -> Steps[str | None]:
         """

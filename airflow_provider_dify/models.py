@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -222,6 +222,17 @@ def time_of(row: LogRow) -> DateTime | None:
 def runs_of(rows: Iterable[LogRow]) -> list[LoggedWorkflowRun]:
     """Return the runs of a log's rows, but those that have no record."""
     return [row for row in rows if isinstance(row, LoggedWorkflowRun)]
+
+
+def known_fields(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Return what a dataclass has fields for, out of data that another version of this package may have stored.
+
+    :param kind: the dataclass.
+    :param data: values by name.
+    """
+    names = {known.name for known in fields(kind)}
+    return {name: value for name, value in data.items() if name in names}
 
 
 def storable(value: Any) -> Any:

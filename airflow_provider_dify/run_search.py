@@ -21,6 +21,7 @@ from airflow_provider_dify.models import (
     WorkflowRunStatus,
     is_deleted,
     is_server_from,
+    known_fields,
     runs_of,
 )
 
@@ -59,8 +60,9 @@ class RunSearch:
 
     @classmethod
     def deserialize(cls, data: Mapping[str, Any]) -> RunSearch:
-        """Return the search that :meth:`serialize` described."""
-        return cls(**{**data, "known_runs": tuple(data.get("known_runs") or ())})
+        """Return the search that :meth:`serialize` described, maybe in another version of this package."""
+        known = {"sent_at": 0.0, "user_is_unique": False, **known_fields(cls, data)}
+        return cls(**{**known, "known_runs": tuple(data.get("known_runs") or ())})
 
     @property
     def not_before(self) -> datetime:

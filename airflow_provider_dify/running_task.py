@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.api.http_response import reason_of
 from airflow_provider_dify.api.session import call_within
 from airflow_provider_dify.api.started_run import StartedRun, wait_until_named
 from airflow_provider_dify.exceptions import (
@@ -128,7 +129,7 @@ class RunningTask:
         :param event: the trigger's event, which names a run that was queued when the task deferred.
         """
         ti: Any = self.context["ti"]
-        start = TaskStart.deserialize(data) if data else self._memory.load()
+        start = TaskStart.deserialize(data) or self._memory.load()
         if start is None or start.try_number != ti.try_number:
             self._start = new_start(ti, self._settings.user, self._settings.inputs, (), earliest_start(self.context))
             # The event names the run, but not the task id that a stop takes.
@@ -154,10 +155,15 @@ class RunningTask:
         start = self._start
         if not self._settings.stop_on_failure or self._stop_was_asked or start is None:
             return
-        # A session and limits of its own: this may be a signal's handler, in the middle of another request.
-        with DifyHook(self._hook.dify_conn_id, timeout=STOP_TIMEOUT, retry_limit=0) as hook:
-            hook._connection = replace(self._hook.connection, timeout=STOP_TIMEOUT)
-            report: StopReport = hook.run_steps(stop_start(start, hook))
+        try:
+            # A session and limits of its own: this may be a signal's handler, in the middle of another request.
+            with DifyHook(self._hook.dify_conn_id, timeout=STOP_TIMEOUT, retry_limit=0) as hook:
+                hook._connection = replace(self._hook.connection, timeout=STOP_TIMEOUT)
+                report: StopReport = hook.run_steps(stop_start(start, hook))
+        except Exception as error:
+            # Whatever it is, the task ends for another reason, which is the one to be told.
+            run = f"Workflow run {start.workflow_run_id} of user {start.user!r}"
+            report = StopReport(False, f"{run} could not be stopped and goes on: {reason_of(error, ())}", True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._stop_was_asked = True

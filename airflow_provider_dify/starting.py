@@ -16,7 +16,7 @@ from airflow_provider_dify.api.calls import Pause, Steps
 from airflow_provider_dify.api.routes import MAX_USER_LENGTH
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunNotFound, DifyWorkflowRunUncertain
 from airflow_provider_dify.input_fingerprint import fingerprint
-from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.models import WorkflowRun, known_fields
 from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
 from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.verdict import judge
@@ -78,9 +78,12 @@ class TaskStart:
         return {**asdict(self), "search": self.search.serialize()}
 
     @classmethod
-    def deserialize(cls, data: Mapping[str, Any]) -> TaskStart:
-        """Return the start that :meth:`serialize` described."""
-        return cls(**{**data, "search": RunSearch.deserialize(data["search"])})
+    def deserialize(cls, data: Any) -> TaskStart | None:
+        """Return the start that :meth:`serialize` described, maybe in another version; ``None`` for anything else."""
+        try:
+            return cls(**{**known_fields(cls, data), "search": RunSearch.deserialize(data["search"])})
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
 
 
 class StartMemory:
@@ -114,12 +117,7 @@ class StartMemory:
 
         :return: the start; ``None`` if there is none, or the task was cleared since, which is to start from scratch.
         """
-        data = self._store.get(STATE_KEY) if self._store is not None else None
-        try:
-            start = TaskStart.deserialize(data) if isinstance(data, dict) else None
-        except (KeyError, TypeError, ValueError):
-            # Of another version of this package.
-            return None
+        start = TaskStart.deserialize(self._store.get(STATE_KEY)) if self._store is not None else None
         is_this_task = start is not None and start.max_tries == (self._ti.max_tries or 0)
         return start if is_this_task else None
 

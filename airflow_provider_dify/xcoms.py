@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from airflow_provider_dify.airflow_versions import CAN_PUSH_NONE, XCOMS_ARE_STRICT_JSON
+from airflow_provider_dify.airflow_versions import CAN_PUSH_NONE, XCOMS_ARE_STRICT_JSON, is_xcom_key
 from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyOutputsError
 from airflow_provider_dify.excerpts import one_line
@@ -42,9 +42,9 @@ def xcoms_from_run(run: WorkflowRun, *, multiple_outputs: bool, price: dict[str,
     :return: values by key, the return value last. It is the outputs, ``{}`` where there are none.
     """
     outputs = run.outputs or {}
-    each = {key: value for key, value in outputs.items() if multiple_outputs and key not in RESERVED and key}
+    names = [key for key in outputs if multiple_outputs and key and key not in RESERVED and is_xcom_key(key)]
     # Airflow 3.0 fails a task that pushes None.
-    each = {key: value for key, value in each.items() if value is not None or CAN_PUSH_NONE}
+    each = {key: outputs[key] for key in names if outputs[key] is not None or CAN_PUSH_NONE}
     return {WORKFLOW_RUN: {**run.without_payload(), **(price or {})}, **each, RETURN_VALUE: outputs}
 
 

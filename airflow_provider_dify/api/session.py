@@ -101,7 +101,9 @@ def send(
     :param request: the rest, as ``requests`` takes it.
     :return: the response.
     :raises DifyConnectionError: if there is none.
+    :raises DifyConfigurationError: if the key is no app's.
     """
+    connection.check_key()
     url = f"{connection.base_url}{path}"
 
     def exchange() -> HttpResponse:

@@ -280,6 +280,7 @@ class DifyAsyncHook:
     async def _connect(self, refused: DifyConnection | None = None) -> None:
         """Read the connection, and take a share of the session that goes with it."""
         connection = await read_connection(self.dify_conn_id, refused=refused)
+        connection.check_key()
         if self._session is None or connection != self.connection:
             await self.close()
             self._session = SharedSession.join(connection)

@@ -139,6 +139,7 @@ class SendingHook(Closing, BaseHook):
         path = routes.start_path(start.workflow_id)
         body = encode_start(start.inputs, start.user)
         connection = self.connection
+        connection.check_key()
         # A session of its own: on a kept-alive connection that the server has just closed, nobody could tell whether
         # the request arrived.
         session = DifySession(connection, connection.timeouts())

@@ -165,7 +165,8 @@ class DifyRunWorkflowOperator(BaseOperator):
                 task.start()
                 self._show_user(task.task_start.user)
                 return self._go_on(task)
-            except DifyError as error:
+            except Exception as error:
+                # Of any type: an XCom backend that fails must not leave a run alone either.
                 self._fail(error, task)
             finally:
                 task.close()
@@ -195,23 +196,14 @@ class DifyRunWorkflowOperator(BaseOperator):
             if error is None:
                 # The run is over. A worker that comes late reads it all the same, and a failed poll does not end that.
                 deadline = max(deadline, time.time() + SECONDS_TO_READ)
-            task = self._begin(context, deadline)
-            task.resume(start, event)
-            self._show_user(task.task_start.user)
-            if error is not None:
-                self._fail_after_deferral(error, task)
-            try:
-                return self._wait(task)
-            except DifyError as failure:
-                self._fail(failure, task)
+            return self._resume(self._begin(context, deadline), start, event, error)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Continue after a deferral; where no triggerer saw the wait's end, end it as a timeout of the wait."""
         if next_method == "__fail__" and is_deferral_timeout(next_kwargs):
             with self.hook:
-                task = self._begin(context, time.time())
-                task.resume(None, None)
-                self._fail_after_deferral(self._timed_out("No triggerer reported on the run.", context), task)
+                error = self._timed_out("No triggerer reported on the run.", context)
+                self._resume(self._begin(context, time.time()), None, None, error)
         return super().resume_execution(next_method, next_kwargs, context)
 
     def on_kill(self) -> None:
@@ -254,6 +246,21 @@ class DifyRunWorkflowOperator(BaseOperator):
     def _show_user(self, user: str) -> None:
         if self.user == self._default_user:
             self.user = self._default_user = user
+
+    def _resume(
+        self, task: RunningTask, start: dict[str, Any] | None, event: Any, error: DifyError | None
+    ) -> dict[str, Any]:
+        try:
+            task.resume(start, event)
+            self._show_user(task.task_start.user)
+            if isinstance(error, DifyTaskKilled):
+                # What Airflow does on a worker.
+                task.stop_after_kill()
+            if error is not None:
+                raise error
+            return self._wait(task)
+        except Exception as failure:
+            self._fail(failure, task)
 
     def _go_on(self, task: RunningTask) -> Any:
         # Without need a deferral costs a worker's start, and Airflow takes a task that resumes at once for dead.
@@ -331,13 +338,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             )
         return DifyWorkflowRunTimeout(f"The operator's timeout of {self.timeout:g} seconds is over. {last_status}")
 
-    def _fail_after_deferral(self, error: DifyError, task: RunningTask) -> NoReturn:
-        if isinstance(error, DifyTaskKilled):
-            # What Airflow does on a worker.
-            task.stop_after_kill()
-        self._fail(error, task)
-
-    def _fail(self, error: DifyError, task: RunningTask) -> NoReturn:
+    def _fail(self, error: Exception, task: RunningTask) -> NoReturn:
         """Fail, and stop a run that nobody will wait on any more; one that a retry will continue is left alone."""
         if isinstance(error, DifyTaskKilled):
             task.stop_after_message()
@@ -348,4 +349,4 @@ class DifyRunWorkflowOperator(BaseOperator):
         is_final = isinstance(error, AirflowFailException) or ti.try_number > (ti.max_tries or 0)
         if is_final and not is_over:
             task.stop()
-        raise error.with_address()
+        raise error.with_address() if isinstance(error, DifyError) else error

@@ -20,6 +20,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.excerpts import one_line
+from airflow_provider_dify.models import known_fields
 from airflow_provider_dify.run_search import RunSearch, find_run
 from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.triggers.outputs import TriggerXComs
@@ -69,7 +70,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         super().__init__()  # type: ignore[no-untyped-call]
         self.workflow_run_id = workflow_run_id
         self.dify_conn_id = dify_conn_id
-        self.wait = TriggerWait(**arguments)
+        # Another version of this package may have stored them.
+        self.wait = TriggerWait(**known_fields(TriggerWait, arguments))
         self._render_context: Context | None = None
 
     def serialize(self) -> tuple[str, dict[str, Any]]:

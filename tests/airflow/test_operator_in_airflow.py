@@ -27,7 +27,16 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.starting import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_operator
-from tests.dify_stand_in import DifyStandIn, Start, rejects, replay, reset, respond, too_many_requests
+from tests.dify_stand_in import (
+    DifyStandIn,
+    Start,
+    form_field,
+    rejects,
+    replay,
+    reset,
+    respond,
+    too_many_requests,
+)
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -234,6 +243,34 @@ def test_a_rejected_start_fails_without_retry_and_says_what_dify_said(
     assert re.search("query is required in input form|Workflow not published", str(error))
     assert re.search(r"\S See https://\S+/docs/failures\.md#[a-z-]+$", str(error))
     assert sum(request.method == "POST" for request in dify.requests) == 1
+
+
+def run_with_native_rendering(inputs: dict[str, str]) -> Any:
+    return run_dag(
+        f"""
+        dag.render_template_as_native_obj = True
+        DifyRunWorkflowOperator(task_id="run", inputs={inputs!r}, poll_interval=0.05, on_failure_callback=raised)
+        """,
+        params={"order": "4711", "version": "1.10", "yes": "True"},
+    )
+
+
+@pytest.mark.parametrize(("param", "kind"), [("order", "text-input"), ("version", "select"), ("yes", "paragraph")])
+def test_a_text_that_native_rendering_has_made_a_number_of_is_rejected_with_the_likely_cause(
+    dify: DifyStandIn, param: str, kind: str
+) -> None:
+    dify.user_input_form = [
+        form_field("what", kind, required=True, options=("1.10", "4711") if kind == "select" else ())
+    ]
+    result = run_with_native_rendering({"what": f"{{{{ params.{param} }}}}"})
+    (error,) = result.raised["run"]
+    assert isinstance(error, DifyInputsRejected)
+    why = r"Input 'what' must be text, not (a number|true)\. With render_template_as_native_obj=True a template"
+    assert re.match(why, str(error))
+    assert dify.started == []
+    # What the documentation says to do.
+    assert run_with_native_rendering({"what": f"'{{{{ params.{param} }}}}'"}).state == "success"
+    assert dify.started[0].inputs == {"what": {"order": "4711", "version": "1.10", "yes": "True"}[param]}
 
 
 def test_too_many_requests_before_a_start_are_retried(dify: DifyStandIn, way: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, XCOMS_ARE_STRICT_JSON
 from airflow_provider_dify.exceptions import DifyOutputsError
+from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
 from tests.airflow.airflow_runs import DagRunResult, run_operator, run_sensor
 from tests.dify_stand_in import DifyStandIn, Start
 
@@ -83,3 +84,23 @@ def test_what_is_called_storable_reaches_the_next_task(dify: DifyStandIn, value:
     result = run_with(dify, {"good": value}, "operator")
     assert result.state == "success"
     assert ascii(result.received["outputs"]) == ascii({"good": value})
+
+
+# Airflow 3 puts an XCom's key into a URL as it is, and Airflow 3.0 takes no slash there.
+NO_KEYS = ["a?b", "a#b", "a%41", "a\nb", "..", "a/../b", *(["a/b", "/a", "a/"] if AIRFLOW_3_0 else [])]
+KEYS = ["a b", "a%", "a:b", "a.b", "{a}", *([] if AIRFLOW_3_0 else ["a/b"])]
+
+
+@pytest.mark.parametrize("kind", ["operator", "sensor"])
+@pytest.mark.parametrize("arguments", WAYS)
+def test_an_output_whose_name_is_no_xcom_key_is_in_the_return_value_only(
+    dify: DifyStandIn, kind: str, arguments: dict[str, Any]
+) -> None:
+    # Where Airflow would store it under another key, that is one of these.
+    outputs = {"a": "of its own", "b": "of its own", **dict.fromkeys([*KEYS, *NO_KEYS], "odd")}
+    result = run_with(dify, outputs, kind, **arguments)
+    assert result.state == "success"
+    assert result.received["outputs"] == outputs
+    xcoms = result.xcoms[{"operator": "run", "sensor": "wait"}[kind]]
+    pushed = {key: value for key, value in xcoms.items() if value in ("odd", "of its own")}
+    assert pushed == {key: value for key, value in outputs.items() if AIRFLOW_2 or key not in NO_KEYS}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from urllib3.util.ssl_ import create_urllib3_context
 
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
@@ -86,11 +86,12 @@ def test_a_certificate_that_does_not_name_its_issuer_is_explained(
     load = ssl.SSLContext.load_verify_locations
 
     def load_strictly(context: ssl.SSLContext, *args: Any, **kwargs: Any) -> None:
-        # As Python 3.13 and later do by themselves.
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         load(context, *args, **kwargs)
 
-    if sys.version_info < (3, 13):
+    # On Python 3.13 and later, both clients do so by themselves; requests not with every urllib3.
+    contexts = (ssl.create_default_context(), create_urllib3_context())
+    if not all(context.verify_flags & ssl.VERIFY_X509_STRICT for context in contexts):
         monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", load_strictly)
     tls, bundle = make_certificate(tmp_path, names_issuer=False)
     with DifyStandIn(tls=tls) as dify:

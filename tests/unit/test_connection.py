@@ -102,8 +102,6 @@ def test_a_missing_or_broken_key_is_reported_and_not_shown(password: str | None)
         ('"app-some-key"', "stands in braces or quotes"),
         ("'app-some-key'", "stands in braces or quotes"),
         ("'app-some-key", "stands in braces or quotes"),
-        ("dataset-some-key", "is the API key of a knowledge base"),
-        (" Dataset-some-key ", "is the API key of a knowledge base"),
         ('"dataset-some-key"', "stands in braces or quotes"),
     ],
 )

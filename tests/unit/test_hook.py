@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -27,6 +28,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
@@ -56,6 +58,38 @@ def connect(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> Connect:
         return DifyHook("my_dify", **{"retry_delay": 0.01, **arguments})
 
     return make
+
+
+async def look_up_on_an_event_loop(hook: DifyHook) -> None:
+    async with DifyAsyncHook(hook.dify_conn_id) as async_hook:
+        await async_hook.get_workflow_run(str(uuid.uuid4()))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda hook: hook.get_workflow_run(str(uuid.uuid4())),
+        lambda hook: hook.start_workflow_run({}, "me"),
+        lambda hook: hook.run_workflow({}, "me"),
+        lambda hook: hook.upload_file(__file__, "me"),
+        lambda hook: asyncio.run(look_up_on_an_event_loop(hook)),
+    ],
+)
+def test_the_key_of_a_knowledge_base_is_refused_before_anything_is_sent(
+    dify: DifyStandIn, connect: Connect, ask: Callable[[DifyHook], Any]
+) -> None:
+    why = "Connection 'my_dify' cannot be used: its password is the API key of a knowledge base"
+    with connect({"password": "dataset-some-key"}) as hook, pytest.raises(DifyConfigurationError, match=why) as caught:
+        ask(hook)
+    assert "some-key" not in str(caught.value)
+    assert dify.requests == []
+
+
+def test_the_key_of_a_knowledge_base_opens_the_session_for_its_own_routes(dify: DifyStandIn, connect: Connect) -> None:
+    with connect({"password": "dataset-some-key"}) as hook:
+        hook.get_conn().get(f"{hook.connection.base_url}/datasets")
+    (request,) = dify.requests
+    assert request.headers["Authorization"] == "Bearer dataset-some-key"
 
 
 def test_a_run_is_looked_up_with_the_key_and_a_user_agent(dify: DifyStandIn, dialect: str, connect: Connect) -> None:

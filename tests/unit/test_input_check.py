@@ -84,7 +84,9 @@ class TestText:
     )
     def test_only_text_is_taken(self, field_type: str, value: Any, described: str) -> None:
         field = InputField("v", field_type, options=("5", "true"))
-        assert problem(field, value) == f"Input 'v' must be text, not {described}."
+        assert problem(field, value) == (
+            f"Input 'v' must be text, not {described}. With render_template_as_native_obj=True a template gives that."
+        )
 
     @pytest.mark.parametrize("value", ["", "12345678", "二二二二二二二二", "🎉🎉🎉🎉🎉🎉🎉🎉"])
     def test_a_text_as_long_as_the_limit_is_taken(self, value: str) -> None:

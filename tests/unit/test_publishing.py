@@ -172,3 +172,13 @@ def test_a_link_of_the_site_that_leads_nowhere_is_found(tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text('<a href="/en/latest/a.html#here"></a><a href="/en/latest/gone.html"></a>')
     (tmp_path / "a.html").write_text('<p id="here"></p>')
     assert find_broken_links(tmp_path, "/en/latest/") == ["index.html: /en/latest/gone.html"]
+
+
+# --- dependencies
+
+
+@pytest.mark.parametrize("client", ["aiohttp", "requests", "urllib3"])
+def test_the_lowest_http_clients_of_the_metadata_are_tested_with(client: str) -> None:
+    (lowest,) = re.findall(rf'^    "{client}>=([\d.]+)",$', (ROOT / "pyproject.toml").read_text(), re.M)
+    for path in (ROOT / "constraints").glob("airflow-*-lowest-direct.txt"):
+        assert re.search(rf"^{client}=={re.escape(lowest)}(\.\d)?$", path.read_text(), re.M), path.name

@@ -135,6 +135,13 @@ def test_a_run_with_other_inputs_is_asked_for_once_however_often_the_log_is_look
 def test_a_search_survives_its_way_through_a_serialized_trigger() -> None:
     search = search_of(fingerprint={"q": "01234567"}, known_runs=("a", "b"))
     assert RunSearch.deserialize(search.serialize()) == search
+
+
+def test_a_search_that_another_version_stored_is_read() -> None:
+    data = {"user": "us", "sent_at": 5.0, "user_is_unique": True, "of_a_later_version": {"a": 1}}
+    assert RunSearch.deserialize(data) == RunSearch("us", 5.0, True)
+    # One that doesn't say finds nothing that is not surely the run.
+    assert RunSearch.deserialize({"user": "us"}) == RunSearch("us", 0.0, False)
     assert "mine" not in repr(search_of(fingerprint=fingerprint({"q": "mine"})).serialize())
 
 

@@ -275,6 +275,17 @@ def test_a_start_survives_its_way_through_airflow() -> None:
     assert TaskStart.deserialize(start.serialize()) == start
 
 
+def test_a_start_that_another_version_stored_is_read() -> None:
+    start = new_start(context_of(1, 2)["ti"], "us", {"q": "1"}, ("a",), 5.0)
+    data = start.serialize()
+    later = {**data, "of_a_later_version": 1, "search": {**data["search"], "of_a_later_version": [1]}}
+    assert TaskStart.deserialize(later) == start
+    names = ("was_accepted", "workflow_run_id", "task_id", "stop_was_asked")
+    assert TaskStart.deserialize({name: data[name] for name in data if name not in names}) == start
+    assert TaskStart.deserialize({"user": "us"}) is None
+    assert TaskStart.deserialize(None) is None
+
+
 def test_two_airflows_with_the_same_dag_have_different_users(monkeypatch: pytest.MonkeyPatch) -> None:
     ti = context_of(1, 2)["ti"]
     users = []

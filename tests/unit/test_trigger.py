@@ -720,6 +720,16 @@ def test_a_wait_that_started_on_the_triggerer_ends_before_airflows_limit(
 
 
 @pytest.mark.parametrize("kind", [DifyWorkflowRunTrigger, DifyLatestWorkflowRunTrigger])
+def test_a_trigger_that_another_version_stored_goes_on(dify: DifyStandIn, kind: type[DifyWorkflowRunTrigger]) -> None:
+    run_id = dify.add_run("succeeded", user="us", created_at=int(time.time()))
+    is_latest = kind is DifyLatestWorkflowRunTrigger
+    search = {"created_after": time.time() - 60} if is_latest else RunSearch("us", time.time(), True).serialize()
+    stored = {"search": {**search, "of_a_later_version": [1]}, "of_a_later_version": True}
+    payload = payload_of(kind(None, poll_interval=0.05, **stored))
+    assert (payload["workflow_run_id"], payload["end"]) == (run_id, "run_is_over")
+
+
+@pytest.mark.parametrize("kind", [DifyWorkflowRunTrigger, DifyLatestWorkflowRunTrigger])
 def test_a_run_that_a_search_has_found_is_polled_at_once(
     dify: DifyStandIn, kind: type[DifyWorkflowRunTrigger], standstill: Standstill
 ) -> None:
