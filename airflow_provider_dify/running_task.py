@@ -13,11 +13,7 @@ from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.http_response import reason_of
 from airflow_provider_dify.api.session import call_within
 from airflow_provider_dify.api.started_run import StartedRun, wait_until_named
-from airflow_provider_dify.exceptions import (
-    DifyError,
-    DifyTaskKilled,
-    DifyWorkflowRunUncertain,
-)
+from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled, DifyWorkflowRunUncertain
 from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.looking import RepeatedLook
@@ -151,8 +147,8 @@ class RunningTask:
                 report: StopReport = hook.run_steps(stop_start(start, hook))
         except Exception as error:
             # Whatever it is, the task ends for another reason, which is the one to be told.
-            run = f"Workflow run {start.workflow_run_id} of user {start.user!r}"
-            report = StopReport(False, f"{run} could not be stopped and goes on: {reason_of(error, ())}", True)
+            why = f"The workflow run of user {start.user!r} could not be stopped and goes on: {reason_of(error, ())}"
+            report = StopReport(False, why, True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._stop_was_asked = True

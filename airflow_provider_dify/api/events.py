@@ -22,6 +22,8 @@ ERROR = "error"
 PING = "ping"
 # After any of these the stream has no more events.
 ENDINGS = frozenset({FINISHED, PAUSED, ERROR})
+# An event has all outputs of a run or a node. One that is larger is left to the run's detail.
+MAX_EVENT_MB = 8
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ class EventStreamReader:
         self._pending = bytearray()
         self._searched = 0
         self._data: list[bytes] = []
+        self._size = 0
         self._name = b""
 
     def feed(self, piece: bytes) -> list[WorkflowEvent]:
@@ -116,7 +119,7 @@ class EventStreamReader:
 
         :param piece: bytes, cut anywhere, in the middle of a character too.
         :return: the events that the piece completed.
-        :raises ValueError: if a ``data`` field is no JSON object with the name of an event.
+        :raises ValueError: if a ``data`` field is no JSON object with the name of an event, or an event doesn't end.
         """
         self._pending += piece
         events: list[WorkflowEvent] = []
@@ -127,6 +130,7 @@ class EventStreamReader:
             start = end + 1
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
+                self._size += len(line)
             elif line.startswith(b"event:"):
                 self._name = line[6:].strip()
             elif not line:
@@ -135,9 +139,11 @@ class EventStreamReader:
                 elif self._name == PING.encode():
                     # Passed on, so that a reader of a silent run can look at the clock.
                     events.append(WorkflowEvent(PING, None, None, {}))
-                self._data, self._name = [], b""
+                self._data, self._size, self._name = [], 0, b""
         del self._pending[:start]
         self._searched = len(self._pending)
+        if self._size + len(self._pending) > MAX_EVENT_MB * 2**20:
+            raise ValueError(f"an event of more than {MAX_EVENT_MB} MB without an end")
         return events
 
 
