@@ -162,8 +162,8 @@ class RunningTask:
                 report: StopReport = hook.run_steps(stop_start(start, hook))
         except Exception as error:
             # Whatever it is, the task ends for another reason, which is the one to be told.
-            run = f"Workflow run {start.workflow_run_id} of user {start.user!r}"
-            report = StopReport(False, f"{run} could not be stopped and goes on: {reason_of(error, ())}", True)
+            why = f"The workflow run of user {start.user!r} could not be stopped and goes on: {reason_of(error, ())}"
+            report = StopReport(False, why, True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._stop_was_asked = True

@@ -251,7 +251,7 @@ def _life(run: WorkflowRun, now: datetime) -> str:
     return ", ".join(filter(None, (age, steps))) or "as before"
 
 
-def deferral_deadline(deadline: float, started: datetime | None, execution_timeout: timedelta | None) -> float:
+def deferral_end(deadline: float, started: datetime | None, execution_timeout: timedelta | None) -> float:
     """
     Return when a deferral ends: Airflow 3 does not look at a task's ``execution_timeout`` while it is deferred.
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from airflow_provider_dify.api.async_session import SharedSession
+from airflow_provider_dify.api.backlog import Backlog
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.started_run import (
     START_HEADERS,
@@ -50,6 +51,7 @@ class AsyncWorkflowRunStream(StartedRun):
         self._items: deque[StreamItem] = deque()
         self._end: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._was_taken = asyncio.Event()
         self._is_closed = False
         self._reader = asyncio.get_running_loop().create_task(self._read(body))
 
@@ -62,6 +64,7 @@ class AsyncWorkflowRunStream(StartedRun):
         if self._end is None and not self._items:
             return None
         item = self._end or self._items.popleft()
+        self._was_taken.set()
         if isinstance(item, Exception):
             self._end = item
         try:
@@ -153,10 +156,15 @@ class AsyncWorkflowRunStream(StartedRun):
                 self._put(self._receive(response.status, response.headers, whole))
                 if not is_stream:
                     return
-                reader = self._new_reader()
+                reader, backlog = self._new_reader(), Backlog()
                 async for piece in response.content.iter_any():
-                    for event in reader.feed(piece):
+                    events = reader.feed(piece)
+                    backlog.add(len(piece), len(events))
+                    for event in events:
                         self._put(event)
+                    while backlog.is_full(len(self._items)):
+                        self._was_taken.clear()
+                        await self._was_taken.wait()
                 raise EOFError("the stream ended before the run did")
         except Exception as error:
             if self.is_on_kept_connection and self.server_version is None:

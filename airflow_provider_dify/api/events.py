@@ -26,6 +26,8 @@ ERROR = "error"
 PING = "ping"
 # After any of these the stream has no more events.
 ENDINGS = frozenset({FINISHED, PAUSED, ERROR})
+# An event has all outputs of a run or a node. One that is larger is left to the run's detail.
+MAX_EVENT_MB = 8
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ class EventStreamReader:
         self._pending = bytearray()
         self._searched = 0
         self._data: list[bytes] = []
+        self._size = 0
         self._name = b""
         self._has_warned = False
 
@@ -126,6 +129,7 @@ class EventStreamReader:
 
         :param piece: bytes, cut anywhere, in the middle of a character too.
         :return: the events that the piece completed; one that can't be read is left out, with a warning.
+        :raises ValueError: if an event doesn't end.
         """
         self._pending += piece
         events: list[WorkflowEvent] = []
@@ -136,6 +140,7 @@ class EventStreamReader:
             start = end + 1
             if line.startswith(b"data:"):
                 self._data.append(line[5:].removeprefix(b" "))
+                self._size += len(line)
             elif line.startswith(b"event:"):
                 self._name = line[6:].strip()
             elif not line:
@@ -144,9 +149,11 @@ class EventStreamReader:
                 elif self._name == PING.encode():
                     # Passed on, so that a reader of a silent run can look at the clock.
                     events.append(WorkflowEvent(PING, None, None, {}))
-                self._data, self._name = [], b""
+                self._data, self._size, self._name = [], 0, b""
         del self._pending[:start]
         self._searched = len(self._pending)
+        if self._size + len(self._pending) > MAX_EVENT_MB * 2**20:
+            raise ValueError(f"an event of more than {MAX_EVENT_MB} MB without an end")
         return events
 
     def _read_event(self, text: bytes) -> list[WorkflowEvent]:

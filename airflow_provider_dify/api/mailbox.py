@@ -25,6 +25,11 @@ class Mailbox(Generic[T]):
         self._arrival = threading.Lock()
         self._arrival.acquire()
 
+    @property
+    def waiting(self) -> int:
+        """How many items nobody has taken yet."""
+        return self._items.qsize()
+
     def put(self, item: T) -> None:
         """Hand over an item, from any thread."""
         self._items.put(item)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import requests
 from urllib3.exceptions import NewConnectionError
 
+from airflow_provider_dify.api.backlog import Backlog
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.mailbox import Mailbox
 from airflow_provider_dify.api.session import DifySession
@@ -28,6 +30,9 @@ from airflow_provider_dify.exceptions import DifyError
 
 if TYPE_CHECKING:
     from requests.models import Response
+
+# Seconds between two looks whether the reader of the events has caught up.
+_PAUSE = 0.05
 
 
 class WorkflowRunStream(StartedRun, Closing):
@@ -51,6 +56,7 @@ class WorkflowRunStream(StartedRun, Closing):
         # A response or its events in turn, then why there are no more.
         self._items: Mailbox[StreamItem] = Mailbox()
         self._end: Exception | None = None
+        self._is_closed = False
         threading.Thread(target=self._read, args=(body,), name="dify-start", daemon=True).start()
 
     def next_event(self, seconds: float) -> WorkflowEvent | None:
@@ -94,6 +100,7 @@ class WorkflowRunStream(StartedRun, Closing):
 
     def close(self) -> None:
         """Hang up; the run goes on."""
+        self._is_closed = True
         # First the sockets: a thread that reads one would not notice that it was closed.
         self._session.abort()
         if self._response is not None:
@@ -118,11 +125,16 @@ class WorkflowRunStream(StartedRun, Closing):
             self._items.put(error)
 
     def _read_events(self, response: Response) -> None:
-        reader = self._new_reader()
+        reader, backlog = self._new_reader(), Backlog()
         # What is there, and not the next 8 KB, which a response without chunks would wait for.
         while piece := response.raw.read1(65536):
-            for event in reader.feed(piece):
+            events = reader.feed(piece)
+            backlog.add(len(piece), len(events))
+            for event in events:
                 self._items.put(event)
+            # Without a lock, which a signal's handler in the reader's thread could wait for for ever.
+            while backlog.is_full(self._items.waiting) and not self._is_closed:
+                time.sleep(_PAUSE)
         raise EOFError("the stream ended before the run did")
 
     def _may_have_been_sent(self) -> bool:

@@ -28,14 +28,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs, has_link
 from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import (
-    RunWait,
-    TriggerWait,
-    WaitPolicy,
-    deferral_deadline,
-    error_from_event,
-    is_limited,
-)
+from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, deferral_end, error_from_event, is_limited
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -286,7 +279,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 
         start = task.task_start
-        deadline = deferral_deadline(task.clock.deadline, task.context["ti"].start_date, self.execution_timeout)
+        deadline = deferral_end(task.clock.deadline, task.context["ti"].start_date, self.execution_timeout)
         wait = TriggerWait(
             poll_interval=self.poll_interval,
             deadline=deadline,

@@ -37,14 +37,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.task_xcoms import TaskXComs, has_link
 from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import (
-    RunWait,
-    TriggerWait,
-    WaitPolicy,
-    deferral_deadline,
-    error_from_event,
-    is_limited,
-)
+from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, deferral_end, error_from_event, is_limited
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -270,7 +263,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     def _defer(self, wait: RunWait, context: Context) -> NoReturn:
         if self._deadline is None:
             started = getattr(context["ti"], "start_date", None)
-            self._deadline = deferral_deadline(time.time() + self.timeout, started, self.execution_timeout)
+            self._deadline = deferral_end(time.time() + self.timeout, started, self.execution_timeout)
         self.defer(
             trigger=self._trigger(self._trigger_wait(self._deadline, wait.first_poll.timestamp())),
             method_name="execute_complete",

@@ -152,5 +152,5 @@ def test_a_stop_that_fails_does_not_hide_why_the_task_failed(
     assert [type(error) for error in result.raised["run"]] == [DifyConnectionError]
     printed = capfd.readouterr()
     (started,) = dify.started
-    run = f"Workflow run {started.workflow_run_id} of user {started.user!r}"
+    run = f"The workflow run of user {started.user!r}"
     assert f"{run} could not be stopped and goes on: BackendError: no thread" in printed.out + printed.err + caplog.text

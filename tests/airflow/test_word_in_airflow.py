@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER as HAS_TASK_STATE
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -300,6 +301,12 @@ def test_also_where_a_limit_of_time_comes_first(
 def test_a_run_that_its_events_say_failed_is_a_failure_that_retries_repeat(dify: DifyStandIn, record: Any) -> None:
     finished = said_finished("failed", error="no such model")
     dify.starts.append(Start(raw=(PING, STARTED, finished), statuses=record(dify)))
+    if record is stays_running and not HAS_TASK_STATE:
+        # Nothing would keep a retry from taking up the run whose record stays.
+        error = error_of(run_operator(not_found_grace=0.4, retries=1, retry_delay=0, timeout=15))
+        assert type(error) is DifyWorkflowRunCannotSucceed
+        assert (posts(dify), dify.stopped) == (1, [])
+        return
     if record is fails:
         result = run_operator(not_found_grace=0.4, timeout=15)
         error = error_of(result)
