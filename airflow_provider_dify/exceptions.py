@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 from airflow_provider_dify import DOCUMENTATION
-from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.api.models import WorkflowRun
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -80,7 +80,7 @@ def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let the hooks' ``run_workflow`` have a grace of 0.3 seconds, not of a minute; return what sets another one."""
-    from airflow_provider_dify.following import Follower
+    from airflow_provider_dify.runs.following import Follower
 
     def use(seconds: float) -> None:
         assert Follower.__init__.__defaults__ is not None
@@ -94,7 +94,7 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 @pytest.fixture
 def short_reading_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a stream be read on for half a second after an error, not for two."""
-    for module in ("api.started_run", "following"):
+    for module in ("api.started_run", "runs.following"):
         monkeypatch.setattr(f"airflow_provider_dify.{module}.SECONDS_AFTER_ERROR", 0.5)
 
 
@@ -106,5 +106,5 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DifyHook.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
     monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
-    for module in ("following", "looking"):
-        monkeypatch.setattr(f"airflow_provider_dify.{module}.RETRY_DELAY", 0.01)
+    for module in ("following", "log"):
+        monkeypatch.setattr(f"airflow_provider_dify.runs.{module}.RETRY_DELAY", 0.01)

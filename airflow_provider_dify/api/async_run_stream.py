@@ -8,18 +8,18 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from airflow_provider_dify.api.async_session import SharedSession
-from airflow_provider_dify.api.backlog import Backlog
+from airflow_provider_dify.api.calls import run_steps_async
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.started_run import (
     START_HEADERS,
+    Backlog,
     NextEvent,
     StartedRun,
     StreamItem,
     next_required_event,
     require_name,
 )
-from airflow_provider_dify.api.steps import run_steps_async
-from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyError
 
 if TYPE_CHECKING:

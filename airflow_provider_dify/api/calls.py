@@ -1,22 +1,155 @@
 """
-What is asked of Dify, as data: one request, or several that depend on each other. No I/O.
+What runs the requests of :data:`~airflow_provider_dify.api.calls.Steps`, on a worker and on an event loop.
 
-A function that needs several requests is a generator of :data:`Steps`: it yields a :class:`Call` and is sent what the
-response meant, or has the error thrown in. The hooks run it, one with ``await`` and one without.
+The two differ in the ``await`` only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+import contextlib
+import json
+import mimetypes
+import os
+import uuid
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
-from airflow_provider_dify.api import responses, routes
+from airflow_provider_dify.api import responses
 from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.models import AppInfo, LogRow, WorkflowRun
 from airflow_provider_dify.api.started_run import NextEvent
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.models import AppInfo, LogRow, WorkflowRun
+from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.exceptions import (
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunNotFound,
+)
+
+INFO = "/info"
+PARAMETERS = "/parameters"
+LOGS = "/workflows/logs"
+UPLOAD = "/files/upload"
+
+# The longest user that Dify takes; a longer one is a 500.
+MAX_USER_LENGTH = 255
+
+
+def run_path(workflow_run_id: str) -> str:
+    """Return the path of a run's detail."""
+    return f"/workflows/run/{workflow_run_id}"
+
+
+def start_path(workflow_id: str | None) -> str:
+    """Return the path that starts a run of the current version, or of the one with this id."""
+    return "/workflows/run" if workflow_id is None else f"/workflows/{parse_uuid('workflow_id', workflow_id)}/run"
+
+
+def stop_path(task_id: str) -> str:
+    """Return the path that stops a task."""
+    return f"/workflows/tasks/{parse_uuid('task_id', task_id)}/stop"
+
+
+def events_path(workflow_run_id: str) -> str:
+    """Return the path of a run's events (Dify 1.14 and later)."""
+    return f"/workflow/{workflow_run_id}/events"
+
+
+def parse_workflow_run_id(workflow_run_id: object) -> str:
+    """
+    Parse a workflow run id before any request is made with it.
+
+    Dify returns a 500 for an id that is no UUID, and an HTML 404 for an empty one, which both look like a fault of the
+    server that may pass.
+
+    :param workflow_run_id: any spelling that ``uuid.UUID`` takes.
+    :return: the id in lower case with hyphens.
+    :raises DifyConfigurationError: if it is anything else; the message shows what it was.
+    """
+    return parse_uuid("workflow_run_id", workflow_run_id)
+
+
+def parse_uuid(name: str, value: object) -> str:
+    """
+    Parse an id that becomes part of a path.
+
+    :param name: the argument, for the message.
+    :param value: any spelling that ``uuid.UUID`` takes.
+    :return: the id in lower case with hyphens.
+    :raises DifyConfigurationError: if it is anything else; the message shows what it was.
+    """
+    if isinstance(value, uuid.UUID):
+        return str(value)
+    if isinstance(value, str):
+        try:
+            return str(uuid.UUID(value))
+        except ValueError:
+            pass
+    raise DifyConfigurationError(
+        f"{name} must be the UUID that Dify returned, but it is {one_line(repr(value), 120)} ({type(value).__name__}). "
+        "If it is a template or comes from an upstream task, check what that task returned."
+    )
+
+
+def check_user(user: object) -> None:
+    """
+    Check the ``user`` of a request.
+
+    :param user: text of 1 to 255 characters.
+    :raises DifyConfigurationError: if it is anything else.
+    """
+    if not isinstance(user, str) or not user or len(user) > MAX_USER_LENGTH:
+        raise DifyConfigurationError(
+            f"user must be text of 1 to {MAX_USER_LENGTH} characters, but it is {one_line(repr(user), 300)}."
+        )
+
+
+def encode_start(inputs: Mapping[str, Any], user: str) -> bytes:
+    """
+    Return the body of a start in streaming mode.
+
+    :param inputs: the workflow's inputs; sequences of any kind become lists, such as the outputs of a mapped task.
+    :param user: who starts the run.
+    :return: JSON.
+    :raises DifyConfigurationError: if an argument can't be sent.
+    """
+    check_user(user)
+    try:
+        fields = {"inputs": dict(inputs), "user": user, "response_mode": "streaming"}
+        return json.dumps(fields, allow_nan=False, default=_as_list).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DifyConfigurationError(f"inputs must be an object of JSON values: {error}") from error
+
+
+def _as_list(value: Any) -> list[Any]:
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")
+
+
+@contextlib.contextmanager
+def open_upload(
+    file: str | os.PathLike[str] | IO[bytes], file_name: str | None, mime_type: str | None
+) -> Iterator[tuple[str, IO[bytes], str]]:
+    """
+    Open a file to upload.
+
+    :param file: a path, or a file that is open for reading bytes, which stays open.
+    :param file_name: its name; that of the file by default.
+    :param mime_type: its type, without which Dify refuses the upload (415); guessed from the name by default.
+    :return: name, open file and type, as ``requests`` takes them.
+    :raises DifyConfigurationError: if the file can't be read.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+        except OSError as error:
+            raise DifyConfigurationError(f"The file to upload cannot be read: {error}") from error
+        name = file_name or os.path.basename(str(getattr(opened, "name", "file")))
+        yield name, opened, mime_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
+
 
 T = TypeVar("T")
 
@@ -79,7 +212,7 @@ def run_detail(workflow_run_id: str) -> Call[WorkflowRun]:
     """Return the request for a run's detail; the id is parsed already."""
     return Call(
         "GET",
-        routes.run_path(workflow_run_id),
+        run_path(workflow_run_id),
         f"workflow run {workflow_run_id}",
         lambda response: responses.parse_workflow_run(response, workflow_run_id),
         is_final=_may_mean_an_unknown_run,
@@ -88,18 +221,18 @@ def run_detail(workflow_run_id: str) -> Call[WorkflowRun]:
 
 def app_info() -> Call[AppInfo]:
     """Return the request for the app's name and mode."""
-    return Call("GET", routes.INFO, "the app's name", responses.parse_app_info)
+    return Call("GET", INFO, "the app's name", responses.parse_app_info)
 
 
 def parameters() -> Call[dict[str, Any]]:
     """Return the request for the app's input form."""
-    return Call("GET", routes.PARAMETERS, "the app's input form", responses.parse_parameters)
+    return Call("GET", PARAMETERS, "the app's input form", responses.parse_parameters)
 
 
 def stop_task(task_id: str, user: str) -> Call[None]:
     """Return the request to stop a task."""
-    routes.check_user(user)
-    path = routes.stop_path(task_id)
+    check_user(user)
+    path = stop_path(task_id)
     return Call("POST", path, f"the stop of task {task_id}", responses.parse_stop, body={"user": user})
 
 
@@ -124,7 +257,7 @@ def logged_runs(
     }
     return Call(
         "GET",
-        routes.LOGS,
+        LOGS,
         responses.LOG_SUBJECT,
         responses.parse_log,
         params={name: value for name, value in params.items() if value is not None},
@@ -165,3 +298,45 @@ def look_up_run(workflow_run_id: str) -> Steps[WorkflowRun]:
 
 def _may_mean_an_unknown_run(error: DifyConnectionError) -> bool:
     return error.status_code == 500 and error.code == "unknown" and error.server_version == "1.13.0"
+
+
+def run_steps(steps: Generator[Any, Any, T], take_step: Callable[[Any], Any]) -> T:
+    """
+    Run requests that depend on each other.
+
+    :param steps: yields each request, and is sent what its response meant.
+    :param take_step: sends a request, and returns what its response means.
+    :return: what the steps return.
+    """
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = take_step(step)
+            except BaseException as error:  # noqa: PERF203
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]
+
+
+async def run_steps_async(steps: Generator[Any, Any, T], take_step: Callable[[Any], Awaitable[Any]]) -> T:
+    """
+    Run requests that depend on each other, on an event loop.
+
+    :param steps: yields each request, and is sent what its response meant.
+    :param take_step: sends a request, and returns what its response means.
+    :return: what the steps return.
+    """
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = await take_step(step)
+            except BaseException as error:  # noqa: PERF203
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration as done:
+        return done.value  # type: ignore[no-any-return]

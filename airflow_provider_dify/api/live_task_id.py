@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 
-from airflow_provider_dify.api.calls import LiveTaskId
+from airflow_provider_dify.api.calls import LiveTaskId, events_path
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
-from airflow_provider_dify.api.routes import events_path
 from airflow_provider_dify.api.session import DifySession, call_within
-from airflow_provider_dify.connection import DifyConnection
 
 
 def task_id_from(reader: EventStreamReader, piece: bytes, workflow_run_id: str) -> str | None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import urlsplit
 
-from airflow_provider_dify.api.fields import Fields
-from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.http_response import Fields, HttpResponse
+from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, status_of
+from airflow_provider_dify.api.text import REASON_LENGTH, one_line
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -21,8 +22,6 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunFailed,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.excerpts import REASON_LENGTH, one_line
-from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, status_of
 
 # 425 is the one other 4xx that HTTP itself defines as "the same request may succeed later".
 _PASSING_STATUS_CODES = frozenset({408, 425, 429})

@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 import requests
 from urllib3.exceptions import NewConnectionError
 
-from airflow_provider_dify.api.backlog import Backlog
+from airflow_provider_dify.api.calls import run_steps
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.api.mailbox import Mailbox
-from airflow_provider_dify.api.session import DifySession
+from airflow_provider_dify.api.session import Closing, DifySession, Mailbox
 from airflow_provider_dify.api.started_run import (
     START_HEADERS,
+    Backlog,
     NextEvent,
     StartedRun,
     StreamItem,
     next_required_event,
     require_name,
 )
-from airflow_provider_dify.api.steps import run_steps
-from airflow_provider_dify.closing import Closing
-from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyError
 
 if TYPE_CHECKING:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http.cookiejar import DefaultCookiePolicy
-from queue import Empty
-from typing import TYPE_CHECKING, Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import urljoin
 from weakref import WeakSet
 
@@ -18,15 +19,80 @@ from requests.auth import AuthBase
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from airflow_provider_dify.api.environment import route_to
+from airflow_provider_dify.api.connection import HEADERS, DifyConnection
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
-from airflow_provider_dify.api.mailbox import Mailbox
-from airflow_provider_dify.connection import HEADERS, DifyConnection
+from airflow_provider_dify.api.network import route_to
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from requests.models import PreparedRequest, Response
+    from typing_extensions import Self
+
+
+class Closing:
+    """Mixed into what has a ``close()``: ``with ... as it: ...`` closes it at the end."""
+
+    def close(self) -> None:
+        """Close it; the class that this is mixed into says how."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
 
 T = TypeVar("T")
+
+
+class Mailbox(Generic[T]):
+    """
+    A queue whose wait ends in time also where a signal's handler takes longer, and waits on the same queue.
+
+    ``SimpleQueue.get`` never ends then on Python 3.10 to 3.12 (measured): it goes on with what is left of its timeout,
+    which is negative. ``Queue.get`` holds a lock, for which a handler in the same thread would wait for ever.
+    """
+
+    def __init__(self) -> None:
+        self._items: SimpleQueue[T] = SimpleQueue()
+        # Free once something has arrived since the last wait.
+        self._arrival = threading.Lock()
+        self._arrival.acquire()
+
+    @property
+    def waiting(self) -> int:
+        """How many items nobody has taken yet."""
+        return self._items.qsize()
+
+    def put(self, item: T) -> None:
+        """Hand over an item, from any thread."""
+        self._items.put(item)
+        # Free already where nobody has waited since the last one.
+        with contextlib.suppress(RuntimeError):
+            self._arrival.release()
+
+    def get(self, timeout: float) -> T:
+        """
+        Return the next item.
+
+        :param timeout: seconds to wait for it.
+        :raises Empty: if none came in time.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            with contextlib.suppress(Empty):
+                return self._items.get_nowait()
+            left = until - time.monotonic()
+            if left <= 0 or not self._arrival.acquire(timeout=left):
+                # What came meanwhile, and a handler has taken note of.
+                return self._items.get_nowait()
 
 
 class DifySession(requests.Session):

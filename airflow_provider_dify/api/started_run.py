@@ -3,17 +3,55 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
 from airflow_provider_dify.api.responses import error_from_event, error_from_start
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
-from airflow_provider_dify.excerpts import one_line
+
+MAX_EVENTS = 1_000
+MAX_BYTES = 16 * 1024 * 1024
+
+
+class Backlog:
+    """The events of a stream that its reader has not taken yet, as the one who reads the socket knows them."""
+
+    def __init__(self) -> None:
+        # Of each event, or of the first one of several that came together.
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
+        self._begun = 0
+
+    def add(self, size: int, events: int) -> None:
+        """
+        Note the next piece of the stream.
+
+        :param size: its bytes.
+        :param events: how many events it completed.
+        """
+        self._begun += size
+        if events:
+            self._sizes.extend([self._begun, *[0] * (events - 1)])
+            self._bytes += self._begun
+            self._begun = 0
+
+    def is_full(self, waiting: int) -> bool:
+        """
+        Return whether the reader has to catch up first.
+
+        :param waiting: how many events it has not taken yet.
+        """
+        while len(self._sizes) > waiting:
+            self._bytes -= self._sizes.popleft()
+        return waiting >= MAX_EVENTS or self._bytes >= MAX_BYTES
+
 
 _SUBJECT = "the start of a workflow run"
 START_HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.exceptions import DifyError
-from airflow_provider_dify.input_check import check_inputs
-from airflow_provider_dify.input_form import InputForm, parse_input_form
+from airflow_provider_dify.runs.inputs import InputForm, check_inputs, parse_input_form
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.api.routes import MAX_USER_LENGTH, check_user
-from airflow_provider_dify.starting import installation_id, shorten_user, task_name
+from airflow_provider_dify.api.calls import MAX_USER_LENGTH, check_user
+from airflow_provider_dify.tasks.start import installation_id, shorten_user, task_name
 
 # Room for the row and the attempt: "/999999999.999".
 _ROW_LENGTH = 20

@@ -8,11 +8,11 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.arguments import parse_limit
+from airflow_provider_dify.api.models import WorkflowRunStatus
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.exceptions import DifyBatchFailed
-from airflow_provider_dify.excerpts import one_line
-from airflow_provider_dify.models import WorkflowRunStatus
+from airflow_provider_dify.tasks.arguments import parse_limit
 
 # Errors that are counted one by one; a batch of a million rows may have as many texts.
 _MAX_ERRORS = 200

@@ -23,12 +23,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from airflow_provider_dify.api.text import one_line, redact
 from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult, RowSet
 from airflow_provider_dify.batch.rows import is_file
 from airflow_provider_dify.batch.storage import is_same_file, open_stream, storage_errors, storage_path
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
-from airflow_provider_dify.excerpts import one_line, redact
 
 # A merge has many parts open, each with a buffer of this size.
 _MERGE_BUFFER = 262_144

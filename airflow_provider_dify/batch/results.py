@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyOutputsError
-from airflow_provider_dify.models import WorkflowRun
-from airflow_provider_dify.xcoms import xcom_problem
+from airflow_provider_dify.tasks.xcoms import xcom_problem
 
 # A part is written as soon as it has so many rows or bytes, or its first result is so many seconds old.
 PART_ROWS = 1_000

@@ -28,10 +28,7 @@ from enum import Enum
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Steps
-from airflow_provider_dify.batch.naming import RowUsers
-from airflow_provider_dify.batch.results import Checkpoint
-from airflow_provider_dify.log_pages import LogPage
-from airflow_provider_dify.models import (
+from airflow_provider_dify.api.models import (
     WAITING_STATUSES,
     LogRow,
     RowWithoutRun,
@@ -39,8 +36,10 @@ from airflow_provider_dify.models import (
     is_deleted,
     row_key,
 )
-from airflow_provider_dify.run_search import CLOCK_TOLERANCE, without_record
-from airflow_provider_dify.starting import SECONDS_FOR_LOG
+from airflow_provider_dify.batch.naming import RowUsers
+from airflow_provider_dify.batch.results import Checkpoint
+from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, LogPage, without_record
+from airflow_provider_dify.tasks.start import SECONDS_FOR_LOG
 
 _PAGE_SIZE = 100
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Pause, Steps
 from airflow_provider_dify.api.events import WorkflowEvent
+from airflow_provider_dify.api.models import WorkflowRun
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError, DifyError
-from airflow_provider_dify.excerpts import one_line
-from airflow_provider_dify.following import Follower
-from airflow_provider_dify.models import WorkflowRun
-from airflow_provider_dify.run_search import RunSearch
-from airflow_provider_dify.verdict import Verdict
-from airflow_provider_dify.waiting import RunWait
+from airflow_provider_dify.runs.following import Follower
+from airflow_provider_dify.runs.log import RunSearch
+from airflow_provider_dify.runs.verdict import Verdict
+from airflow_provider_dify.runs.waiting import RunWait
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
-from airflow_provider_dify.api.calls import SendStart, Step, Steps
-from airflow_provider_dify.api.steps import run_steps_async
+from airflow_provider_dify.api.calls import SendStart, Step, Steps, run_steps_async
+from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, look_for
@@ -24,14 +24,12 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.looking import RepeatedLook
-from airflow_provider_dify.models import WorkflowRun
-from airflow_provider_dify.run_search import RunSearch
-from airflow_provider_dify.stopping import stop_run
-from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.verdict import Outcome, Verdict
-from airflow_provider_dify.waiting import RunWait, WaitPolicy, delay_after
-from airflow_provider_dify.whole_run import name_run, named_stream
+from airflow_provider_dify.runs.clock import TaskClock
+from airflow_provider_dify.runs.log import RepeatedLook, RunSearch
+from airflow_provider_dify.runs.stopping import stop_run
+from airflow_provider_dify.runs.verdict import Outcome, Verdict
+from airflow_provider_dify.runs.waiting import RunWait, WaitPolicy, delay_after
+from airflow_provider_dify.runs.whole_run import name_run, named_stream
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.storage import open_text
 from airflow_provider_dify.exceptions import DifyConfigurationError
-from airflow_provider_dify.excerpts import one_line
 
 # Characters of one row. A longer line is an error of its own, so that no file can fill the memory.
 MAX_ROW_LENGTH = 10_000_000

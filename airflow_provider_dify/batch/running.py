@@ -12,16 +12,17 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_dify.batch.concurrency import RunLimit
+from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.form_check import FormCheck
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
-from airflow_provider_dify.batch.places import Places
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log
 from airflow_provider_dify.batch.row_run import BatchClient, NoMoreStarts, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
+from airflow_provider_dify.batch.slots import Places, RunLimit
 from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
@@ -30,11 +31,9 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.excerpts import one_line
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.looking import RepeatedLook
-from airflow_provider_dify.models import WorkflowRunStatus, is_server_from
-from airflow_provider_dify.task_clock import TaskClock
+from airflow_provider_dify.runs.clock import TaskClock
+from airflow_provider_dify.runs.log import RepeatedLook
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from airflow_provider_dify.batch.row_run import RowRun
-from airflow_provider_dify.stopping import StopReport, stop_run
+from airflow_provider_dify.runs.stopping import StopReport, stop_run
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

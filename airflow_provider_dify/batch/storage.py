@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from airflow_provider_dify.api.text import one_line, redact
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
-from airflow_provider_dify.excerpts import one_line, redact
 
 # What no retry changes: no such file, no such storage, or its package isn't installed.
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError, ImportError)

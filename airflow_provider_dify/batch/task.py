@@ -18,7 +18,7 @@ from airflow_provider_dify.batch.result_files import ResultFiles
 from airflow_provider_dify.batch.rows import count_rows, load_lazy
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
-from airflow_provider_dify.starting import first_try_number
+from airflow_provider_dify.tasks.start import first_try_number
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

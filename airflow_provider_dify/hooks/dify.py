@@ -7,19 +7,18 @@ import time
 from collections.abc import Mapping
 from typing import IO, TYPE_CHECKING, Any
 
-from airflow_provider_dify.api import calls, routes
-from airflow_provider_dify.api.bodies import open_upload
-from airflow_provider_dify.api.calls import SendStart
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.calls import SendStart, open_upload
+from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
 from airflow_provider_dify.api.responses import parse_uploaded_file_id
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
 from airflow_provider_dify.api.session import send
 from airflow_provider_dify.exceptions import DifyError
-from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.hooks.sending import SendingHook
-from airflow_provider_dify.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
-from airflow_provider_dify.task_clock import WEEK, TaskClock
-from airflow_provider_dify.whole_run import run_workflow, wait_for_run
+from airflow_provider_dify.runs.clock import WEEK, TaskClock
+from airflow_provider_dify.runs.following import Follower
+from airflow_provider_dify.runs.whole_run import run_workflow, wait_for_run
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -59,7 +58,7 @@ class DifyHook(SendingHook):
         :raises DifyRequestError: if the request is rejected otherwise.
         :raises DifyConnectionError: if Dify can't be reached, fails, or something else responds, retries included.
         """
-        return self.run_steps(calls.look_up_run(routes.parse_workflow_run_id(workflow_run_id)))
+        return self.run_steps(calls.look_up_run(calls.parse_workflow_run_id(workflow_run_id)))
 
     def get_app_info(self) -> AppInfo:
         """
@@ -225,7 +224,7 @@ class DifyHook(SendingHook):
         :return: the file's id.
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
-        routes.check_user(user)
+        calls.check_user(user)
         with open_upload(file, file_name, mime_type) as part:
             start = part[1].tell()
 
@@ -235,7 +234,7 @@ class DifyHook(SendingHook):
                     self._get_session(),
                     self.connection,
                     "POST",
-                    routes.UPLOAD,
+                    calls.UPLOAD,
                     f"the upload of {part[0]!r}",
                     time_limit=None,
                     files={"file": part},

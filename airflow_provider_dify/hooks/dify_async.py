@@ -11,21 +11,28 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
-from airflow_provider_dify.api import calls, routes
+from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.api.async_session import SharedSession
-from airflow_provider_dify.api.bodies import encode_start
-from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause, SendStart, Step, Steps
+from airflow_provider_dify.api.calls import (
+    Call,
+    LiveTaskId,
+    Pause,
+    SendStart,
+    Step,
+    Steps,
+    encode_start,
+    run_steps_async,
+)
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
+from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRun, runs_of
 from airflow_provider_dify.api.started_run import NextEvent
-from airflow_provider_dify.api.steps import run_steps_async
-from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyAuthenticationError
-from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.shared_connection import read_connection
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRun, runs_of
-from airflow_provider_dify.task_clock import WEEK, TaskClock
-from airflow_provider_dify.whole_run import run_workflow
+from airflow_provider_dify.runs.clock import WEEK, TaskClock
+from airflow_provider_dify.runs.following import Follower
+from airflow_provider_dify.runs.whole_run import run_workflow
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -108,7 +115,7 @@ class DifyAsyncHook:
         :return: the run, whatever its status.
         :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
         """
-        return await self.run_steps(calls.look_up_run(routes.parse_workflow_run_id(workflow_run_id)))
+        return await self.run_steps(calls.look_up_run(calls.parse_workflow_run_id(workflow_run_id)))
 
     async def start_workflow_run(
         self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None, timeout: float = 300.0
@@ -255,7 +262,7 @@ class DifyAsyncHook:
 
     def _send_start(self, start: SendStart) -> AsyncWorkflowRunStream:
         """Send a start once, and return at once."""
-        path = routes.start_path(start.workflow_id)
+        path = calls.start_path(start.workflow_id)
         body = encode_start(start.inputs, start.user)
         assert self.connection is not None  # noqa: S101
         url = f"{self.connection.base_url}{path}"

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from airflow.providers.common.compat.connection import get_async_connection
 
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.connection import DifyConnection
 
 # Seconds for which a reading counts.
 FRESH_SECONDS = 60.0

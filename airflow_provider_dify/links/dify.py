@@ -6,8 +6,8 @@ from typing import Any
 
 from airflow.providers.common.compat.sdk import BaseOperatorLink
 
-from airflow_provider_dify.xcoms import RUN_LOG as RUN_LOG_KEY
-
+# The XCom that the link is read from; with a dash, which few outputs have in their name.
+RUN_LOG_KEY = "dify-run-log"
 # A task's background and text in Airflow 2's graph. Airflow 2 writes in a light grey where the text's colour is black.
 UI_COLOR = "#d5e0ff"
 UI_FGCOLOR = "#1c2a5e"

@@ -17,7 +17,6 @@ from airflow_provider_dify.airflow_versions import (
     context_of_ended_deferral,
     is_deferral_timeout,
 )
-from airflow_provider_dify.arguments import parse_count, parse_end_from_trigger, parse_seconds
 from airflow_provider_dify.exceptions import (
     DifyError,
     DifyTaskKilled,
@@ -26,15 +25,23 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.task_xcoms import TaskXComs, has_link
-from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, deferral_end, error_from_event, is_limited
+from airflow_provider_dify.runs.verdict import Outcome
+from airflow_provider_dify.runs.waiting import (
+    RunWait,
+    TriggerWait,
+    WaitPolicy,
+    deferral_end,
+    error_from_event,
+    is_limited,
+)
+from airflow_provider_dify.tasks.arguments import parse_count, parse_end_from_trigger, parse_seconds
+from airflow_provider_dify.tasks.xcoms import TaskXComs, has_link
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
     from airflow_provider_dify.hooks.dify import DifyHook
-    from airflow_provider_dify.running_task import RunningTask
+    from airflow_provider_dify.tasks.task_try import RunningTask
 
 # How long a worker has at least to read a run that the triggerer saw end.
 SECONDS_TO_READ = 60.0
@@ -214,9 +221,9 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     def _begin(self, context: Context, deadline: float) -> RunningTask:
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.running_task import RunningTask
-        from airflow_provider_dify.starting import StartSettings
-        from airflow_provider_dify.task_clock import TaskClock
+        from airflow_provider_dify.runs.clock import TaskClock
+        from airflow_provider_dify.tasks.start import StartSettings
+        from airflow_provider_dify.tasks.task_try import RunningTask
 
         settings = StartSettings(
             inputs=self.inputs,

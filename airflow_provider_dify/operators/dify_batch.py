@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import BaseOperator
 
-from airflow_provider_dify.arguments import parse_count, parse_limit, parse_seconds
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.task_xcoms import TaskXComs
+from airflow_provider_dify.tasks.arguments import parse_count, parse_limit, parse_seconds
+from airflow_provider_dify.tasks.xcoms import TaskXComs
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

@@ -27,7 +27,6 @@ from airflow_provider_dify.airflow_versions import (
     is_deferral_timeout,
     params_without_default,
 )
-from airflow_provider_dify.arguments import parse_count, parse_end_from_trigger, parse_seconds
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
@@ -35,15 +34,23 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.task_xcoms import TaskXComs, has_link
-from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import RunWait, TriggerWait, WaitPolicy, deferral_end, error_from_event, is_limited
+from airflow_provider_dify.runs.verdict import Outcome
+from airflow_provider_dify.runs.waiting import (
+    RunWait,
+    TriggerWait,
+    WaitPolicy,
+    deferral_end,
+    error_from_event,
+    is_limited,
+)
+from airflow_provider_dify.tasks.arguments import parse_count, parse_end_from_trigger, parse_seconds
+from airflow_provider_dify.tasks.xcoms import TaskXComs, has_link
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
+    from airflow_provider_dify.api.models import WorkflowRun
     from airflow_provider_dify.hooks.dify import DifyHook
-    from airflow_provider_dify.models import WorkflowRun
     from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 
 # A worker that ends a try needs seconds, in which the next one must not begin.

@@ -9,16 +9,15 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.exceptions import DifyConfigurationError
-from airflow_provider_dify.latest_run import LatestRunSearch, parse_time
-from airflow_provider_dify.run_filter import RunFilter
+from airflow_provider_dify.runs.wanted import LatestRunSearch, RunFilter, parse_time
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_dify.models import WorkflowRun
+    from airflow_provider_dify.api.models import WorkflowRun
+    from airflow_provider_dify.runs.waiting import TriggerWait
     from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
-    from airflow_provider_dify.waiting import TriggerWait
 
 
 class DifyLatestWorkflowRunSensor(DifyWorkflowRunSensor):

@@ -12,22 +12,21 @@ from airflow.providers.common.compat.sdk import conf
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
-from airflow_provider_dify.api.routes import parse_workflow_run_id
+from airflow_provider_dify.api.calls import parse_workflow_run_id
+from airflow_provider_dify.api.models import known_fields
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.excerpts import one_line
-from airflow_provider_dify.models import known_fields
-from airflow_provider_dify.run_search import RunSearch, find_run
-from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
+from airflow_provider_dify.runs.log import RunSearch, find_run
+from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
+from airflow_provider_dify.runs.verdict import Outcome
+from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait, TriggerWait, WaitEnd, delay_after, next_interval
+from airflow_provider_dify.triggers.on_kill import is_waiting_elsewhere, run_shielded
 from airflow_provider_dify.triggers.outputs import TriggerXComs
-from airflow_provider_dify.triggers.shielding import run_shielded
-from airflow_provider_dify.triggers.takeover import is_waiting_elsewhere
-from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import LIFE_INTERVAL, RunWait, TriggerWait, WaitEnd, delay_after, next_interval
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -42,8 +41,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     Poll a Dify workflow run until the wait is over, and send how it ended in one small event.
 
     The event's payload holds ``workflow_run_id``, ``status``, ``end`` (a
-    :class:`~airflow_provider_dify.waiting.WaitEnd`), ``message`` and, where the wait failed, ``error``. It never holds
-    outputs: Airflow logs payloads and keeps them in its database. The worker reads the finished run once more.
+    :class:`~airflow_provider_dify.runs.waiting.WaitEnd`), ``message`` and, where the wait failed, ``error``. It never
+    holds outputs: Airflow logs payloads and keeps them in its database. The worker reads the finished run once more.
 
     A run that is still queued at Dify has no id. The trigger looks for it in Dify's log first.
 
@@ -52,7 +51,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     :param workflow_run_id: the run's UUID; ``None`` for a run that ``search`` describes.
     :param dify_conn_id: the Airflow connection.
-    :param arguments: the fields of :class:`~airflow_provider_dify.waiting.TriggerWait`.
+    :param arguments: the fields of :class:`~airflow_provider_dify.runs.waiting.TriggerWait`.
     """
 
     # Seconds after the first failed poll; doubled with each further one.

@@ -21,17 +21,16 @@ except ImportError:
 
 from airflow_provider_dify.airflow_versions import asset_state_of
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.arguments import parse_seconds
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
     DifyError,
     DifyRequestError,
 )
-from airflow_provider_dify.finished_runs import look_at_runs
-from airflow_provider_dify.run_filter import RunFilter
-from airflow_provider_dify.run_window import Look, RunWindow, WindowPolicy
-from airflow_provider_dify.waiting import MAX_RETRY_DELAY, delay_after
+from airflow_provider_dify.runs.ended import Look, RunWindow, WindowPolicy, look_at_runs
+from airflow_provider_dify.runs.waiting import MAX_RETRY_DELAY, delay_after
+from airflow_provider_dify.runs.wanted import RunFilter
+from airflow_provider_dify.tasks.arguments import parse_seconds
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

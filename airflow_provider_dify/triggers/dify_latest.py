@@ -6,9 +6,9 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_dify.latest_run import LatestRunSearch
+from airflow_provider_dify.runs.waiting import WaitEnd
+from airflow_provider_dify.runs.wanted import LatestRunSearch
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger, load_client
-from airflow_provider_dify.waiting import WaitEnd
 
 if TYPE_CHECKING:
     from airflow.triggers.base import TriggerEvent
@@ -19,7 +19,7 @@ class DifyLatestWorkflowRunTrigger(DifyWorkflowRunTrigger):
     Look until a run that fits has ended, and send one small event, as its base class does.
 
     :param arguments: as for :class:`~airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`; ``search`` is what
-        :meth:`~airflow_provider_dify.latest_run.LatestRunSearch.serialize` returns.
+        :meth:`~airflow_provider_dify.runs.wanted.LatestRunSearch.serialize` returns.
     """
 
     def serialize(self) -> tuple[str, dict[str, Any]]:

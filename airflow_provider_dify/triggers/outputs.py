@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.connection import DifyConnection
+from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.exceptions import DifyError
-from airflow_provider_dify.models import WorkflowRun
-from airflow_provider_dify.waiting import TriggerWait
-from airflow_provider_dify.xcoms import RUN_LOG, check_outputs, run_log_url, xcoms_from_run
+from airflow_provider_dify.runs.waiting import TriggerWait
+from airflow_provider_dify.tasks.xcoms import RUN_LOG, check_outputs, run_log_url, xcoms_from_run
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

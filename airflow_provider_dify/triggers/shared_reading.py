@@ -13,11 +13,10 @@ import math
 import time
 from typing import Any, TypeVar
 
-from airflow_provider_dify.api.calls import Call, Step, Steps
-from airflow_provider_dify.api.steps import run_steps_async
+from airflow_provider_dify.api.async_session import Shared
+from airflow_provider_dify.api.calls import Call, Step, Steps, run_steps_async
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.sharing import Shared
 
 T = TypeVar("T")
 

@@ -145,7 +145,7 @@ def test_a_stop_that_fails_does_not_hide_why_the_task_failed(
     def fail(*_: Any) -> Any:
         raise BackendError("no thread could be started")
 
-    monkeypatch.setattr("airflow_provider_dify.running_task.stop_start", fail)
+    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.stop_start", fail)
     dify.starts.append(Start(statuses=("running",), cut=2000))
     dify.misbehave_always(respond(503), only="GET .*/workflows/run/")
     result = run_operator(max_consecutive_failures=1, retries=0)

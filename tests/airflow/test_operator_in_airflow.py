@@ -24,7 +24,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
-from airflow_provider_dify.starting import default_user
+from airflow_provider_dify.tasks.start import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_operator
 from tests.dify_stand_in import (

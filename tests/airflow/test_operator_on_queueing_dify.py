@@ -43,8 +43,8 @@ WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": Tr
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     # Scaled down as the stand-in's runs are.
-    monkeypatch.setattr("airflow_provider_dify.running_task.SECONDS_BEFORE_DEFERRAL", 0.3)
-    monkeypatch.setattr("airflow_provider_dify.running_task.SECONDS_BEFORE_QUEUED", 0.1)
+    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_DEFERRAL", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_QUEUED", 0.1)
     return WAYS[request.param]
 
 

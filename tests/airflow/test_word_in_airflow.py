@@ -77,8 +77,8 @@ def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scale the waits of a start down, as the stand-in's runs are."""
-    monkeypatch.setattr("airflow_provider_dify.running_task.SECONDS_BEFORE_DEFERRAL", 0.3)
-    monkeypatch.setattr("airflow_provider_dify.running_task.SECONDS_BEFORE_QUEUED", 0.1)
+    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_DEFERRAL", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_QUEUED", 0.1)
 
 
 @pytest.fixture

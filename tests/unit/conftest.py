@@ -30,7 +30,7 @@ def secure_dify(certificate: tuple[ssl.SSLContext, Path]) -> Iterator[DifyStandI
 @pytest.fixture
 def full_server(dify_connection: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Lead the connection to a server that takes none: that is given up after 0.3 seconds, a response after 30."""
-    monkeypatch.setattr("airflow_provider_dify.connection.MAX_CONNECT_TIMEOUT", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.api.connection.MAX_CONNECT_TIMEOUT", 0.3)
     with contextlib.ExitStack() as stack:
         full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         # Nobody accepts, so the queue stays full: what connects now gets no answer.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from airflow_provider_dify.batch.concurrency import GROWTH_INTERVAL, MAX_PAUSE, RunLimit
+from airflow_provider_dify.batch.slots import GROWTH_INTERVAL, MAX_PAUSE, RunLimit
 
 
 def test_runs_start_up_to_the_limit_and_again_when_one_ends() -> None:

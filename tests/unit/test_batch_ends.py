@@ -89,9 +89,9 @@ def posts(dify: DifyStandIn) -> list[float]:
 
 @pytest.fixture
 def slow_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("airflow_provider_dify.following.RETRY_DELAY", PAUSE)
+    monkeypatch.setattr("airflow_provider_dify.runs.following.RETRY_DELAY", PAUSE)
     monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", PAUSE)
-    monkeypatch.setattr("airflow_provider_dify.batch.concurrency.FIRST_PAUSE", PAUSE)
+    monkeypatch.setattr("airflow_provider_dify.batch.slots.FIRST_PAUSE", PAUSE)
 
 
 @pytest.mark.usefixtures("slow_pauses")

@@ -11,6 +11,7 @@ import pendulum
 import pytest
 
 from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.api.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRunStatus
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.results import Checkpoint
 from airflow_provider_dify.batch.resuming import (
@@ -24,8 +25,7 @@ from airflow_provider_dify.batch.resuming import (
 )
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRunStatus
-from airflow_provider_dify.starting import default_user
+from airflow_provider_dify.tasks.start import default_user
 from tests.dify_stand_in import DifyStandIn
 
 SINCE = time.time()

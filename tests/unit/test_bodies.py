@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.bodies import encode_start
+from airflow_provider_dify.api.calls import encode_start
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.base_url import make_base_url
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.connection import DifyConnection, make_base_url
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 KEY = "app-some-key"

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.models import WorkflowRunStatus
 from airflow_provider_dify.exceptions import DifyInputsRejected
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.models import WorkflowRunStatus
 from tests.dify_stand_in import (
     API_KEY,
     PING,

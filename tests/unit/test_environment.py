@@ -10,8 +10,8 @@ from typing import Any
 import certifi
 import pytest
 
-from airflow_provider_dify.api.environment import Route, load_bundle, route_to
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.connection import DifyConnection
+from airflow_provider_dify.api.network import Route, load_bundle, route_to
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 

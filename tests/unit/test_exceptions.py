@@ -12,7 +12,7 @@ from airflow.providers.common.compat.sdk import AirflowException, AirflowFailExc
 
 import airflow_provider_dify
 from airflow_provider_dify import DOCUMENTATION, exceptions
-from airflow_provider_dify.models import WorkflowRun
+from airflow_provider_dify.api.models import WorkflowRun
 from tests.unit.test_workflow_run import read, recorded
 
 ALL = [e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, exceptions.DifyError)]

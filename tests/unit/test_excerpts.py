@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.text import as_text, one_line, redact
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunFailed
-from airflow_provider_dify.excerpts import as_text, one_line, redact
 from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.runs.waiting import RunWait, WaitPolicy
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
-from airflow_provider_dify.waiting import RunWait, WaitPolicy
 from tests.dify_stand_in import DifyStandIn, gateway, rejects, respond
 
 FORGED = "boom\r\n[2026-01-01] INFO - all is well\x1b[31m\u202e\x00\u2028"

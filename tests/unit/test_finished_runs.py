@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_dify import finished_runs
-from airflow_provider_dify.api import routes
+from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.api.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -23,15 +23,17 @@ from airflow_provider_dify.exceptions import (
     DifyRequestError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.finished_runs import DETAILS_AT_ONCE, PAGE_SIZE, look_at_runs
-from airflow_provider_dify.models import LoggedWorkflowRun, LogRow, RowWithoutRun, WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.run_window import (
+from airflow_provider_dify.runs import ended as finished_runs
+from airflow_provider_dify.runs.ended import (
+    DETAILS_AT_ONCE,
     MAX_DETAIL_INTERVAL,
     OVERLAP,
+    PAGE_SIZE,
     FinishedRun,
     Look,
     RunWindow,
     WindowPolicy,
+    look_at_runs,
 )
 
 NOW = 1_800_000_000.0
@@ -85,7 +87,7 @@ class SimulatedDify:
         error = self.failing(request)
         if error is not None:
             raise error
-        if call.path == routes.LOGS:
+        if call.path == calls.LOGS:
             rows = self._page(call.params or {})
             if self.arrives:
                 self.runs.append(self.arrives.pop())
@@ -204,7 +206,7 @@ def test_a_run_that_lasts_longer_than_three_pages_of_newer_ones_is_asked_for_by_
     dify = SimulatedDify([long, *newer])
     _, ended = dify.look_until(NOW + 900, RunWindow())
     assert ended == ids(*newer, long)
-    assert f"{routes.run_path(long.id)}?page=None" in dify.requests
+    assert f"{calls.run_path(long.id)}?page=None" in dify.requests
 
 
 def test_a_run_is_asked_for_ever_less_often_but_at_least_every_few_minutes() -> None:
@@ -215,7 +217,7 @@ def test_a_run_is_asked_for_ever_less_often_but_at_least_every_few_minutes() -> 
         dify.runs += [SimulatedRun(number, dify.now - 5, dify.now - 4) for number in range(1, 3)]
         before = len(dify.requests)
         window, _ = dify.look_until(dify.now + 3600, window)
-        hours.append(sum(routes.run_path("")[:-1] in request for request in dify.requests[before:]))
+        hours.append(sum(calls.run_path("")[:-1] in request for request in dify.requests[before:]))
     assert hours[-1] in range(int(3600 / (MAX_DETAIL_INTERVAL + 30)) - 1, int(3600 / MAX_DETAIL_INTERVAL) + 2)
 
 

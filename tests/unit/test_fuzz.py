@@ -18,20 +18,19 @@ from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_dify.api import responses
-from airflow_provider_dify.api.environment import route_to
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse
-from airflow_provider_dify.api.progress import RunProgress
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.network import route_to
 from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.input_check import check_inputs
-from airflow_provider_dify.input_fingerprint import fingerprint, fits
-from airflow_provider_dify.input_form import parse_input_form
-from airflow_provider_dify.verdict import judge
-from airflow_provider_dify.waiting import error_from_event
-from airflow_provider_dify.xcoms import check_outputs, xcoms_from_run
+from airflow_provider_dify.runs.fingerprint import fingerprint, fits
+from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
+from airflow_provider_dify.runs.progress import RunProgress
+from airflow_provider_dify.runs.verdict import judge
+from airflow_provider_dify.runs.waiting import error_from_event
+from airflow_provider_dify.tasks.xcoms import check_outputs, xcoms_from_run
 from tests.dify_stand_in import API_KEY, Recording
 from tests.unit.relays import RawServer
 

@@ -18,7 +18,6 @@ import requests
 import requests_mock
 
 from airflow_provider_dify import __version__
-from airflow_provider_dify.api.retrying import RequestRetries
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -29,6 +28,7 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from airflow_provider_dify.hooks.sending import RequestRetries
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,

@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_provider_dify.input_check import InputCheck, check_inputs
-from airflow_provider_dify.input_form import InputField, InputForm, parse_input_form
+from airflow_provider_dify.runs.inputs import InputCheck, InputField, InputForm, check_inputs, parse_input_form
 from tests.unit.test_input_form import JSON, recorded_parameters
 
 FILE_ID = "3f1e9c0a-5d0f-4b0e-9a70-5b4a1f2f7c11"

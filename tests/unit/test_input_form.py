@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_provider_dify.input_form import InputField, InputForm, parse_input_form
+from airflow_provider_dify.runs.inputs import InputField, InputForm, parse_input_form
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 JSON = st.recursive(

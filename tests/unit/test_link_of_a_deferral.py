@@ -10,7 +10,7 @@ import pytest
 from airflow.providers.common.compat.sdk import TaskDeferred
 
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
-from airflow_provider_dify.xcoms import RUN_LOG
+from airflow_provider_dify.tasks.xcoms import RUN_LOG
 from tests.dify_stand_in import DifyStandIn, respond
 
 pytestmark = pytest.mark.usefixtures("dify_connection")

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.stopping import StopReport, stop_run
+from airflow_provider_dify.runs.stopping import StopReport, stop_run
 from tests.dify_stand_in import API_KEY, DifyStandIn, redirect, reset, respond, stall
 from tests.dify_stand_in.faults import Fault
 from tests.unit.relays import ForwardProxy

@@ -9,8 +9,8 @@ import pendulum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_dify.log_pages import LogPage
-from airflow_provider_dify.models import LoggedWorkflowRun
+from airflow_provider_dify.api.models import LoggedWorkflowRun
+from airflow_provider_dify.runs.log import LogPage
 
 NOW = 1_800_000_000
 

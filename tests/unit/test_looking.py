@@ -12,8 +12,8 @@ import pytest
 
 from airflow_provider_dify.api.calls import Pause
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyRequestError
-from airflow_provider_dify.looking import RepeatedLook
-from airflow_provider_dify.task_clock import TaskClock
+from airflow_provider_dify.runs.clock import TaskClock
+from airflow_provider_dify.runs.log import RepeatedLook
 
 AWAY = DifyConnectionError("Dify is away")
 
@@ -39,7 +39,7 @@ class Looks:
 def play(steps: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[float]]:
     """Take steps at once, as if each pause were over; return what they return, and the pauses."""
     passed = [0.0]
-    monkeypatch.setattr("airflow_provider_dify.task_clock.time.monotonic", lambda: passed[0])
+    monkeypatch.setattr("airflow_provider_dify.runs.clock.time.monotonic", lambda: passed[0])
     pauses: list[float] = []
     try:
         while True:

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.mailbox import Mailbox
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
-from airflow_provider_dify.api.session import DifySession, call_within
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.session import DifySession, Mailbox, call_within
 from tests.dify_stand_in import API_KEY, DifyStandIn
 
 

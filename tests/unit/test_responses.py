@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.http_response import HttpResponse, without_key
+from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.api.responses import (
     error_from_start,
     parse_app_info,
@@ -18,7 +20,7 @@ from airflow_provider_dify.api.responses import (
     parse_uploaded_file_id,
     parse_workflow_run,
 )
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.text import REASON_LENGTH
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -26,8 +28,6 @@ from airflow_provider_dify.exceptions import (
     DifyInputsRejected,
     DifyRequestError,
 )
-from airflow_provider_dify.excerpts import REASON_LENGTH
-from airflow_provider_dify.models import LoggedWorkflowRun, WorkflowRunStatus
 from tests.unit.test_workflow_run import http_answer, recorded
 
 RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"

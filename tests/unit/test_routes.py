@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.routes import check_user, parse_workflow_run_id, start_path, stop_path
+from airflow_provider_dify.api.calls import check_user, parse_workflow_run_id, start_path, stop_path
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
@@ -20,7 +21,6 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.models import WorkflowRun
 from tests.dify_stand_in import DifyStandIn, Start, lose_response, replay, reset, respond, too_many_requests
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"

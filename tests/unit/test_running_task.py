@@ -14,10 +14,10 @@ import pytest
 
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.running_task import RunningTask
-from airflow_provider_dify.starting import StartMemory, new_start
-from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.task_xcoms import TaskXComs
+from airflow_provider_dify.runs.clock import TaskClock
+from airflow_provider_dify.tasks.start import StartMemory, new_start
+from airflow_provider_dify.tasks.task_try import RunningTask
+from airflow_provider_dify.tasks.xcoms import TaskXComs
 from tests.dify_stand_in import DifyStandIn, Start, respond
 from tests.unit.test_starting import Store, context_of, settings_of
 

@@ -14,6 +14,7 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api.calls import Call, Pause
+from airflow_provider_dify.api.models import LoggedWorkflowRun
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -22,9 +23,8 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.input_fingerprint import fingerprint
-from airflow_provider_dify.models import LoggedWorkflowRun
-from airflow_provider_dify.starting import (
+from airflow_provider_dify.runs.fingerprint import fingerprint
+from airflow_provider_dify.tasks.start import (
     STATE_KEY,
     StartMemory,
     StartSettings,

@@ -21,7 +21,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunFailed,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.starting import StartMemory, default_user, new_start
+from airflow_provider_dify.tasks.start import StartMemory, default_user, new_start
 from tests.dify_stand_in import (
     API_KEY,
     PING,
@@ -238,7 +238,7 @@ def test_a_start_that_was_accepted_waits_in_difys_queue_and_the_log_names_both_r
     dify: DifyStandIn, then: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("airflow_provider_dify.following.QUEUE_INTERVAL", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.runs.following.QUEUE_INTERVAL", 0.3)
     dify.starts.append(Start(raw=(PING, 60.0) if then == "stall" else (PING,), statuses=(None,), then=then))
     with pytest.raises(DifyWorkflowRunUncertain):
         on_an_event_loop({}, "me", timeout=2)
@@ -367,7 +367,7 @@ def test_a_retry_has_time_for_a_slow_log(dify: DifyStandIn) -> None:
 
 @pytest.mark.usefixtures("slow_log")
 def test_but_no_time_without_end(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("airflow_provider_dify.starting.SECONDS_FOR_LOG", 0.6)
+    monkeypatch.setattr("airflow_provider_dify.tasks.start.SECONDS_FOR_LOG", 0.6)
     with task_of_try(1, has_memory=False) as first:
         dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
         first.start()

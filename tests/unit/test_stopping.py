@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.api.calls import Call, LiveTaskId, Pause
+from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
-from airflow_provider_dify.models import WorkflowRun
-from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport, stop_run
+from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport, stop_run
 from tests.unit.test_workflow_run import make_run
 
 RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"

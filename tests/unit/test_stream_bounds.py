@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.models import WorkflowRun
 from tests.dify_stand_in import DifyStandIn
 from tests.standstill import Standstill
 

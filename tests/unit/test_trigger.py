@@ -24,17 +24,17 @@ import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
 from airflow_provider_dify.api import async_session
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.input_fingerprint import fingerprint
-from airflow_provider_dify.latest_run import LatestRunSearch
-from airflow_provider_dify.run_search import RunSearch
+from airflow_provider_dify.runs.fingerprint import fingerprint
+from airflow_provider_dify.runs.log import RunSearch
+from airflow_provider_dify.runs.waiting import delay_after, next_interval
+from airflow_provider_dify.runs.wanted import LatestRunSearch
+from airflow_provider_dify.tasks.xcoms import RUN_LOG
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.triggers.dify_latest import DifyLatestWorkflowRunTrigger
 from airflow_provider_dify.triggers.outputs import TriggerXComs
-from airflow_provider_dify.waiting import delay_after, next_interval
-from airflow_provider_dify.xcoms import RUN_LOG
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
@@ -842,7 +842,7 @@ def test_a_wait_that_breaks_says_what_broke(
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("x" * 1000)
 
-    monkeypatch.setattr("airflow_provider_dify.waiting.judge", broken)
+    monkeypatch.setattr("airflow_provider_dify.runs.waiting.judge", broken)
     run_id = dify.add_run("running")
     payload = payload_of(trigger_of(run_id))
     assert (payload["end"], payload["status"]) == ("failed", None)

@@ -10,8 +10,8 @@ from urllib3 import HTTPConnectionPool
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import MaxRetryError, NewConnectionError, ProtocolError
 
+from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.run_stream import WorkflowRunStream
-from airflow_provider_dify.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 
 URL = "http://dify.example/v1/workflows/run"

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyRequestError, DifyWorkflowRunNotFound
-from airflow_provider_dify.verdict import Outcome
-from airflow_provider_dify.waiting import (
+from airflow_provider_dify.runs.verdict import Outcome
+from airflow_provider_dify.runs.waiting import (
     RunWait,
     TriggerWait,
     WaitPolicy,
@@ -76,7 +76,7 @@ def test_the_first_run_is_reported_once() -> None:
 def test_a_status_that_stays_has_a_sign_of_life_now_and_then(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.waiting.LIFE_INTERVAL", 0.0)
+    monkeypatch.setattr("airflow_provider_dify.runs.waiting.LIFE_INTERVAL", 0.0)
     wait = wait_of()
     created = int(ago(100).timestamp())
     for steps, created_at in ((0, None), (3, None), (0, created), (3, created)):
@@ -91,7 +91,7 @@ def test_a_status_that_stays_has_a_sign_of_life_now_and_then(
     wait.on_poll(RUNNING)
     assert caplog.records[-1].getMessage() == f"{beginning}, as before."
     # Not before its time.
-    monkeypatch.setattr("airflow_provider_dify.waiting.LIFE_INTERVAL", 60.0)
+    monkeypatch.setattr("airflow_provider_dify.runs.waiting.LIFE_INTERVAL", 60.0)
     wait.on_poll(RUNNING)
     assert len(caplog.records) == 5
     wait._last_line = ago(60)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.api.calls import parse_workflow_run_id
 from airflow_provider_dify.api.http_response import HttpResponse
+from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.api.responses import parse_app_info, parse_workflow_run
-from airflow_provider_dify.api.routes import parse_workflow_run_id
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -24,8 +25,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
-from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.verdict import Outcome, judge
+from airflow_provider_dify.runs.verdict import Outcome, judge
 from tests.dify_stand_in import RECORDED, Recording
 
 RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.airflow_versions import XCOMS_ARE_STRICT_JSON
-from airflow_provider_dify.connection import DifyConnection
+from airflow_provider_dify.api.connection import DifyConnection
+from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.exceptions import DifyOutputsError
 from airflow_provider_dify.links.dify import DifyWorkflowRunLink
-from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.xcoms import RESERVED, check_outputs, run_log_url, xcom_problem, xcoms_from_run
+from airflow_provider_dify.tasks.xcoms import RESERVED, check_outputs, run_log_url, xcom_problem, xcoms_from_run
 
 RUN = WorkflowRun(
     id="2d7a7544-770c-496f-8ef9-4e622682b330",

@@ -10,9 +10,9 @@ from importlib.util import find_spec
 import requests
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 
-from airflow_provider_dify.connection import DifyConnection, is_proxy_url
+from airflow_provider_dify.api.connection import DifyConnection, is_proxy_url
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import DifyConfigurationError
-from airflow_provider_dify.excerpts import one_line
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from airflow_provider_dify.api.calls import Steps
-from airflow_provider_dify.api.routes import parse_workflow_run_id
+from airflow_provider_dify.api.calls import Steps, parse_workflow_run_id
+from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.api.started_run import StartedRun
 from airflow_provider_dify.exceptions import DifyWorkflowRunUncertain
-from airflow_provider_dify.following import Follower
-from airflow_provider_dify.input_fingerprint import fingerprint
-from airflow_provider_dify.models import WorkflowRun
-from airflow_provider_dify.run_search import RunSearch, known_runs
-from airflow_provider_dify.waiting import RunWait, WaitPolicy
+from airflow_provider_dify.runs.fingerprint import fingerprint
+from airflow_provider_dify.runs.following import Follower
+from airflow_provider_dify.runs.log import RunSearch, known_runs
+from airflow_provider_dify.runs.waiting import RunWait, WaitPolicy
 
 
 def run_workflow(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import SendStart, Steps
 from airflow_provider_dify.api.events import ERROR, FINISHED, WorkflowEvent
-from airflow_provider_dify.api.progress import RunProgress
+from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRun
 from airflow_provider_dify.api.started_run import (
     SECONDS_AFTER_ERROR,
     NextEvent,
@@ -19,6 +19,7 @@ from airflow_provider_dify.api.started_run import (
     read_after_error,
     wait_until_accepted,
 )
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -28,15 +29,12 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.excerpts import one_line
-from airflow_provider_dify.input_check import check_inputs
-from airflow_provider_dify.input_form import parse_input_form
-from airflow_provider_dify.looking import RETRY_DELAY, RepeatedLook
-from airflow_provider_dify.models import WAITING_STATUSES, WorkflowRun
-from airflow_provider_dify.run_search import RunSearch, find_run, runs_queue
-from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.verdict import Outcome, Verdict
-from airflow_provider_dify.waiting import LIFE_INTERVAL, MAX_RETRY_DELAY, RunWait, delay_after
+from airflow_provider_dify.runs.clock import TaskClock
+from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
+from airflow_provider_dify.runs.log import RETRY_DELAY, RepeatedLook, RunSearch, find_run, runs_queue
+from airflow_provider_dify.runs.progress import RunProgress
+from airflow_provider_dify.runs.verdict import Outcome, Verdict
+from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, MAX_RETRY_DELAY, RunWait, delay_after
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -224,7 +222,7 @@ class Follower:
         :param error: why no id came back.
         :param seconds: how long to look.
         :param through_failures: how long to look while the log can't be read; ten times as long by default.
-        :param patience: as for :func:`~airflow_provider_dify.run_search.find_run`.
+        :param patience: as for :func:`~airflow_provider_dify.runs.log.find_run`.
         :return: the run's id; ``None`` if the time is over.
         :raises DifyWorkflowRunUncertain: if several runs fit, or the log can't be read at all.
         """

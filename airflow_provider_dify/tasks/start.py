@@ -12,17 +12,16 @@ from airflow.providers.common.compat.sdk import conf
 
 from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Pause, Steps
-from airflow_provider_dify.api.routes import MAX_USER_LENGTH
+from airflow_provider_dify.api.calls import MAX_USER_LENGTH, Pause, Steps
+from airflow_provider_dify.api.models import WorkflowRun, known_fields
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunNotFound, DifyWorkflowRunUncertain
-from airflow_provider_dify.input_fingerprint import fingerprint
-from airflow_provider_dify.models import WorkflowRun, known_fields
-from airflow_provider_dify.run_search import CLOCK_TOLERANCE, RunSearch, find_run
-from airflow_provider_dify.stopping import StopReport, stop_queued, stop_run
-from airflow_provider_dify.verdict import judge
+from airflow_provider_dify.runs.fingerprint import fingerprint
+from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, RunSearch, find_run
+from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
+from airflow_provider_dify.runs.verdict import judge
 
 if TYPE_CHECKING:
-    from airflow_provider_dify.following import Server
+    from airflow_provider_dify.runs.following import Server
 
 STATE_KEY = "dify_workflow_run"
 # What a retry gives Dify's log at least: without it, an earlier try's run would be paid for twice.
@@ -253,7 +252,7 @@ def stop_start(start: TaskStart, server: Server) -> Steps[StopReport]:
     Stop the run of a start; one that Dify has not named yet is looked for in its log first.
 
     :param start: the start.
-    :param server: as for :func:`~airflow_provider_dify.stopping.stop_run`.
+    :param server: as for :func:`~airflow_provider_dify.runs.stopping.stop_run`.
     :return: what became of it. Never raises a :class:`DifyError`.
     """
     if start.workflow_run_id is None:

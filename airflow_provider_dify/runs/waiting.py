@@ -9,9 +9,9 @@ from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
-from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.verdict import Outcome, Verdict, judge
+from airflow_provider_dify.runs.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -63,7 +63,7 @@ class TriggerWait:
     :param stop_task_id: Dify's id of the task to stop if a user ends the waiting task (Airflow 3.3 and later).
     :param stop_user: the ``user`` that started the run; ``None`` for a run that goes on.
     :param search: for a start that was not named yet: what to look for in Dify's log, as
-        :meth:`~airflow_provider_dify.run_search.RunSearch.serialize` returns it.
+        :meth:`~airflow_provider_dify.runs.log.RunSearch.serialize` returns it.
     :param was_seen: whether Dify has shown or named the run before.
     """
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import LiveTaskId, Pause, Steps
+from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, is_server_from
 from airflow_provider_dify.exceptions import DifyError
-from airflow_provider_dify.models import WorkflowRun, WorkflowRunStatus, is_server_from
-from airflow_provider_dify.run_search import RunSearch, find_run
+from airflow_provider_dify.runs.log import RunSearch, find_run
 
 if TYPE_CHECKING:
-    from airflow_provider_dify.following import Server
+    from airflow_provider_dify.runs.following import Server
 
 # Airflow 3 kills a task's process 5 seconds after on_kill began: two attempts, a pause, a look.
 STOP_TIMEOUT = 1.5

@@ -1,19 +1,16 @@
-"""Which run in Dify's log is the one that a start was to start: the start named no run."""
+"""How an app's log is read: page by page without missing a row, again through failures, and for a run of ours."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Steps
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
-from airflow_provider_dify.input_fingerprint import fits
-from airflow_provider_dify.log_pages import LogPage
-from airflow_provider_dify.models import (
+from airflow_provider_dify.api.calls import Call, Steps
+from airflow_provider_dify.api.models import (
     LoggedWorkflowRun,
     LogRow,
     RowWithoutRun,
@@ -23,7 +20,166 @@ from airflow_provider_dify.models import (
     is_server_from,
     known_fields,
     runs_of,
+    time_of,
 )
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.runs.clock import TaskClock
+from airflow_provider_dify.runs.fingerprint import fits
+from airflow_provider_dify.runs.waiting import delay_after
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+
+# The largest page that Dify returns.
+_MAX_SIZE = 100
+
+
+@dataclass(frozen=True)
+class LogPage:
+    """
+    A page of the log, the newest rows first.
+
+    Dify sorts the log by whole seconds. Rows of one second come in any order, and in another one on each page. So a
+    page by its number may leave out a row of the second with which the page before ended, and repeat another one. So
+    each page begins with the last second of the page before instead: rows may come twice, and none is missed. What can
+    still be missed is a row of a second that has more than 100.
+
+    :param size: rows that are asked for.
+    :param number: the page's number, from 1.
+    :param created_before: the newest second of the page; ``None`` for the log's beginning.
+    :param next_size: rows of the next page.
+    :param is_filtered: whether the server is known to filter by time, or may.
+    """
+
+    size: int
+    number: int = 1
+    created_before: datetime | None = None
+    next_size: int | None = None
+    is_filtered: bool = True
+
+    def request(
+        self, *, user: str | None = None, created_after: datetime | None = None, patience: float = 0.0
+    ) -> Call[list[LogRow]]:
+        """
+        Return the request for the page.
+
+        :param user: whose runs; everybody's by default.
+        :param created_after: the oldest second of the rows.
+        :param patience: seconds that the server gets for the page at least.
+        """
+        return calls.logged_runs(
+            user=user,
+            created_after=created_after,
+            created_before=self.created_before,
+            page=self.number,
+            limit=self.size,
+            patience=patience,
+        )
+
+    def after(self, rows: Sequence[LogRow], *, not_before: datetime | None = None) -> LogPage | None:
+        """
+        Return the next page.
+
+        :param rows: the rows of this one.
+        :param not_before: when the oldest run that is wanted was created, for a server that knows no such filter.
+        :return: the page after it; ``None`` at the log's end, or where older runs begin.
+        """
+        if len(rows) < self.size:
+            return None
+        began = next((run.created_at for run in reversed(runs_of(rows))), None)
+        if not_before is not None and began is not None and began < not_before:
+            return None
+        newest, oldest = time_of(rows[0]), time_of(rows[-1])
+        before = self.created_before
+        if not self.is_filtered or newest is None or oldest is None or (before is not None and newest > before):
+            # A server that knows no such filter, or tells no time.
+            return replace(self, number=self.number + 1, created_before=None, is_filtered=False)
+        size = self.next_size or self.size
+        if oldest < newest:
+            return LogPage(size, created_before=oldest)
+        if self.size < _MAX_SIZE:
+            # All of one second, so that the next page would begin with the same rows.
+            return LogPage(_MAX_SIZE, created_before=oldest, next_size=size)
+        return replace(self, number=self.number + 1)
+
+
+T = TypeVar("T")
+
+# Seconds after the first failure; doubled with each further one.
+RETRY_DELAY = 1.0
+
+
+@dataclass(frozen=True)
+class RepeatedLook:
+    """
+    A look into Dify's log that is repeated.
+
+    :param clock: the task's deadline.
+    :param log: the task's log.
+    :param poll_interval: seconds between polls of a run.
+    """
+
+    clock: TaskClock
+    log: Logger
+    poll_interval: float
+
+    def through_failures(self, look: Callable[[], Steps[T]], max_failures: int) -> Steps[T]:
+        """
+        Look once, and again where that fails as a poll may: that Dify is away is no reason to give a run up.
+
+        :param look: the look.
+        :param max_failures: how often in a row it may fail.
+        :return: what the look returns.
+        :raises DifyConnectionError: if it fails more often, or when the deadline is over.
+        :raises DifyError: as the look does.
+        """
+        failures = 0
+        while True:
+            try:
+                return (yield from look())
+            except DifyConnectionError as error:
+                failures += 1
+                if failures > max_failures or self.clock.is_over:
+                    raise
+                self.log.warning(
+                    "The runs of earlier tries could not be looked up, %d in a row of at most %d: %s",
+                    failures,
+                    max_failures,
+                    error,
+                )
+                delay = max(self.poll_interval, delay_after(error, failures, RETRY_DELAY))
+            yield from self.clock.pause(delay)
+
+    def until_found(
+        self, look: Callable[[], Steps[T | None]], seconds_left: Callable[[bool], float]
+    ) -> Steps[T | None]:
+        """
+        Look until something is there: often at first, and then as often as a run is polled.
+
+        :param look: the look, which returns ``None`` for nothing.
+        :param seconds_left: returns how long to go on; it is given whether the last look failed.
+        :return: what the look returns; ``None`` if the time is over.
+        :raises DifyError: as the look does, but no :class:`DifyConnectionError`.
+        """
+        interval = min(1.0, self.poll_interval)
+        while True:
+            has_failed = False
+            found: T | None = None
+            try:
+                found = yield from look()
+            except DifyConnectionError as failure:
+                # Let out, it would have Airflow retry, and the retry start another run.
+                self.log.warning("Dify's log could not be read; looking again: %s", failure)
+                has_failed = True
+            if found is not None:
+                return found
+            left = seconds_left(has_failed)
+            if left <= 0 or self.clock.is_over:
+                return None
+            yield from self.clock.pause(min(interval, left))
+            interval = min(interval * 2, max(self.poll_interval, 1.0))
+
 
 # How far Dify's clock may be behind ours for a run to count as started after the start was sent.
 CLOCK_TOLERANCE = timedelta(seconds=60)
@@ -42,7 +198,7 @@ class RunSearch:
     :param user: the ``user`` of the start.
     :param sent_at: epoch seconds of the start, by this machine's clock.
     :param user_is_unique: whether the user names one try of one task, so that each run of it is ours.
-    :param fingerprint: of the start's inputs, from :func:`~airflow_provider_dify.input_fingerprint.fingerprint`.
+    :param fingerprint: of the start's inputs, from :func:`~airflow_provider_dify.runs.fingerprint.fingerprint`.
     :param known_runs: ids of the user's runs from before the start.
     :param skips_failed: whether a run that failed or was stopped is of no interest.
     """

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 
+from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import (
     DifyWorkflowRunCannotSucceed,
     DifyWorkflowRunFailed,
     DifyWorkflowRunTimeout,
 )
-from airflow_provider_dify.excerpts import one_line
-from airflow_provider_dify.models import WAITING_STATUSES, WorkflowRun, WorkflowRunStatus
 
 # How Dify (1.13 to 1.16) ends a run whose Celery worker is shut down: as `stopped`, though nobody stopped it.
 _WORKER_SHUT_DOWN = "the worker is shutting down"

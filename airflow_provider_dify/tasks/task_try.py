@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from airflow_provider_dify.api.calls import Steps
 from airflow_provider_dify.api.http_response import reason_of
+from airflow_provider_dify.api.models import WorkflowRun, is_server_from
 from airflow_provider_dify.api.session import call_within
 from airflow_provider_dify.api.started_run import StartedRun, wait_until_named
 from airflow_provider_dify.exceptions import (
@@ -19,12 +20,14 @@ from airflow_provider_dify.exceptions import (
     DifyTaskKilled,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.following import Follower
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.looking import RepeatedLook
-from airflow_provider_dify.models import WorkflowRun, is_server_from
-from airflow_provider_dify.run_search import known_runs
-from airflow_provider_dify.starting import (
+from airflow_provider_dify.runs.clock import TaskClock
+from airflow_provider_dify.runs.following import Follower
+from airflow_provider_dify.runs.log import RepeatedLook, known_runs
+from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport
+from airflow_provider_dify.runs.verdict import Outcome, judge
+from airflow_provider_dify.runs.whole_run import still_queued
+from airflow_provider_dify.tasks.start import (
     SECONDS_FOR_LOG,
     StartMemory,
     StartSettings,
@@ -34,11 +37,7 @@ from airflow_provider_dify.starting import (
     new_start,
     stop_start,
 )
-from airflow_provider_dify.stopping import STOP_TIMEOUT, StopReport
-from airflow_provider_dify.task_clock import TaskClock
-from airflow_provider_dify.task_xcoms import TaskXComs
-from airflow_provider_dify.verdict import Outcome, judge
-from airflow_provider_dify.whole_run import still_queued
+from airflow_provider_dify.tasks.xcoms import TaskXComs
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

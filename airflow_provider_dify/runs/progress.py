@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from airflow_provider_dify.api.events import FINISHED, WorkflowEvent
-from airflow_provider_dify.excerpts import as_text, one_line
+from airflow_provider_dify.api.text import as_text, one_line
 
 _TITLE_LENGTH = 80
 _ITERATION_ENDS = {"iteration_completed": "Iteration", "loop_completed": "Loop"}
