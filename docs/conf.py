@@ -60,6 +60,6 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!airflow_provider_dify).*"),
     # Rooms of the package that are not public.
-    ("py:.*", r"airflow_provider_dify\.(api|run_search|latest_run|closing)\..*"),
+    ("py:.*", r"airflow_provider_dify\.(api|runs)\..*"),
     ("py:class", r".*\.(T|_ResponseError)"),
 ]
