@@ -286,7 +286,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 
         start = task.task_start
-        deadline = deferral_end(task.clock.deadline, task.context["ti"].start_date, self.execution_timeout)
+        deadline = deferral_end(task.clock.deadline, task.context["ti"], self.execution_timeout)
         wait = TriggerWait(
             poll_interval=self.poll_interval,
             deadline=deadline,

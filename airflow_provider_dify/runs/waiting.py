@@ -251,17 +251,18 @@ def _life(run: WorkflowRun, now: datetime) -> str:
     return ", ".join(filter(None, (age, steps))) or "as before"
 
 
-def deferral_end(deadline: float, started: datetime | None, execution_timeout: timedelta | None) -> float:
+def deferral_end(deadline: float, ti: Any, execution_timeout: timedelta | None) -> float:
     """
     Return when a deferral ends: Airflow 3 does not look at a task's ``execution_timeout`` while it is deferred.
 
     :param deadline: epoch seconds at which the task's own timeout is over.
-    :param started: when the try was started first; ``None`` where Airflow doesn't say.
+    :param ti: the task instance, which knows when the try was started first; not in ``dag.test()`` of Airflow 2.
     :param execution_timeout: the task's.
     :return: epoch seconds.
     """
-    if started is None or execution_timeout is None:
+    if execution_timeout is None:
         return deadline
+    started: datetime = getattr(ti, "start_date", None) or datetime.now(timezone.utc)
     return min(deadline, (started + execution_timeout).timestamp())
 
 

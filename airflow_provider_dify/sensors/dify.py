@@ -269,8 +269,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
 
     def _defer(self, wait: RunWait, context: Context) -> NoReturn:
         if self._deadline is None:
-            started = getattr(context["ti"], "start_date", None)
-            self._deadline = deferral_end(time.time() + self.timeout, started, self.execution_timeout)
+            self._deadline = deferral_end(time.time() + self.timeout, context["ti"], self.execution_timeout)
         self.defer(
             trigger=self._trigger(self._trigger_wait(self._deadline, wait.first_poll.timestamp())),
             method_name="execute_complete",
