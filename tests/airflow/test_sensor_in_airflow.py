@@ -22,10 +22,11 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
+from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 from tests.airflow.airflow_processes import AIRFLOW_3_0
-from tests.airflow.airflow_runs import run_dag, run_sensor
-from tests.dify_stand_in import DifyStandIn, Recording, html, replay, reset, respond
+from tests.airflow.airflow_runs import run_dag, run_operator, run_sensor
+from tests.dify_stand_in import DifyStandIn, Recording, Start, html, replay, reset, respond
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
@@ -456,3 +457,23 @@ def test_a_reschedule_interval_that_airflow_cannot_keep_is_warned_of_when_the_da
         warnings.simplefilter("always")
         DifyWorkflowRunSensor(task_id="wait", workflow_run_id="r", mode="reschedule", poke_interval=interval)
     assert any("poke_interval=5 can fail" in str(warning.message) for warning in caught) == warns
+
+
+@pytest.mark.parametrize("kind", [DifyWorkflowRunSensor, DifyRunWorkflowOperator])
+def test_a_task_that_another_version_has_deferred_resumes(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    resume_execution = kind.resume_execution
+
+    def resume(self: Any, next_method: str, next_kwargs: Any, context: Any) -> Any:
+        # dag.test() returns nothing but the event of what a task was deferred with.
+        return resume_execution(self, next_method, {**next_kwargs, "of_a_later_version": 1}, context)
+
+    monkeypatch.setattr(kind, "resume_execution", resume)
+    if kind is DifyWorkflowRunSensor:
+        run_id = dify.add_run("running", "succeeded", outputs=OUTPUTS)
+        result = run_sensor(workflow_run_id=run_id, deferrable=True, retries=0)
+    else:
+        dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": OUTPUTS}))
+        result = run_operator(deferrable=True, retries=0)
+    assert result.received["outputs"] == OUTPUTS

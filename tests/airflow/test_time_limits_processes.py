@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_RENDER_AFTER_EXECUTION
 from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
 from tests.airflow.shared_airflow import SharedAirflow, side_by_side
 from tests.dify_stand_in.runs import Started
@@ -164,7 +163,7 @@ else:
         assert task.stopped == [run.task_id for run in task.started]
         assert SECONDS <= task.seconds < 120
 
-    @pytest.mark.skipif(not CAN_RENDER_AFTER_EXECUTION, reason="no Airflow before 3.3 remembers that a run was stopped")
+    @pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 takes the retry of a deferred task for its resumption")
     def test_after_a_deferral_that_took_too_long_the_retry_starts_a_new_run(ended: dict[str, Ended]) -> None:
         task = ended["deferred_and_retried"]
         assert [kind for kind, _ in task.errors] == ["DifyTaskKilled"] * 2
