@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # A shorter key is a test's, and could be part of a word.
 _SHORTEST_KEY_IN_A_BODY = 8
+# What urllib3 says of its own object, in front of what went wrong.
+_ADDRESS = re.compile(r"<[\w.]+ object at 0x[0-9a-f]+>:? ?")
 # What Python refuses from 3.13 on, in OpenSSL's words.
 _STRICT_TLS = re.compile(
     "Missing (Authority|Subject) Key Identifier|does not include key usage extension|not marked critical"
@@ -162,7 +164,7 @@ def reason_of(error: BaseException, secrets: Iterable[str]) -> str:
     :param secrets: what the text must not show.
     :return: its type and its text, in one line.
     """
-    text = one_line(redact(str(error)[:65536], secrets), 300)
+    text = one_line(redact(_ADDRESS.sub("", str(error)[:65536]), secrets), 300)
     return f"{type(error).__name__}{f': {text}' if text else ''}"
 
 

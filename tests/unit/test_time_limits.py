@@ -218,7 +218,7 @@ def test_a_stream_that_is_closed_leaves_no_thread_behind(dify: DifyStandIn, stan
         hook.start_workflow_run({}, "airflow").close()
     began = time.monotonic()
     while any(thread.name == "dify-start" for thread in threading.enumerate()):
-        assert time.monotonic() - began - standstill.seconds < 2
+        assert time.monotonic() - began - standstill.seconds < 20
         time.sleep(0.01)
 
 
