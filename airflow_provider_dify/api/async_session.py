@@ -166,9 +166,12 @@ class SharedSession(Shared):
         patience: float,
     ) -> HttpResponse:
         connect, total = self.connection.timeouts()
-        timeout = aiohttp.ClientTimeout(total=max(total, patience), sock_connect=connect)
+        # Elsewhere the client's own limits.
+        longer: Any = (
+            {"timeout": aiohttp.ClientTimeout(total=patience, sock_connect=connect)} if patience > total else {}
+        )
         async with client.request(
-            method, url, params=params, json=body, allow_redirects=False, proxy=self.proxy, timeout=timeout
+            method, url, params=params, json=body, allow_redirects=False, proxy=self.proxy, **longer
         ) as response:
             return HttpResponse.received(self.connection, url, response.status, response.headers, await response.read())
 

@@ -65,9 +65,10 @@ class WorkflowEvent:
         did not succeed they may differ, so its detail has to be read.
         """
         run = self.ended_run
+        if run is None or run.status != WorkflowRunStatus.SUCCEEDED:
+            return None
         # What has another shape is left to the detail's parser, which says what is wrong with it.
-        is_whole = run is not None and None not in (run.outputs, run.total_tokens, run.total_steps, run.elapsed_time)
-        return run if is_whole and run is not None and run.status == WorkflowRunStatus.SUCCEEDED else None
+        return None if None in (run.outputs, run.total_tokens, run.total_steps, run.elapsed_time) else run
 
     @property
     def ended_run(self) -> WorkflowRun | None:

@@ -41,9 +41,9 @@ def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> Workflow
     :raises DifyConnectionError: on what may pass, and on a response that is not Dify's, whatever it says.
     """
     subject = f"workflow run {workflow_run_id}"
+    is_404 = response.status_code == 404 and response.is_of_dify
     # One with HTML is a wrong base URL.
-    says_so = not response.body.strip() or _is_dify_error(response.json_object())
-    if response.status_code == 404 and response.is_of_dify and says_so:
+    if is_404 and (not response.body.strip() or _is_dify_error(response.json_object())):
         raise not_found(response, workflow_run_id)
     data = _parse_object(response, subject)
     if "id" not in data or "status" not in data:
@@ -180,7 +180,7 @@ def error_from_start(response: HttpResponse) -> DifyError:
     return _not_dify(response, subject, "no event stream")
 
 
-def error_from_event(data: dict[str, Any], server_version: str | None) -> DifyError:
+def error_from_start_event(data: dict[str, Any], server_version: str | None) -> DifyError:
     """
     Return what an ``error`` event means to a start whose run has no name: Dify's own word that it started nothing.
 

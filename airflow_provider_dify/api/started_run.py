@@ -12,7 +12,7 @@ from typing import Any
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
-from airflow_provider_dify.api.responses import error_from_event, error_from_start
+from airflow_provider_dify.api.responses import error_from_start, error_from_start_event
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 
@@ -188,7 +188,7 @@ class StartedRun:
         """Return what Dify's error from before the run had a name means; ``None`` where there was none."""
         if self.error_event is None:
             return None
-        return error_from_event(self.error_event.data, self.server_version)
+        return error_from_start_event(self.error_event.data, self.server_version)
 
     def broken(self, reason: str) -> DifyConnectionError:
         return DifyConnectionError(

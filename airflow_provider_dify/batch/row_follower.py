@@ -12,7 +12,6 @@ from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConnectionError, DifyError
 from airflow_provider_dify.runs.following import Follower
-from airflow_provider_dify.runs.log import RunSearch
 from airflow_provider_dify.runs.verdict import Verdict
 from airflow_provider_dify.runs.waiting import RunWait
 
@@ -72,29 +71,8 @@ class RowFollower(Follower):
     """
 
     _succeeded: WorkflowRun | None = None
-    _has_searched_in_vain = False
     # Longer than for a single run, because a server that is restarted must not end a batch.
     start_retries = 7
-
-    @property
-    def log_shows_no_run(self) -> bool:
-        """Whether Dify did not accept the start, and its log, which could be read all the time, shows no run of it."""
-        return self._has_searched_in_vain and not self.log_was_away and not self.is_in_queue()
-
-    def search_run(
-        self,
-        search: RunSearch,
-        error: DifyError,
-        seconds: float,
-        through_failures: float | None = None,
-        *,
-        patience: float = 0.0,
-    ) -> Steps[str | None]:
-        """Look for the run of a start, as :class:`Follower` does, and note whether there was none."""
-        self._has_searched_in_vain = False
-        run_id = yield from super().search_run(search, error, seconds, through_failures, patience=patience)
-        self._has_searched_in_vain = run_id is None
-        return run_id
 
     def before_next_start(self, error: DifyConnectionError, failures: int) -> Steps[None]:
         """Pause after a start that started nothing; without a place, if Dify has too many runs."""

@@ -333,7 +333,8 @@ class RowRun:
                 continue
             except DifyWorkflowRunUncertain as error:
                 self.lost = LostStart(error, search, attempt)
-                may_restart = client.settings.restart_lost_runs and follower.log_shows_no_run
+                shows_no_run = follower.log_shows_no_run and not follower.is_in_queue()
+                may_restart = client.settings.restart_lost_runs and shows_no_run
                 return _Outcome("failed", str(error), can_be_repeated=may_restart)
             except DifyConnectionError as error:
                 if not client.places.has_started_since(began) or not await self._take(dify_responds()):

@@ -71,8 +71,8 @@ class Follower:
     :param poll_interval: seconds between polls.
     :param whose: whose timeout it is, for messages.
     :param not_found_grace: seconds for which a run is looked for that may have been started.
-    :ivar log_was_away: whether a look of the last search into Dify's log failed, so that it may have missed the run.
-    :ivar last_look_failed: whether its last look did.
+    :ivar last_look_failed: whether the last look of the last search into Dify's log failed.
+    :ivar log_shows_no_run: whether that search, of which no look failed, found no run.
     :ivar ended_run: the run as the last event of its stream describes it; ``None`` while that is still to come.
     :ivar record_is_open: whether the run's record went on saying that it is not over, so that the events counted.
     """
@@ -91,8 +91,8 @@ class Follower:
     ) -> None:
         self.whose = whose
         self.not_found_grace = not_found_grace
-        self.log_was_away = False
         self.last_look_failed = False
+        self.log_shows_no_run = False
         self.hook = hook
         self.clock = clock
         self.log = log
@@ -228,7 +228,8 @@ class Follower:
         """
         began = time.monotonic()
         others: set[str] = set()
-        self.log_was_away = False
+        was_away = False
+        self.log_shows_no_run = False
         limit = seconds * _GRACES_THROUGH_FAILURES if through_failures is None else through_failures
 
         def look() -> Steps[str | None]:
@@ -249,12 +250,15 @@ class Follower:
             return run_id
 
         def seconds_left(has_failed: bool) -> float:
+            nonlocal was_away
             self.last_look_failed = has_failed
-            self.log_was_away = self.log_was_away or has_failed
+            was_away = was_away or has_failed
             return (max(seconds, limit) if has_failed else seconds) - (time.monotonic() - began)
 
         looks = RepeatedLook(self.clock, self.log, self.poll_interval)
-        return (yield from looks.until_found(look, seconds_left))
+        run_id = yield from looks.until_found(look, seconds_left)
+        self.log_shows_no_run = run_id is None and not was_away
+        return run_id
 
     def may_be_queued(self) -> bool:
         """Return whether the server may hold a start back without a record of it."""

@@ -269,7 +269,7 @@ class RunningTask:
         if not self.follower.may_be_queued():
             # This server shows each run at once.
             return True
-        return self._settings.restart_lost_runs and not self.follower.log_was_away
+        return self._settings.restart_lost_runs and self.follower.log_shows_no_run
 
     def _start_new_run(self) -> None:
         settings = self._settings
@@ -356,7 +356,7 @@ class RunningTask:
 
     def _raise_lost(self, error: DifyWorkflowRunUncertain, is_queued: bool) -> NoReturn:
         """End a try whose run was not found: for good, or with a retry that may start another one."""
-        if is_queued or not self._settings.restart_lost_runs or self.follower.log_was_away:
+        if is_queued or not (self._settings.restart_lost_runs and self.follower.log_shows_no_run):
             raise error
         self._keep(None)
         raise DifyConnectionError(f"{error} restart_lost_runs is set: a retry starts another run.") from error
