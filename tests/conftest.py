@@ -47,9 +47,15 @@ def dialect(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
-    """A stand-in for Dify: in each dialect if the test asks for one, else in that of 1.12.1."""
-    dialect = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "1.12.1"
+def default_dialect() -> str:
+    """The version that the stand-in speaks like where a test asks for none."""
+    return "1.12.1"
+
+
+@pytest.fixture
+def dify(request: pytest.FixtureRequest, default_dialect: str) -> Iterator[DifyStandIn]:
+    """A stand-in for Dify: in each dialect if the test asks for one, else in the default one."""
+    dialect = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else default_dialect
     with DifyStandIn(dialect) as server:
         yield server
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -67,11 +67,9 @@ of_the_start = pytest.mark.parametrize("way", START_WAYS.values(), ids=START_WAY
 
 
 @pytest.fixture
-def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
-    """A stand-in for today's Dify, or in the dialect that the test asks for."""
-    version = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "current"
-    with DifyStandIn(version) as server:
-        yield server
+def default_dialect() -> str:
+    """Today's Dify."""
+    return "current"
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,11 +37,9 @@ pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries", "short_
 
 
 @pytest.fixture
-def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
-    """A stand-in for today's Dify, or in the dialect that the test asks for."""
-    version = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "current"
-    with DifyStandIn(version) as server:
-        yield server
+def default_dialect() -> str:
+    """Today's Dify."""
+    return "current"
 
 
 @pytest.fixture(params=[on_a_worker, on_an_event_loop])

@@ -8,7 +8,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -51,11 +51,9 @@ LOG = "GET .*/logs"
 
 
 @pytest.fixture
-def dify(request: pytest.FixtureRequest) -> Iterator[DifyStandIn]:
-    """A stand-in for today's Dify, or in the dialect that the test asks for."""
-    version = request.getfixturevalue("dialect") if "dialect" in request.fixturenames else "current"
-    with DifyStandIn(version) as server:
-        yield server
+def default_dialect() -> str:
+    """Today's Dify."""
+    return "current"
 
 
 @pytest.fixture(params=[on_a_worker, on_an_event_loop])
