@@ -33,6 +33,9 @@ from airflow_provider_dify.api.models import WorkflowRun
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+# Seconds that no retry is delayed beyond, unless the server asks for more.
+MAX_RETRY_DELAY = 60.0
+
 _types: dict[str, type[DifyError]] = {}
 
 
@@ -193,17 +196,15 @@ class DifyWorkflowRunNotFound(DifyError, AirflowFailException):
 
     :param message: what happened, for the reader.
     :param workflow_run_id: the run that was asked for.
-    :param is_sure: whether the server said so; Dify 1.13.0 returns the same for other faults.
     """
 
     section = "the-run-is-not-known"
 
-    attributes = ("workflow_run_id", "is_sure")
+    attributes = ("workflow_run_id",)
 
-    def __init__(self, message: str = "", *, workflow_run_id: str | None = None, is_sure: bool = True) -> None:
+    def __init__(self, message: str = "", *, workflow_run_id: str | None = None) -> None:
         super().__init__(message)
         self.workflow_run_id = workflow_run_id
-        self.is_sure = is_sure
 
 
 class DifyOutputsError(DifyError, AirflowFailException):

@@ -16,11 +16,10 @@ from weakref import WeakKeyDictionary
 
 import aiohttp
 
-from airflow_provider_dify.api.calls import LiveTaskId, events_path
+from airflow_provider_dify.api.calls import Call, events_path
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
-from airflow_provider_dify.api.live_task_id import task_id_from
 from airflow_provider_dify.api.network import load_bundle, route_to
 
 if TYPE_CHECKING:
@@ -70,8 +69,6 @@ class Shared:
 MAX_REQUESTS_AT_ONCE = 100
 # Longer than polls are usually apart; most servers and proxies close earlier, which costs nothing.
 KEEPALIVE_SECONDS = 75.0
-# Shorter than any server's: gunicorn, which Dify runs on, closes an idle connection after two seconds.
-KEEPALIVE_OF_STARTS = 1.0
 MAX_REDIRECTS = 5
 # Bytes of a header, as many as http.client takes on a worker: a gateway's Content-Security-Policy may be longer than
 # aiohttp's 8,190.
@@ -84,41 +81,31 @@ class SharedSession(Shared):
 
     connection: DifyConnection
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_REQUESTS_AT_ONCE))
-    client: aiohttp.ClientSession | None = None
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
-    proxy: str | None = None
+    client: aiohttp.ClientSession | None = None
+    # What starts go through.
+    starter: aiohttp.ClientSession | None = None
     tls: ssl.SSLContext | bool = True
-    # By whether they keep their connections.
-    starters: dict[bool, aiohttp.ClientSession] = field(default_factory=dict)
-    # Whether the server has closed a kept connection in front of a start.
-    has_lost_start: bool = False
+    # An HTTP proxy goes with each request, a SOCKS proxy with the connector.
+    proxy: str | None = None
+    socks_proxy: str | None = None
 
     def _close(self) -> Awaitable[Any]:
-        clients = [client for client in (self.client, *self.starters.values()) if client is not None]
-        self.client, self.starters = None, {}
+        clients = [client for client in (self.client, self.starter) if client is not None]
+        self.client = self.starter = None
         return asyncio.gather(*(client.close() for client in clients))
 
-    async def send(
-        self,
-        method: str,
-        path: str,
-        subject: str,
-        *,
-        params: Mapping[str, Any] | None = None,
-        body: Mapping[str, Any] | None = None,
-        patience: float = 0.0,
-    ) -> HttpResponse:
+    async def send(self, call: Call[Any]) -> HttpResponse:
         """
         Send a request and return the whole response; a GET follows redirects within the connection's server.
 
-        :param patience: seconds for the response at least, whatever the connection says.
-        :raises DifyConnectionError: if there is none.
+        Raises a DifyConnectionError if there is none.
         """
-        first_url = url = f"{self.connection.base_url}{path}"
+        first_url = url = f"{self.connection.base_url}{call.path}"
         for _ in range(MAX_REDIRECTS):
             # The query goes with the first request only: a redirect names its own.
-            response = await self._send_once(method, url, subject, params if url == first_url else None, body, patience)
-            target = self._redirect_target(url, response) if method == "GET" else None
+            response = await self._send_once(call, url, call.params if url == first_url else None)
+            target = self._redirect_target(url, response) if call.method == "GET" else None
             if target is None:
                 break
             url = target
@@ -132,112 +119,102 @@ class SharedSession(Shared):
             return None
         return target if target and self.connection.owns(target) else None
 
-    async def _send_once(
-        self,
-        method: str,
-        url: str,
-        subject: str,
-        params: Mapping[str, Any] | None,
-        body: Mapping[str, Any] | None,
-        patience: float,
-    ) -> HttpResponse:
+    async def _send_once(self, call: Call[Any], url: str, params: Mapping[str, Any] | None) -> HttpResponse:
         # The wait for a slot is outside the timeout: that others are slow is no failure of this poll.
         async with self.slots:
-            client = self.client or await self.open()
+            client = await self.open()
             try:
                 try:
-                    return await self._request(client, method, url, params, body, patience)
+                    return await self._request(client, call, url, params)
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
                     # Most likely a kept-alive connection that the server closed just now; a new one tells.
-                    return await self._request(client, method, url, params, body, patience)
+                    return await self._request(client, call, url, params)
             except Exception as error:
                 # Whatever the client calls it, and whatever the server or a proxy said to cause it.
-                failure = no_response(self.connection, subject, url, error)
+                failure = no_response(self.connection, call.subject, url, error)
         # Outside of the handler: the client's own error, which a log would show as the cause, may quote a password.
         raise failure
 
     async def _request(
-        self,
-        client: aiohttp.ClientSession,
-        method: str,
-        url: str,
-        params: Mapping[str, Any] | None,
-        body: Mapping[str, Any] | None,
-        patience: float,
+        self, client: aiohttp.ClientSession, call: Call[Any], url: str, params: Mapping[str, Any] | None
     ) -> HttpResponse:
         connect, total = self.connection.timeouts()
         # Elsewhere the client's own limits.
-        longer: Any = (
-            {"timeout": aiohttp.ClientTimeout(total=patience, sock_connect=connect)} if patience > total else {}
-        )
+        longer: Any = {}
+        if call.patience_seconds > total:
+            longer = {"timeout": aiohttp.ClientTimeout(total=call.patience_seconds, sock_connect=connect)}
         async with client.request(
-            method, url, params=params, json=body, allow_redirects=False, proxy=self.proxy, **longer
+            call.method, url, params=params, json=call.body, allow_redirects=False, proxy=self.proxy, **longer
         ) as response:
             return HttpResponse.received(self.connection, url, response.status, response.headers, await response.read())
 
-    async def read_live_task_id(self, step: LiveTaskId) -> str | None:
-        """Return a live run's task id, as :mod:`airflow_provider_dify.api.live_task_id`; the caller bounds the time."""
-        client = self.client or await self.open()
+    async def read_task_id(self, workflow_run_id: str, user: str) -> str | None:
+        """
+        Return the task id of a run that was found in Dify's log: only its next events carry it (Dify 1.14 and later).
+
+        ``None`` where the events end before, or the server has no such route. The caller bounds the time.
+        """
+        client = await self.open()
         reader = EventStreamReader()
-        url = f"{self.connection.base_url}{events_path(step.workflow_run_id)}"
-        async with client.get(url, params={"user": step.user}, allow_redirects=False, proxy=self.proxy) as response:
+        url = f"{self.connection.base_url}{events_path(workflow_run_id)}"
+        async with client.get(url, params={"user": user}, allow_redirects=False, proxy=self.proxy) as response:
             async for piece in response.content.iter_any():
                 if not response.ok:
                     break
-                if task_id := task_id_from(reader, piece, step.workflow_run_id):
-                    return task_id
+                for event in reader.feed(piece):
+                    # In events of the past, Dify puts the run's id in place of the task's (measured).
+                    if event.task_id and event.task_id != workflow_run_id:
+                        return event.task_id
         return None
 
     async def open(self) -> aiohttp.ClientSession:
         """
         Return the client, made by the first who asks.
 
-        :raises DifyConfigurationError: if the environment's or the connection's proxy or CA bundle can't be used.
+        Raises a DifyConfigurationError if the environment's or the connection's proxy or CA bundle can't be used.
         """
+        if self.client is not None:
+            return self.client
         async with self.opening:
             if self.client is None:
                 # In a thread: certificates are read from disk, and the environment is asked for a proxy.
-                self.proxy, self.tls = await asyncio.to_thread(_proxy_and_tls, self.connection)
+                proxy, self.tls = await asyncio.to_thread(_proxy_and_tls, self.connection)
+                if proxy is not None and proxy.lower().startswith("socks"):
+                    self.socks_proxy = proxy
+                else:
+                    self.proxy = proxy
                 connect, total = self.connection.timeouts()
-                self.client = self._new_client(
-                    aiohttp.TCPConnector(limit=MAX_REQUESTS_AT_ONCE, keepalive_timeout=KEEPALIVE_SECONDS, ssl=self.tls),
-                    # One timer for the whole response, where requests has one for each piece of it: a trigger's slot
-                    # must not be held by a server that sends a byte at a time.
-                    aiohttp.ClientTimeout(total=total, sock_connect=connect),
-                )
+                # One timer for the whole response, where requests has one for each piece of it: a trigger's slot must
+                # not be held by a server that sends a byte at a time.
+                timeout = aiohttp.ClientTimeout(total=total, sock_connect=connect)
+                self.client = self._new_client(timeout, limit=MAX_REQUESTS_AT_ONCE, keepalive_timeout=KEEPALIVE_SECONDS)
             return self.client
 
-    async def open_for_starts(self, keeps_connections: bool) -> aiohttp.ClientSession:
+    async def open_for_starts(self) -> aiohttp.ClientSession:
         """
         Return the client that starts go through.
 
-        A request says by ``trace_request_ctx``, whose ``may_have_been_sent`` is set, when it has its connection.
-
-        :param keeps_connections: whether a start may go over the connection of one that has just ended, which saves a
-            TLS handshake. If the server closes that connection at this very moment, nobody can tell whether the start
-            arrived, and it has to be looked for in Dify's log; later starts then have a connection each. So have all
-            where this is not set.
-        :raises DifyConfigurationError: as :meth:`open` does.
+        Each start has a connection of its own: if the server closed a kept one at this very moment, nobody could tell
+        whether the start arrived. A request says by ``trace_request_ctx``, whose ``may_have_been_sent`` is set, when it
+        has its connection.
         """
         await self.open()
-        keeps_connections = keeps_connections and not self.has_lost_start
-        if keeps_connections not in self.starters:
+        if self.starter is None:
             trace = aiohttp.TraceConfig()
             trace.on_connection_create_end.append(_note_connection)
-            trace.on_connection_reuseconn.append(_note_kept_connection)
-            kept: dict[str, Any] = {"keepalive_timeout": KEEPALIVE_OF_STARTS}
-            self.starters[keeps_connections] = self._new_client(
-                # Who starts runs limits how many, and a run that waits for a socket would look like a queued one.
-                aiohttp.TCPConnector(limit=0, ssl=self.tls, **(kept if keeps_connections else {"force_close": True})),
-                # No timer for the response: a queued run is silent for as long as it is queued.
-                aiohttp.ClientTimeout(total=None, connect=self.connection.timeouts()[0]),
-                trace_configs=[trace],
-            )
-        return self.starters[keeps_connections]
+            # No timer for the response: a queued run is silent for as long as it is queued.
+            timeout = aiohttp.ClientTimeout(total=None, connect=self.connection.timeouts()[0])
+            # Who starts runs limits how many, and a run that waits for a socket would look like a queued one.
+            self.starter = self._new_client(timeout, [trace], limit=0, force_close=True)
+        return self.starter
 
     def _new_client(
-        self, connector: aiohttp.TCPConnector, timeout: aiohttp.ClientTimeout, **settings: Any
+        self, timeout: aiohttp.ClientTimeout, traces: list[aiohttp.TraceConfig] | None = None, **limits: Any
     ) -> aiohttp.ClientSession:
+        settings: dict[str, Any] = {"ssl": self.tls, **limits}
+        connector = (
+            _socks_connector(self.socks_proxy, settings) if self.socks_proxy else aiohttp.TCPConnector(**settings)
+        )
         return aiohttp.ClientSession(
             connector=connector,
             timeout=timeout,
@@ -246,7 +223,7 @@ class SharedSession(Shared):
             cookie_jar=aiohttp.DummyCookieJar(),
             max_line_size=MAX_HEADER,
             max_field_size=MAX_HEADER,
-            **settings,
+            trace_configs=traces,
         )
 
 
@@ -254,11 +231,19 @@ async def _note_connection(session: aiohttp.ClientSession, context: Any, params:
     context.trace_request_ctx.may_have_been_sent = True
 
 
-async def _note_kept_connection(session: aiohttp.ClientSession, context: Any, params: Any) -> None:
-    context.trace_request_ctx.may_have_been_sent = context.trace_request_ctx.is_on_kept_connection = True
+def _socks_connector(proxy: str, settings: dict[str, Any]) -> aiohttp.BaseConnector:
+    from aiohttp_socks import ProxyConnector  # an extra of this package
+
+    # As requests reads it: only these two let the proxy look names up.
+    scheme, rest = proxy.split("://", 1)
+    is_remote = scheme.lower() in ("socks5h", "socks4a")
+    connector: aiohttp.BaseConnector = ProxyConnector.from_url(
+        f"{scheme.lower().rstrip('ah')}://{rest}", rdns=is_remote, **settings
+    )
+    return connector
 
 
 def _proxy_and_tls(connection: DifyConnection) -> tuple[str | None, ssl.SSLContext | bool]:
     """Return the proxy and the certificates that ``requests`` would use, so that both clients go the same way."""
-    route = route_to(connection, takes_socks=False)
+    route = route_to(connection, socks_package="aiohttp_socks")
     return route.proxy, route.verify if isinstance(route.verify, bool) else load_bundle(route.verify)

@@ -1,7 +1,8 @@
 """
-What runs the requests of :data:`~airflow_provider_dify.api.calls.Steps`, on a worker and on an event loop.
+The requests of Dify's Service API: routes, queries and bodies, and what the whole response means.
 
-The two differ in the ``await`` only.
+A client sends them: :mod:`airflow_provider_dify.api.session` on a worker, :mod:`airflow_provider_dify.api.client` on an
+event loop.
 """
 
 from __future__ import annotations
@@ -11,22 +12,16 @@ import json
 import mimetypes
 import os
 import uuid
-from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any, Generic, Protocol, TypeVar
 
 from airflow_provider_dify.api import responses
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import AppInfo, LogRow, WorkflowRun
-from airflow_provider_dify.api.started_run import NextEvent
 from airflow_provider_dify.api.text import one_line
-from airflow_provider_dify.exceptions import (
-    DifyConfigurationError,
-    DifyConnectionError,
-    DifyError,
-    DifyWorkflowRunNotFound,
-)
+from airflow_provider_dify.exceptions import DifyConfigurationError
 
 INFO = "/info"
 PARAMETERS = "/parameters"
@@ -156,56 +151,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """
-    One request.
-
-    :param method: HTTP method.
-    :param path: path below the base URL.
-    :param subject: what is requested, in the middle of a message.
-    :param parse: returns what the whole response means, or raises.
-    :param params: the query.
-    :param body: a JSON body.
-    :param is_final: whether an error that usually may pass is not worth another attempt.
-    :param patience: seconds that the server gets for the response at least, whatever the connection says.
-    """
+    """One request; ``parse`` returns what the whole response means, or raises."""
 
     method: str
     path: str
+    # What is requested, in the middle of a message.
     subject: str
     parse: Callable[[HttpResponse], T]
     params: Mapping[str, Any] | None = None
     body: Mapping[str, Any] | None = None
-    is_final: Callable[[DifyConnectionError], bool] = field(default=lambda error: False)
-    patience: float = 0.0
+    # The server gets so long for the response at least, whatever the connection says.
+    patience_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Pause:
-    """A pause of so many seconds between two requests."""
+class Client(Protocol):
+    """What sends requests on an event loop, for one app."""
 
-    seconds: float
-
-
-@dataclass(frozen=True)
-class LiveTaskId:
-    """The ``task_id`` of a running run, out of the next event that the run sends (Dify 1.14 and later)."""
-
-    workflow_run_id: str
-    user: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class SendStart:
-    """The start of a run, sent once; it returns the start's stream at once, whose response is still to come."""
-
-    inputs: Mapping[str, Any]
-    user: str
-    workflow_id: str | None = None
-
-
-Step = Call[Any] | Pause | LiveTaskId | SendStart | NextEvent
-Steps = Generator[Step, Any, T]
+    async def perform(self, call: Call[T]) -> T:
+        """Send a request, and return what its response means."""
 
 
 def run_detail(workflow_run_id: str) -> Call[WorkflowRun]:
@@ -215,7 +178,6 @@ def run_detail(workflow_run_id: str) -> Call[WorkflowRun]:
         run_path(workflow_run_id),
         f"workflow run {workflow_run_id}",
         lambda response: responses.parse_workflow_run(response, workflow_run_id),
-        is_final=_may_mean_an_unknown_run,
     )
 
 
@@ -244,7 +206,7 @@ def logged_runs(
     created_before: datetime | None = None,
     page: int = 1,
     limit: int = 20,
-    patience: float = 0.0,
+    patience_seconds: float = 0.0,
 ) -> Call[list[LogRow]]:
     """Return the request for a page of the app's log, newest runs first."""
     params = {
@@ -261,82 +223,5 @@ def logged_runs(
         responses.LOG_SUBJECT,
         responses.parse_log,
         params={name: value for name, value in params.items() if value is not None},
-        patience=patience,
+        patience_seconds=patience_seconds,
     )
-
-
-def look_up_run(workflow_run_id: str) -> Steps[WorkflowRun]:
-    """
-    Look a run up, also where the server can't say that it doesn't know the run.
-
-    Dify 1.13.0 returns the same 500 for an unknown run as for a fault (measured); 1.13.1 and later return a 404.
-
-    :param workflow_run_id: the run's UUID, parsed already.
-    :return: the run.
-    :raises DifyWorkflowRunNotFound: also where only the requests for this run fail on a 1.13.0; not sure then.
-    :raises DifyError: any other.
-    """
-    try:
-        run: WorkflowRun = yield run_detail(workflow_run_id)
-        return run
-    except DifyConnectionError as error:
-        if not _may_mean_an_unknown_run(error):
-            raise
-        try:
-            yield app_info()
-        except DifyError:
-            raise error from None
-        raise DifyWorkflowRunNotFound(
-            f"{error.message or 'Internal Server Error'} (HTTP 500): Dify 1.13.0 responds so for a run that it "
-            f"does not know, and it does not know workflow run {workflow_run_id}, or cannot read its record: other "
-            "requests succeed. Check the id, and that the connection holds an API key of the app that made the run. "
-            "Dify 1.13.1 and later name an unknown run as such. If the server writes runs late, set not_found_grace.",
-            workflow_run_id=workflow_run_id,
-            is_sure=False,
-        ) from error
-
-
-def _may_mean_an_unknown_run(error: DifyConnectionError) -> bool:
-    return error.status_code == 500 and error.code == "unknown" and error.server_version == "1.13.0"
-
-
-def run_steps(steps: Generator[Any, Any, T], take_step: Callable[[Any], Any]) -> T:
-    """
-    Run requests that depend on each other.
-
-    :param steps: yields each request, and is sent what its response meant.
-    :param take_step: sends a request, and returns what its response means.
-    :return: what the steps return.
-    """
-    try:
-        step = next(steps)
-        while True:
-            try:
-                result = take_step(step)
-            except BaseException as error:  # noqa: PERF203
-                step = steps.throw(error)
-            else:
-                step = steps.send(result)
-    except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]
-
-
-async def run_steps_async(steps: Generator[Any, Any, T], take_step: Callable[[Any], Awaitable[Any]]) -> T:
-    """
-    Run requests that depend on each other, on an event loop.
-
-    :param steps: yields each request, and is sent what its response meant.
-    :param take_step: sends a request, and returns what its response means.
-    :return: what the steps return.
-    """
-    try:
-        step = next(steps)
-        while True:
-            try:
-                result = await take_step(step)
-            except BaseException as error:  # noqa: PERF203
-                step = steps.throw(error)
-            else:
-                step = steps.send(result)
-    except StopIteration as done:
-        return done.value  # type: ignore[no-any-return]

@@ -28,12 +28,16 @@ class Route:
     verify: str | bool
 
 
-def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
+# What the two HTTP clients need for a SOCKS proxy.
+_SOCKS_PACKAGES = {"socks": "pysocks", "aiohttp_socks": "aiohttp-socks"}
+
+
+def route_to(connection: DifyConnection, *, socks_package: str) -> Route:
     """
     Return the way to Dify that ``requests`` would take with a connection's settings and the environment's.
 
     :param connection: the connection's settings.
-    :param takes_socks: whether the HTTP client can use a SOCKS proxy.
+    :param socks_package: the module that the HTTP client needs for a SOCKS proxy.
     :return: the way.
     :raises DifyConfigurationError: if a proxy or a CA bundle can't be used; never quotes a proxy's URL.
     """
@@ -43,7 +47,7 @@ def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
             connection.base_url, dict(connection.proxies), stream=None, verify=verify, cert=None
         )
     proxy = select_proxy(connection.base_url, settings["proxies"])
-    _check_proxy(proxy, takes_socks)
+    _check_proxy(proxy, socks_package)
     if proxy is not None and "://" not in proxy:
         # As requests reads it.
         proxy = f"http://{proxy}"
@@ -76,19 +80,16 @@ def load_bundle(path: str) -> ssl.SSLContext:
         ) from None
 
 
-def _check_proxy(proxy: str | None, takes_socks: bool) -> None:
+def _check_proxy(proxy: str | None, socks_package: str) -> None:
     if proxy is None:
         return
     source = "It comes from the connection's extra 'proxies', or from the environment (HTTPS_PROXY and the like)."
     if not is_proxy_url(proxy):
         # Not shown: it may hold a password.
         raise DifyConfigurationError(f"The URL of the proxy to Dify is malformed. {source}")
-    if proxy.lower().startswith("socks"):
-        if not takes_socks:
-            raise DifyConfigurationError(
-                f"The proxy to Dify is a SOCKS proxy, which the triggerer's HTTP client cannot use. {source}"
-            )
-        if find_spec("socks") is None:
-            raise DifyConfigurationError(
-                f"The proxy to Dify is a SOCKS proxy, which needs the package pysocks. {source}"
-            )
+    if proxy.lower().startswith("socks") and find_spec(socks_package) is None:
+        package = _SOCKS_PACKAGES[socks_package]
+        raise DifyConfigurationError(
+            f"The proxy to Dify is a SOCKS proxy, which needs the package {package}: pip install "
+            f"'airflow-provider-dify[socks]'. {source}"
+        )

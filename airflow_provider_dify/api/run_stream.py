@@ -2,153 +2,362 @@
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from collections.abc import Iterator
-from queue import Empty
-from typing import TYPE_CHECKING, Any
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-import requests
-from urllib3.exceptions import NewConnectionError
-
-from airflow_provider_dify.api.calls import run_steps
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.api.session import Closing, DifySession, Mailbox
-from airflow_provider_dify.api.started_run import (
-    START_HEADERS,
-    Backlog,
-    NextEvent,
-    StartedRun,
-    StreamItem,
-    next_required_event,
-    require_name,
-)
-from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
+from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
+from airflow_provider_dify.api.responses import error_from_start, error_from_start_event
+from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 
 if TYPE_CHECKING:
-    from requests.models import Response
+    from types import TracebackType
 
-# Seconds between two looks whether the reader of the events has caught up.
-_PAUSE = 0.05
+    import aiohttp
+
+    from airflow_provider_dify.api.async_session import SharedSession
+
+MAX_EVENTS = 1_000
+MAX_BYTES = 16 * 1024 * 1024
+
+_SUBJECT = "the start of a workflow run"
+_HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
+# For so long a stream is read on after an error: the end of its run may follow (measured: within milliseconds).
+SECONDS_AFTER_ERROR = 2.0
+# What a stream brings: that an event stream has begun (None), a response that is none, an event, or why no more comes.
+StreamItem = HttpResponse | WorkflowEvent | Exception | None
 
 
-class WorkflowRunStream(StartedRun, Closing):
+class _Backlog:
+    """The events of a stream that its reader has not taken yet, as the one who reads the socket knows them."""
+
+    def __init__(self) -> None:
+        # Of each event, or of the first one of several that came together.
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
+        self._begun = 0
+
+    def add(self, size_bytes: int, events: int) -> None:
+        """Note the next piece of the stream, and how many events it completed."""
+        self._begun += size_bytes
+        if events:
+            self._sizes.extend([self._begun, *[0] * (events - 1)])
+            self._bytes += self._begun
+            self._begun = 0
+
+    def is_full(self, waiting: int) -> bool:
+        """Return whether the reader, which has not taken so many events yet, has to catch up first."""
+        while len(self._sizes) > waiting:
+            self._bytes -= self._sizes.popleft()
+        return waiting >= MAX_EVENTS or self._bytes >= MAX_BYTES
+
+
+class AsyncWorkflowRunStream:
     """
-    A start that was sent, the run once Dify names it, and the run's events.
+    A start that was sent on an event loop, the run once Dify names it, and the run's events.
 
-    The request and its response are read in a thread, so that a caller waits for the next event as long as it likes and
-    no longer, whatever the server does. The run goes on without its client.
+    The run goes on without its client. ``async with`` hangs up at its end, and ``async for`` iterates over the events.
 
-    :param session: a session of its own: on a kept-alive connection that the server has just closed, nobody could tell
-        whether the request arrived.
-    :param url: where to send the start.
+    :param session: what the start goes through; the stream takes a share of its own.
+    :param path: where to send the start.
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
+    :ivar workflow_run_id: the run's UUID; empty until Dify names it.
+    :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
+    :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
+    :ivar server_version: Dify's version; ``None`` until it responds.
+    :ivar is_accepted: whether an event stream has begun, which from Dify 1.13 on does not say that there is a run yet.
+    :ivar error_event: the ``error`` that came before the run had a name; ``None`` where none did.
     """
 
-    def __init__(self, connection: DifyConnection, session: DifySession, url: str, body: bytes, user: str) -> None:
-        super().__init__(connection, url, user)
-        self._session = session
-        self._response: Response | None = None
-        # A response or its events in turn, then why there are no more.
-        self._items: Mailbox[StreamItem] = Mailbox()
+    def __init__(self, session: SharedSession, path: str, body: bytes, user: str) -> None:
+        self._connection: DifyConnection = session.connection
+        self._url = f"{session.connection.base_url}{path}"
+        self._user = user
+        self.workflow_run_id = ""
+        self.task_id = ""
+        self.app_id: str | None = None
+        self.server_version: str | None = None
+        self.is_accepted = False
+        self.error_event: WorkflowEvent | None = None
+        # An event that named the run and says more than that, for the next who asks.
+        self._kept: WorkflowEvent | None = None
+        # Set by the session once the start has a connection, from when on its bytes may go out.
+        self.may_have_been_sent = False
+        self._items: deque[StreamItem] = deque()
         self._end: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._was_taken = asyncio.Event()
         self._is_closed = False
-        threading.Thread(target=self._read, args=(body,), name="dify-start", daemon=True).start()
+        # A share of its own: whoever sent the start may use another session meanwhile, with a key that was rotated.
+        self._session = session.join(session.connection)
+        self._reader = asyncio.get_running_loop().create_task(self._read(body))
 
-    def next_event(self, seconds: float) -> WorkflowEvent | None:
-        """Return the run's next event, as :meth:`StartedRun.next_event` describes."""
-        if (kept := self._take_kept()) is not None:
+    @property
+    def is_named(self) -> bool:
+        """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
+        return bool(self.workflow_run_id)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the event that named the run was its last one."""
+        return self._kept is not None and self._kept.is_ending
+
+    async def next_event(self, seconds: float) -> WorkflowEvent | None:
+        """
+        Return the run's next event.
+
+        :param seconds: how long to wait for it.
+        :return: the event; ``None`` if there was none, which says nothing about the run.
+        :raises DifyError: if Dify rejected the start; a :class:`DifyConnectionError` only if nothing was started.
+        :raises DifyWorkflowRunUncertain: if the stream ended before Dify named the run, which may have been started.
+        :raises DifyConnectionError: if the stream broke off after that; the run goes on.
+        """
+        if self._kept is not None:
+            kept, self._kept = self._kept, None
             return kept
-        try:
-            item = self._end or self._items.get(timeout=max(0.0, seconds))
-        except Empty:
+        if not self._items and self._end is None:
+            await self._wait_for_item(seconds)
+        if self._end is None and not self._items:
             return None
+        item = self._end or self._items.popleft()
+        self._was_taken.set()
         if isinstance(item, Exception):
             self._end = item
         try:
-            return self._take(item, self._may_have_been_sent())
+            return self._take(item)
         except DifyError:
             self.close()
             raise
 
-    def require_name(self, seconds: float) -> None:
+    async def wait_until_accepted(self, seconds: float) -> bool:
+        """
+        Wait for the beginning of the response.
+
+        :param seconds: how long.
+        :return: whether an event stream has begun.
+        :raises DifyError: as :meth:`next_event` does.
+        """
+        if not self.is_accepted:
+            await self.next_event(seconds)
+        return self.is_accepted
+
+    async def wait_until_named(self, seconds: float) -> bool:
+        """
+        Wait until Dify names the run, or says that there will be none.
+
+        :param seconds: how long.
+        :return: whether the run has a name; else it is queued, perhaps.
+        :raises DifyError: what Dify's error from before a name means; any other, as :meth:`next_event` does.
+        """
+        until = time.monotonic() + seconds
+        while not self.is_named and (left := until - time.monotonic()) > 0:
+            await self.next_event(left)
+            if self.error_event is not None and not self.is_named:
+                await self.read_after_error()
+                if not self.is_named and (error := self.rejection()) is not None:
+                    raise error
+        return self.is_named
+
+    async def require_name(self, seconds: float) -> None:
         """
         Wait until Dify names the run, and hang up if it doesn't.
 
         :param seconds: how long.
         :raises DifyWorkflowRunUncertain: if Dify named no run in time.
-        :raises DifyError: as :meth:`next_event` does.
+        :raises DifyError: as :meth:`wait_until_named` does.
         """
-        run_steps(require_name(self, seconds), _take_step)
+        try:
+            if not await self.wait_until_named(seconds):
+                raise DifyWorkflowRunUncertain(
+                    f"Dify did not name the run of user {self._user!r} within {seconds:g} seconds: it is queued, and "
+                    "may run later. Look for the user in the app's log in Dify's console.",
+                    user=self._user,
+                )
+        except BaseException:
+            self.close()
+            raise
 
-    def __iter__(self) -> Iterator[WorkflowEvent]:
+    async def read_after_error(self) -> None:
+        """Read on for a moment after an error that named no run: it is not always the end of the stream."""
+        until = time.monotonic() + SECONDS_AFTER_ERROR
+        with suppress(DifyWorkflowRunUncertain):
+            while not self.is_named and (left := until - time.monotonic()) > 0:
+                await self.next_event(left)
+
+    async def next_required_event(self) -> WorkflowEvent:
+        """
+        Return the next event of a run that is named.
+
+        :raises DifyConnectionError: if the stream breaks off, or is silent for longer than the timeout.
+        """
+        seconds = self._connection.timeouts()[1]
+        event = await self.next_event(seconds)
+        if event is None:
+            raise self._broken(f"no event within {seconds:g} seconds")
+        return event
+
+    async def __aiter__(self) -> AsyncIterator[WorkflowEvent]:
         """
         Iterate over the events after ``workflow_started``, up to the one that ends the stream.
 
         :raises DifyConnectionError: if the stream breaks off, or is silent for longer than the timeout.
         """
-        timeout = self._connection.timeouts()[1]
         while True:
-            event = run_steps(next_required_event(self, timeout), _take_step)
+            event = await self.next_required_event()
             yield event
             if event.is_ending:
                 return
 
+    def rejection(self) -> DifyError | None:
+        """Return what Dify's error from before the run had a name means; ``None`` where there was none."""
+        if self.error_event is None:
+            return None
+        return error_from_start_event(self.error_event.data, self.server_version)
+
+    async def __aenter__(self) -> AsyncWorkflowRunStream:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+        await self.wait_closed()
+
     def close(self) -> None:
         """Hang up; the run goes on."""
         self._is_closed = True
-        # First the sockets: a thread that reads one would not notice that it was closed.
-        self._session.abort()
-        if self._response is not None:
-            self._response.close()
-        self._session.close()
+        self._reader.cancel()
 
-    def _read(self, body: bytes) -> None:
-        """Send the start and read what comes back, in a thread of its own."""
-        connect, _ = self._connection.timeouts()
+    async def wait_closed(self) -> None:
+        """Wait until a stream that was closed has let go of its socket; return at once from one that was not."""
+        if self._is_closed:
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    # --- what is read in the background
+
+    async def _read(self, body: bytes) -> None:
+        """Send the start and read what comes back, in a task of its own."""
         try:
-            # No timeout for a piece of the response: a queued run is silent for as long as it is queued.
-            response = self._session.post(
-                self._url, data=body, headers=START_HEADERS, stream=True, allow_redirects=False, timeout=(connect, None)
-            )
-            self._response = response
-            is_stream = self._is_stream(response.status_code, response.headers)
-            whole = b"" if is_stream else response.content
-            self._items.put(self._receive(response.status_code, response.headers, whole))
-            if is_stream:
-                self._read_events(response)
+            client = await self._session.open_for_starts()
+            async with client.post(
+                self._url,
+                data=body,
+                headers=_HEADERS,
+                allow_redirects=False,
+                proxy=self._session.proxy,
+                trace_request_ctx=self,
+            ) as response:
+                is_stream = _is_stream(response.status, response.headers)
+                # The events of a stream come later.
+                whole = b"" if is_stream else await response.read()
+                received = HttpResponse.received(self._connection, self._url, response.status, response.headers, whole)
+                self.server_version = received.server_version
+                self._put(None if is_stream else received)
+                if is_stream:
+                    await self._read_events(response)
         except Exception as error:
-            self._items.put(error)
+            self._put(error)
+        finally:
+            await self._session.leave()
 
-    def _read_events(self, response: Response) -> None:
-        reader, backlog = self._new_reader(), Backlog()
-        # What is there, and not the next 8 KB, which a response without chunks would wait for.
-        while piece := response.raw.read1(65536):
+    async def _read_events(self, response: aiohttp.ClientResponse) -> None:
+        reader = EventStreamReader(lambda data: without_key(data, self._connection.api_key))
+        backlog = _Backlog()
+        async for piece in response.content.iter_any():
             events = reader.feed(piece)
             backlog.add(len(piece), len(events))
             for event in events:
-                self._items.put(event)
-            # Without a lock, which a signal's handler in the reader's thread could wait for for ever.
-            while backlog.is_full(self._items.waiting) and not self._is_closed:
-                time.sleep(_PAUSE)
+                self._put(event)
+            while backlog.is_full(len(self._items)):
+                self._was_taken.clear()
+                await self._was_taken.wait()
         raise EOFError("the stream ended before the run did")
 
-    def _may_have_been_sent(self) -> bool:
-        """
-        Return whether any byte of the request may have gone out.
+    def _put(self, item: StreamItem) -> None:
+        self._items.append(item)
+        self._wake()
 
-        The kind of an error doesn't tell: one of TLS or of a proxy comes before the request or after it.
-        """
-        if self._session.was_sent is not None:
-            return self._session.was_sent
-        error = self._end
-        reason: Any = getattr(error.args[0], "reason", None) if error is not None and error.args else None
-        return not isinstance(error, (requests.ConnectTimeout, ValueError)) and not isinstance(
-            reason, NewConnectionError
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def _wait_for_item(self, seconds: float) -> None:
+        # Not asyncio.wait_for, which before Python 3.12 makes a task of each wait.
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = loop.call_later(max(0.0, seconds), self._wake)
+        try:
+            await self._waiter
+        finally:
+            timer.cancel()
+            self._waiter = None
+
+    # --- what it means
+
+    def _take(self, item: StreamItem) -> WorkflowEvent | None:
+        """Note what came next, and return or raise what it means to :meth:`next_event`."""
+        if item is None:
+            self.is_accepted = True
+            return None
+        if isinstance(item, HttpResponse):
+            raise self._error_from_response(item)
+        if isinstance(item, Exception):
+            raise self._error_from_end(item)
+        return self._note(item)
+
+    def _note(self, event: WorkflowEvent) -> WorkflowEvent:
+        if self.is_named:
+            return event
+        if event.workflow_run_id and event.task_id:
+            # Whichever event it is: with Dify's events on Redis streams, some runs have no workflow_started (measured).
+            self.workflow_run_id = event.workflow_run_id
+            self.task_id = event.task_id
+            self.app_id = event.app_id
+            self._kept = event if event.name != STARTED else None
+        elif event.name == ERROR:
+            self.error_event = event
+        elif event.is_ending:
+            raise self._uncertain(f"the stream begins with the event {event.name!r}: {one_line(event.data, 300)}")
+        return event
+
+    def _error_from_end(self, error: Exception) -> DifyError:
+        reason = reason_of(error, self._connection.secrets)
+        if self.is_named:
+            return self._broken(reason)
+        if not self.is_accepted and not self.may_have_been_sent:
+            return no_response(self._connection, _SUBJECT, self._url, error)
+        return self._uncertain(reason)
+
+    def _error_from_response(self, response: HttpResponse) -> DifyError:
+        error = error_from_start(response)
+        # Only what a server says before it starts anything is sure to have started nothing.
+        is_sure = 300 <= response.status_code < 500
+        if isinstance(error, DifyConnectionError) and not is_sure:
+            return self._uncertain(str(error))
+        return error
+
+    def _broken(self, reason: str) -> DifyConnectionError:
+        return DifyConnectionError(
+            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run goes on.",
+            server_version=self.server_version,
+        )
+
+    def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
+        return DifyWorkflowRunUncertain(
+            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run "
+            f"for user {self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's "
+            "log in Dify's console.",
+            user=self._user,
         )
 
 
-def _take_step(step: NextEvent) -> WorkflowEvent | None:
-    return step.stream.next_event(step.seconds)  # type: ignore[no-any-return]
+def _is_stream(status_code: int, headers: Mapping[str, str]) -> bool:
+    """Return whether a response begins an event stream."""
+    return status_code < 400 and headers.get("Content-Type", "").startswith("text/event-stream")

@@ -1,30 +1,42 @@
-"""Airflow's hook for Dify's Service API: the package's small Dify client with an Airflow connection's settings."""
+"""Airflow's hook for Dify's Service API: look-ups with ``requests``, and runs on an event loop of their own."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+from airflow.providers.common.compat.sdk import BaseHook
 
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import SendStart, open_upload
+from airflow_provider_dify.api.calls import Call, open_upload
+from airflow_provider_dify.api.connection import DifyConnection
+from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
 from airflow_provider_dify.api.responses import parse_uploaded_file_id
-from airflow_provider_dify.api.run_stream import WorkflowRunStream
-from airflow_provider_dify.api.session import send
-from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.api.session import DifySession, RequestRetries, send
+from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
-from airflow_provider_dify.hooks.sending import SendingHook
-from airflow_provider_dify.runs.clock import WEEK, TaskClock
-from airflow_provider_dify.runs.following import Follower
-from airflow_provider_dify.runs.whole_run import run_workflow, wait_for_run
+from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, RunWait, WaitArguments
 
 if TYPE_CHECKING:
     from datetime import datetime
+    from types import TracebackType
+
+    import requests
+    from typing_extensions import Self
+
+    from airflow_provider_dify.api.client import DifyClient
+    from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
+    from airflow_provider_dify.tasks.loop import TaskLoop
+
+T = TypeVar("T")
 
 
-class DifyHook(SendingHook):
+class DifyHook(BaseHook):
     """
     Talk to Dify's Service API with one app's API key.
 
@@ -39,12 +51,76 @@ class DifyHook(SendingHook):
     :ivar server_version: Dify's version, as its last response named it; ``None`` until then.
     """
 
+    default_conn_name = "dify_default"
     conn_name_attr = "dify_conn_id"
     conn_type = "dify"
     hook_name = "Dify"
     # Airflow 2 looks for these in the class itself.
     get_ui_field_behaviour = staticmethod(ui_field_behaviour)
     get_connection_form_widgets = staticmethod(connection_form_widgets)
+
+    def __init__(
+        self,
+        dify_conn_id: str = default_conn_name,
+        *,
+        timeout: float | None = None,
+        retry_limit: int = 3,
+        retry_delay: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.dify_conn_id = dify_conn_id
+        self.timeout = timeout
+        self.retry_limit = retry_limit
+        self.retry_delay = retry_delay
+        self.deadline: float | None = None
+        self.server_version: str | None = None
+        self._names_connection = True
+        self._connection: DifyConnection | None = None
+        self._session: DifySession | None = None
+
+    @property
+    def connection(self) -> DifyConnection:
+        """
+        The connection's settings, as last read.
+
+        :raises DifyConfigurationError: if the connection cannot be used.
+        """
+        if self._connection is None:
+            connection = self.get_connection(self.dify_conn_id)
+            settings = DifyConnection.from_airflow(connection, has_name=self._names_connection)
+            self._connection = replace(settings, timeout=self.timeout or settings.timeout)
+        return self._connection
+
+    @property
+    def response_timeout(self) -> float:
+        """Seconds for a whole response."""
+        return self.connection.timeouts()[1]
+
+    def get_conn(self) -> requests.Session:
+        """
+        Return the session that this hook's requests go through.
+
+        It sends the API key to the connection's own scheme, host and port only, has the connection's timeout, TLS and
+        proxy settings, and keeps no cookies.
+
+        :return: the session; the same one until :meth:`close`.
+        :raises DifyConfigurationError: if the connection cannot be used.
+        """
+        return self._get_session()
+
+    def close(self) -> None:
+        """Close the session and its connections; the next request opens a new one."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
         """
@@ -58,7 +134,7 @@ class DifyHook(SendingHook):
         :raises DifyRequestError: if the request is rejected otherwise.
         :raises DifyConnectionError: if Dify can't be reached, fails, or something else responds, retries included.
         """
-        return self.run_steps(calls.look_up_run(calls.parse_workflow_run_id(workflow_run_id)))
+        return self.perform(calls.run_detail(calls.parse_workflow_run_id(workflow_run_id)))
 
     def get_app_info(self) -> AppInfo:
         """
@@ -96,26 +172,18 @@ class DifyHook(SendingHook):
         :raises DifyWorkflowRunUncertain: if a run may have been started and can't be named.
         :raises DifyConnectionError: if nothing was started, retries included.
         """
-        until = time.time() + timeout
+        from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
+
+        deadline = self._deadline_after(timeout)
 
         def start() -> WorkflowRunStream:
-            stream = self.send_start(inputs, user, workflow_id=workflow_id)
             # An attempt that is made at all has a second, as every other request.
-            stream.require_name(max(min(timeout, 1.0), round(until - time.time(), 1)))
+            seconds = max(min(timeout, 1.0), round(deadline.left, 1))
+            stream = WorkflowRunStream(self.connection, inputs, user, workflow_id, seconds)
+            self.server_version = stream.server_version or self.server_version
             return stream
 
-        with self._until(until):
-            return self._with_retries(start)
-
-    def send_start(self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None) -> WorkflowRunStream:
-        """
-        Send the start of a run once, and return at once.
-
-        :param inputs: as for :meth:`start_workflow_run`; sequences of any kind become lists.
-        :return: the start, whose response is still to come.
-        :raises DifyConfigurationError: if an argument can't be sent; nothing was sent then.
-        """
-        return self._send_start(SendStart(inputs, user, workflow_id))
+        return self._with_retries(start, deadline.at)
 
     def run_workflow(
         self,
@@ -124,7 +192,7 @@ class DifyHook(SendingHook):
         *,
         workflow_id: str | None = None,
         poll_interval: float = 10.0,
-        timeout: float = WEEK,
+        timeout: float = WEEK_SECONDS,
     ) -> WorkflowRun:
         """
         Start a run of the app's workflow, and wait until it is over: for a function of ``@task``.
@@ -144,12 +212,19 @@ class DifyHook(SendingHook):
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
         """
-        follower = self._follower(poll_interval, timeout)
-        with self._until(follower.clock.deadline):
-            return self.run_steps(run_workflow(follower, inputs, user, workflow_id, timeout))
+        deadline = self._deadline_after(timeout)
+
+        async def work(client: DifyClient) -> WorkflowRun:
+            from airflow_provider_dify.runs.starting import Starter
+
+            return await Starter(client, deadline, self.log, _wait_arguments(poll_interval)).run(
+                inputs, user, workflow_id
+            )
+
+        return self.run_on_loop(work, deadline.at)
 
     def wait_for_workflow_run(
-        self, workflow_run_id: str, *, poll_interval: float = 10.0, timeout: float = WEEK
+        self, workflow_run_id: str, *, poll_interval: float = 10.0, timeout: float = WEEK_SECONDS
     ) -> WorkflowRun:
         """
         Poll a run until it is over. Up to five polls in a row may fail for a passing reason.
@@ -162,9 +237,16 @@ class DifyHook(SendingHook):
         :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.
         :raises DifyError: any other, as :meth:`get_workflow_run` does.
         """
-        follower = self._follower(poll_interval, timeout)
-        with self._until(follower.clock.deadline):
-            return self.run_steps(wait_for_run(follower, workflow_run_id, timeout))
+        deadline, arguments = self._deadline_after(timeout), _wait_arguments(poll_interval)
+        wait = RunWait(calls.parse_workflow_run_id(workflow_run_id), arguments, log=self.log)
+
+        async def work(client: DifyClient) -> WorkflowRun:
+            from airflow_provider_dify.runs.following import Follower
+
+            run, _ = await Follower(client, deadline, self.log, arguments).follow(wait, None)
+            return run
+
+        return self.run_on_loop(work, deadline.at)
 
     def stop_workflow_task(self, task_id: str, user: str) -> None:
         """
@@ -236,16 +318,13 @@ class DifyHook(SendingHook):
                     "POST",
                     calls.UPLOAD,
                     f"the upload of {part[0]!r}",
-                    time_limit=None,
+                    time_limit_seconds=None,
                     files={"file": part},
                     data={"user": user},
                 )
                 return parse_uploaded_file_id(response)
 
             return self._with_retries(upload)
-
-    def _follower(self, poll_interval: float, timeout: float) -> Follower:
-        return Follower(self, TaskClock(time.time() + timeout), self.log, poll_interval, "hook's")
 
     def test_connection(self) -> tuple[bool, str]:
         """
@@ -262,3 +341,100 @@ class DifyHook(SendingHook):
         except DifyError as error:
             return False, str(error)
         return describe_test(hook.connection, app, hook.server_version)
+
+    def perform(self, call: Call[T]) -> T:
+        """
+        Send a request, again where it failed for a passing reason, and return what its response means.
+
+        :param call: the request.
+        :raises DifyError: what the last response means.
+        """
+        return self._with_retries(lambda: call.parse(self._send(call)))
+
+    def run_on_loop(self, work: Callable[[DifyClient], Coroutine[Any, Any, T]], deadline: float | None = None) -> T:
+        """Run what needs an event loop, on one of its own, and return what it returns."""
+        from airflow_provider_dify.tasks.loop import TaskLoop
+
+        loop = TaskLoop()
+
+        async def run() -> T:
+            async with self.client_on(loop) as client:
+                client.deadline = deadline
+                try:
+                    return await work(client)
+                finally:
+                    self.server_version = client.server_version or self.server_version
+
+        return loop.run(run())
+
+    def client_on(self, loop: TaskLoop) -> DifyClient:
+        """Return a client with this hook's connection, which the thread that waits for the loop reads."""
+        # Imported when it is needed: a look-up needs no asynchronous HTTP client.
+        from airflow_provider_dify.api.client import DifyClient
+
+        async def read_connection(refused: DifyConnection | None) -> DifyConnection:
+            return await loop.ask(partial(self._read_again, refused))
+
+        client = DifyClient(read_connection)
+        client.server_version = self.server_version
+        return client
+
+    def _deadline_after(self, seconds: float) -> Deadline:
+        """Return the deadline of a wait; it is no later than the hook's own."""
+        deadline = Deadline.after(seconds, "hook's")
+        return deadline if self.deadline is None else replace(deadline, at=min(deadline.at, self.deadline))
+
+    def _get_session(self) -> DifySession:
+        if self._session is None:
+            self._session = DifySession(self.connection)
+        return self._session
+
+    def _send(self, call: Call[Any]) -> HttpResponse:
+        request: dict[str, Any] = {} if call.body is None else {"json": call.body}
+        connect, time_limit = self.connection.timeouts()
+        if call.patience_seconds > time_limit:
+            time_limit = call.patience_seconds
+            request["timeout"] = (connect, time_limit)
+        if self.deadline is not None:
+            # A second, so that the last look at a run, after its deadline, is one.
+            time_limit = min(time_limit, max(1.0, self.deadline - time.time()))
+        response = send(
+            self._get_session(),
+            self.connection,
+            call.method,
+            call.path,
+            call.subject,
+            time_limit_seconds=time_limit,
+            params=call.params,
+            **request,
+        )
+        self.server_version = response.server_version or self.server_version
+        return response
+
+    def _with_retries(self, work: Callable[[], T], deadline: float | None = None) -> T:
+        """Do what a passing failure may be repeated for, and once more if the key was rotated."""
+        retries = RequestRetries(self.retry_limit, self.retry_delay, deadline or self.deadline, self.log)
+        used = self.connection
+        try:
+            return retries.call(work)
+        except DifyAuthenticationError:
+            if self._read_again(used) == used:
+                raise
+        return retries.call(work)
+
+    def _read_again(self, refused: DifyConnection | None) -> DifyConnection:
+        """Read the connection again, after its key was refused: a key that was rotated must not end a long wait."""
+        if refused is not None and self._connection == refused:
+            self._connection = None
+            if self.connection != refused:
+                self.log.info(
+                    "The API key of connection %r was refused and has changed since; using the new one.",
+                    refused.conn_id,
+                )
+                self.close()
+        return self.connection
+
+
+def _wait_arguments(poll_interval: float) -> WaitArguments:
+    # Some servers write runs late.
+    return WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)

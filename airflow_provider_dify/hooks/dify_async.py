@@ -3,109 +3,45 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import math
 import time
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakSet
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from airflow.providers.common.compat.connection import get_async_connection
 
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
-from airflow_provider_dify.api.async_session import SharedSession
-from airflow_provider_dify.api.calls import (
-    Call,
-    LiveTaskId,
-    Pause,
-    SendStart,
-    Step,
-    Steps,
-    encode_start,
-    run_steps_async,
-)
+from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.http_response import HttpResponse, no_response
 from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRun, runs_of
-from airflow_provider_dify.api.started_run import NextEvent
-from airflow_provider_dify.exceptions import DifyAuthenticationError
-from airflow_provider_dify.hooks.shared_connection import read_connection
-from airflow_provider_dify.runs.clock import WEEK, TaskClock
-from airflow_provider_dify.runs.following import Follower
-from airflow_provider_dify.runs.whole_run import run_workflow
+from airflow_provider_dify.runs.starting import Starter
+from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, WaitArguments
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
     from datetime import datetime
-    from types import TracebackType
 
-T = TypeVar("T")
+    from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
 
 _log: Any = logging.getLogger(__name__)
 
-# A run's inputs may be megabytes, and a triggerer has many waits.
-MAX_BODY_KEPT = 32_768
 
-
-class DifyAsyncHook:
+class DifyAsyncHook(DifyClient):
     """
     Talk to Dify on an event loop, with one app's API key. Never blocks the loop, never retries by itself.
 
     To be used as ``async with DifyAsyncHook() as hook: ...``, which takes and returns its share of the session.
 
     :param dify_conn_id: the Airflow connection, as for :class:`~airflow_provider_dify.hooks.dify.DifyHook`.
-    :param keeps_connections: whether starts share connections, for many starts one after another. A start that breaks
-        off when the server closes its connection may have arrived then: :class:`DifyWorkflowRunUncertain`.
     :ivar connection: the connection's settings, as last read; ``None`` until then.
     :ivar server_version: Dify's version, as its last response named it; ``None`` until then.
     """
 
-    def __init__(self, dify_conn_id: str = "dify_default", *, keeps_connections: bool = False) -> None:
+    def __init__(self, dify_conn_id: str = "dify_default") -> None:
+        super().__init__(partial(_read_connection, dify_conn_id))
         self.dify_conn_id = dify_conn_id
-        self._keeps_connections = keeps_connections
-        self.connection: DifyConnection | None = None
-        self.server_version: str | None = None
-        self._session: SharedSession | None = None
-        self._streams: WeakSet[AsyncWorkflowRunStream] = WeakSet()
-        self._last_run: tuple[str, bytes, WorkflowRun] | None = None
-        self._reading = asyncio.Lock()
-
-    async def __aenter__(self) -> DifyAsyncHook:
-        """
-        Read the connection and open the session, if no one has.
-
-        :raises DifyConfigurationError: if the connection cannot be used.
-        """
-        try:
-            await self._connect()
-        except BaseException:
-            await self.close()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            # The end of the event loop, which may come next, waits for no socket.
-            await asyncio.gather(*(stream.wait_closed() for stream in self._streams))
-        finally:
-            await self.close()
-
-    async def close(self) -> None:
-        """Return the share of the session; the last one out closes it."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.leave()
-
-    @property
-    def response_timeout(self) -> float:
-        """Seconds for a whole response."""
-        assert self.connection is not None  # noqa: S101
-        return self.connection.timeouts()[1]
 
     async def get_workflow_run(self, workflow_run_id: str) -> WorkflowRun:
         """
@@ -115,7 +51,7 @@ class DifyAsyncHook:
         :return: the run, whatever its status.
         :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
         """
-        return await self.run_steps(calls.look_up_run(calls.parse_workflow_run_id(workflow_run_id)))
+        return await self.perform(calls.run_detail(calls.parse_workflow_run_id(workflow_run_id)))
 
     async def start_workflow_run(
         self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None, timeout: float = 300.0
@@ -133,12 +69,12 @@ class DifyAsyncHook:
         until = time.time() + timeout
 
         async def start() -> AsyncWorkflowRunStream:
-            stream = self._send_start(SendStart(inputs, user, workflow_id))
+            stream = self.send_start(inputs, user, workflow_id)
             await stream.require_name(max(min(timeout, 1.0), round(until - time.time(), 1)))
             self.server_version = stream.server_version or self.server_version
             return stream
 
-        return await self._with_current_key(start)
+        return await self.with_current_key(start)
 
     async def run_workflow(
         self,
@@ -147,7 +83,7 @@ class DifyAsyncHook:
         *,
         workflow_id: str | None = None,
         poll_interval: float = 10.0,
-        timeout: float = WEEK,
+        timeout: float = WEEK_SECONDS,
     ) -> WorkflowRun:
         """
         Start a run and wait until it is over, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.run_workflow`.
@@ -160,9 +96,12 @@ class DifyAsyncHook:
         :return: the run, whatever its status.
         :raises DifyError: as there.
         """
-        follower = Follower(self, TaskClock(time.time() + timeout, math.inf), _log, poll_interval, "hook's")
-        take_step = partial(self._take_step_until, follower.clock)
-        return await run_steps_async(run_workflow(follower, inputs, user, workflow_id, timeout), take_step)
+        deadline = Deadline.after(timeout, "hook's")
+        arguments = WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)
+        # One of its own, for its deadline; the session is shared.
+        async with DifyClient(self._read_connection) as client:
+            client.deadline = deadline.at
+            return await Starter(client, deadline, _log, arguments).run(inputs, user, workflow_id)
 
     async def list_workflow_runs(
         self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20
@@ -185,117 +124,62 @@ class DifyAsyncHook:
         """
         await self.perform(calls.stop_task(task_id, user))
 
-    async def perform(self, call: Call[T]) -> T:
-        """
-        Send a request, again if the key was rotated, and return what its response means.
 
-        :param call: the request.
-        :raises DifyError: what the response means.
-        """
+# Seconds for which a reading counts.
+FRESH_SECONDS = 60.0
 
-        async def send() -> T:
-            return self._parse(call, await self._send(call))
 
-        return await self._with_current_key(send)
+@dataclass(frozen=True)
+class _Reading:
+    task: asyncio.Task[DifyConnection]
+    began: float
 
-    async def run_steps(self, steps: Steps[T]) -> T:
-        """
-        Run requests that depend on each other, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.run_steps`.
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is under way, or has brought something not long ago."""
+        if not self.task.done():
+            return True
+        failed = self.task.cancelled() or self.task.exception() is not None
+        return not failed and time.monotonic() - self.began < FRESH_SECONDS
 
-        :param steps: yields each request, and is sent what its response meant.
-        :return: what the steps return.
-        """
-        return await run_steps_async(steps, self.take_step)
 
-    async def take_step(self, step: Step) -> Any:
-        """
-        Take one of :meth:`run_steps`.
+async def _read_connection(conn_id: str, refused: DifyConnection | None) -> DifyConnection:
+    """
+    Return a connection's settings, which are read once a minute at most for all who use this event loop.
 
-        :param step: what is to be done.
-        :return: what its response means.
-        """
-        if isinstance(step, Pause):
-            return await asyncio.sleep(step.seconds)
-        if isinstance(step, NextEvent):
-            return await step.stream.next_event(step.seconds)
-        if isinstance(step, SendStart):
-            return self._send_start(step)
-        if isinstance(step, LiveTaskId):
-            with contextlib.suppress(Exception):
-                assert self._session is not None  # noqa: S101
-                return await asyncio.wait_for(self._session.read_live_task_id(step), step.seconds)
-            return None
-        return await self.perform(step)
+    A trigger reads its connection over the triggerer's parent process and Airflow's API. When a triggerer starts again
+    with a thousand waits, a thousand readings would stand in line before the first poll of each. Dify has just refused
+    the key of ``refused``: what was read before now and is the same doesn't count.
+    """
+    readings = _readings.setdefault(asyncio.get_running_loop(), {})
+    now = time.monotonic()
+    while True:
+        reading = readings.get(conn_id)
+        if reading is None or not reading.is_fresh:
+            reading = readings[conn_id] = _begin(conn_id)
+        # Shielded, because a trigger that is cancelled must not end what others wait for.
+        connection = await asyncio.shield(reading.task)
+        if connection != refused or reading.began >= now:
+            return connection
+        if readings.get(conn_id) is reading:
+            # The first of many whose key was refused; the others wait for the same new reading.
+            readings[conn_id] = _begin(conn_id)
 
-    async def _take_step_until(self, clock: TaskClock, step: Step) -> Any:
-        """Take a step of a wait; a request ends with the wait, but has a second, as on a worker."""
-        if not isinstance(step, Call):
-            return await self.take_step(step)
-        assert self.connection is not None  # noqa: S101
-        seconds = max(1.0, clock.left)
-        try:
-            return await asyncio.wait_for(self.take_step(step), seconds)
-        except asyncio.TimeoutError:
-            error = TimeoutError(f"no whole response within {seconds:.3g} seconds")
-            raise no_response(self.connection, step.subject, f"{self.connection.base_url}{step.path}", error) from None
 
-    async def _with_current_key(self, work: Callable[[], Awaitable[T]]) -> T:
-        used = self.connection
-        try:
-            return await work()
-        except DifyAuthenticationError:
-            if not await self.connection_has_changed(used):
-                raise
-            return await work()
+def _begin(conn_id: str) -> _Reading:
+    task = asyncio.create_task(_read(conn_id))
+    task.add_done_callback(_retrieve)
+    return _Reading(task, time.monotonic())
 
-    async def connection_has_changed(self, refused: DifyConnection | None) -> bool:
-        """
-        Read the connection again, after its key was refused: a key that was rotated must not end a long wait.
 
-        :param refused: the connection in use then.
-        :return: whether there is another one now.
-        """
-        async with self._reading:
-            if self.connection == refused:
-                await self._connect(refused)
-        return self.connection != refused
+async def _read(conn_id: str) -> DifyConnection:
+    return DifyConnection.from_airflow(await get_async_connection(conn_id))
 
-    def _send_start(self, start: SendStart) -> AsyncWorkflowRunStream:
-        """Send a start once, and return at once."""
-        path = calls.start_path(start.workflow_id)
-        body = encode_start(start.inputs, start.user)
-        assert self.connection is not None  # noqa: S101
-        url = f"{self.connection.base_url}{path}"
-        stream = AsyncWorkflowRunStream(
-            self.connection, url, body, start.user, keeps_connection=self._keeps_connections
-        )
-        self._streams.add(stream)
-        return stream
 
-    def _parse(self, call: Call[T], response: HttpResponse) -> T:
-        self.server_version = response.server_version or self.server_version
-        # While a run goes on, poll after poll brings the same bytes, and parsing them is the dearest part of a poll.
-        last = self._last_run
-        if last is not None and response.status_code == 200 and last[:2] == (call.path, response.body):
-            return last[2]  # type: ignore[return-value]
-        result = call.parse(response)
-        if isinstance(result, WorkflowRun):
-            keep = len(response.body) <= MAX_BODY_KEPT
-            self._last_run = (call.path, response.body, result) if keep else None
-        return result
+def _retrieve(task: asyncio.Task[DifyConnection]) -> None:
+    """Take note of an error that nobody waits for any more, so that asyncio does not log it."""
+    if not task.cancelled():
+        task.exception()
 
-    async def _connect(self, refused: DifyConnection | None = None) -> None:
-        """Read the connection, and take a share of the session that goes with it."""
-        connection = await read_connection(self.dify_conn_id, refused=refused)
-        connection.check_key()
-        if self._session is None or connection != self.connection:
-            await self.close()
-            self._session = SharedSession.join(connection)
-            self.connection = connection
-            await self._session.open()
 
-    async def _send(self, call: Call[Any]) -> HttpResponse:
-        assert self._session is not None  # noqa: S101
-        return await self._session.send(
-            call.method, call.path, call.subject, params=call.params, body=call.body, patience=call.patience
-        )
+_readings: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Reading]] = WeakKeyDictionary()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from airflow.providers.common.compat.sdk import AirflowFailException, BaseOperator, conf
+from airflow.providers.common.compat.sdk import BaseOperator, conf
 
 from airflow_provider_dify.airflow_versions import (
     CAN_RENDER_AFTER_EXECUTION,
@@ -20,16 +20,14 @@ from airflow_provider_dify.airflow_versions import (
 from airflow_provider_dify.exceptions import (
     DifyError,
     DifyTaskKilled,
-    DifyWorkflowRunFailed,
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.runs.verdict import Outcome
 from airflow_provider_dify.runs.waiting import (
-    RunWait,
+    Deadline,
     TriggerWait,
-    WaitPolicy,
+    WaitArguments,
     deferral_end,
     error_from_event,
     is_limited,
@@ -76,6 +74,8 @@ class DifyRunWorkflowOperator(BaseOperator):
     :param workflow_id: UUID of a published version of the workflow; the current one by default. Templated.
     :param wait_for_completion: wait for the run; else return its id at once, for a sensor downstream.
     :param deferrable: wait on the triggerer. Airflow's ``[operators] default_deferrable`` by default.
+    :param defer_after: seconds (or a ``timedelta``) for which a deferrable task waits on its worker first. Most runs
+        are over by then, and a deferral costs another start of a worker. 0 to defer as soon as the run has started.
     :param poll_interval: seconds (or a ``timedelta``) between polls.
     :param timeout: seconds (or a ``timedelta``) for the start and the run; seven days by default.
     :param fail_on_partial_success: as for the sensor.
@@ -119,6 +119,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         run_timeout: timedelta | float | None = None,
         not_found_grace: timedelta | float = 60,
         max_consecutive_failures: int = 5,
+        defer_after: timedelta | float = 15,
         end_from_trigger: bool = False,
         stop_on_failure: bool = True,
         restart_lost_runs: bool = False,
@@ -138,6 +139,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.run_timeout = None if run_timeout is None else parse_seconds("run_timeout", run_timeout)
         self.not_found_grace = parse_seconds("not_found_grace", not_found_grace)
         self.max_consecutive_failures = parse_count("max_consecutive_failures", max_consecutive_failures)
+        self.defer_after = parse_seconds("defer_after", defer_after)
         self.end_from_trigger = parse_end_from_trigger(end_from_trigger)
         self.deferrable = deferrable or end_from_trigger
         self.stop_on_failure = stop_on_failure
@@ -159,17 +161,16 @@ class DifyRunWorkflowOperator(BaseOperator):
 
         :return: the run's outputs; its id with ``wait_for_completion=False``.
         """
-        with self.hook:
+        from airflow_provider_dify.tasks.task_try import TaskDefers
+
+        with self.hook, self._addressed():
             task = self._begin(context, time.time() + self.timeout)
             try:
-                task.start()
-                self._show_user(task.task_start.user)
-                return self._go_on(task)
-            except Exception as error:
-                # Of any type: an XCom backend that fails must not leave a run alone either.
-                self._fail(error, task)
-            finally:
-                task.close()
+                return task.execute()
+            except TaskDefers:
+                # From here on another process waits for the run: a signal to this one must not stop it any more.
+                self._task = None
+                self._defer(task)
 
     def execute_complete(
         self,
@@ -189,21 +190,21 @@ class DifyRunWorkflowOperator(BaseOperator):
         :param server_version: Dify's version, which a stop depends on.
         :return: the run's outputs.
         """
-        with self.hook:
+        with self.hook, self._addressed():
             self.hook.server_version = server_version
             deadline = deadline or time.time() + self.timeout
             error = self._error_from_event(event, deadline, context)
             if error is None:
                 # The run is over. A worker that comes late reads it all the same, and a failed poll does not end that.
                 deadline = max(deadline, time.time() + SECONDS_TO_READ)
-            return self._resume(self._begin(context, deadline), start, event, error)
+            return self._begin(context, deadline).resume(start, event, error)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Continue after a deferral; where no triggerer saw the wait's end, end it as a timeout of the wait."""
         if next_method == "__fail__" and is_deferral_timeout(next_kwargs):
-            with self.hook:
+            with self.hook, self._addressed():
                 error = self._timed_out("No triggerer reported on the run.", context)
-                self._resume(self._begin(context, time.time()), None, None, error)
+                self._begin(context, time.time()).resume(None, None, error)
         return super().resume_execution(next_method, next_kwargs, context)
 
     def on_kill(self) -> None:
@@ -212,88 +213,46 @@ class DifyRunWorkflowOperator(BaseOperator):
 
         Airflow 3 lets the task go on after this, and kills its process some seconds later.
         """
-        if self._task is None and (context := context_of_ended_deferral()) is not None:
-            with suppress(DifyError):
-                self._begin(context, time.time()).resume(None, None)
         if self._task is not None:
-            self._task.clock.was_killed = True
-            self._task.stop_after_kill()
+            self._task.kill()
+        elif (context := context_of_ended_deferral()) is not None:
+            with suppress(DifyError):
+                self._begin(context, time.time()).stop_after_deferral()
 
     def _begin(self, context: Context, deadline: float) -> RunningTask:
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.runs.clock import TaskClock
-        from airflow_provider_dify.tasks.start import StartSettings
+        from airflow_provider_dify.tasks.start import RunArguments
         from airflow_provider_dify.tasks.task_try import RunningTask
 
-        settings = StartSettings(
+        arguments = RunArguments(
             inputs=self.inputs,
             user=None if self.user == self._default_user else self.user,
             workflow_id=self.workflow_id,
             retries=self.retries or 0,
+            wait=self._wait_arguments(),
+            waits=self.wait_for_completion,
             deferrable=self.deferrable and self.wait_for_completion,
-            poll_interval=self.poll_interval,
-            run_timeout=self.run_timeout,
-            fail_on_partial_success=self.fail_on_partial_success,
-            not_found_grace=self.not_found_grace,
-            max_consecutive_failures=self.max_consecutive_failures,
+            defer_after=self.defer_after,
             stop_on_failure=self.stop_on_failure,
             restart_lost_runs=self.restart_lost_runs,
         )
-        self.hook.deadline = deadline
-        self._task = RunningTask(settings, context, self.hook, TaskClock(deadline), self.log, TaskXComs(self, context))
+        until = Deadline(deadline, self.timeout)
+        xcoms = TaskXComs(self, context)
+        self._task = RunningTask(arguments, context, self.hook, until, self.log, xcoms, self._show_user)
         return self._task
 
     def _show_user(self, user: str) -> None:
         if self.user == self._default_user:
             self.user = self._default_user = user
 
-    def _resume(
-        self, task: RunningTask, start: dict[str, Any] | None, event: Any, error: DifyError | None
-    ) -> dict[str, Any]:
-        try:
-            task.resume(start, event)
-            self._show_user(task.task_start.user)
-            if isinstance(error, DifyTaskKilled):
-                # What Airflow does on a worker.
-                task.stop_after_kill()
-            if error is not None:
-                raise error
-            return self._wait(task)
-        except Exception as failure:
-            self._fail(failure, task)
-
-    def _go_on(self, task: RunningTask) -> Any:
-        # Without need a deferral costs a worker's start, and Airflow takes a task that resumes at once for dead.
-        is_over = task.run_is_over or (task.stream is not None and task.stream.has_ended)
-        if not self.wait_for_completion or (self.deferrable and not is_over):
-            # From here on another process waits for the run: a signal to this one must not stop it any more.
-            self._task = None
-            task.clock.check()
-        if not self.wait_for_completion:
-            return task.named_run_id
-        if self.deferrable and not is_over:
-            self._defer(task)
-        return self._wait(task)
-
-    def _wait(self, task: RunningTask) -> dict[str, Any]:
-        wait = RunWait(task.named_run_id, self._policy(), log=self.log, on_first_run=task.xcoms.on_run, was_seen=True)
-        run, verdict = self.hook.run_steps(task.follower.follow(wait, task.stream, self.timeout))
-        task.run_is_over = verdict.outcome is not Outcome.TIMED_OUT
-        starts_again = not verdict.is_failure or run is not task.follower.ended_run or task.remember_end()
-        return task.xcoms.push_and_return(run, verdict, price=task.follower.progress.price, starts_again=starts_again)
-
     def _defer(self, task: RunningTask) -> NoReturn:
         from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 
         start = task.task_start
-        deadline = deferral_end(task.clock.deadline, task.context["ti"], self.execution_timeout)
-        wait = TriggerWait(
-            poll_interval=self.poll_interval,
+        deadline = deferral_end(task.deadline.at, task.context["ti"], self.execution_timeout)
+        wait = TriggerWait.of(
+            self._wait_arguments(),
             deadline=deadline,
-            fail_on_partial_success=self.fail_on_partial_success,
-            not_found_grace=self.not_found_grace,
-            run_timeout=self.run_timeout,
-            max_consecutive_failures=self.max_consecutive_failures,
             end_from_trigger=self.end_from_trigger,
             do_xcom_push=self.do_xcom_push,
             has_link=has_link(self),
@@ -314,8 +273,9 @@ class DifyRunWorkflowOperator(BaseOperator):
             timeout=timedelta(seconds=max(0.0, deadline - time.time()) + TRIGGER_TIMEOUT_MARGIN),
         )
 
-    def _policy(self) -> WaitPolicy:
-        return WaitPolicy(
+    def _wait_arguments(self) -> WaitArguments:
+        return WaitArguments(
+            poll_interval=self.poll_interval,
             fail_on_partial_success=self.fail_on_partial_success,
             not_found_grace=self.not_found_grace,
             run_timeout=self.run_timeout,
@@ -338,15 +298,11 @@ class DifyRunWorkflowOperator(BaseOperator):
             )
         return DifyWorkflowRunTimeout(f"The operator's timeout of {self.timeout:g} seconds is over. {last_status}")
 
-    def _fail(self, error: Exception, task: RunningTask) -> NoReturn:
-        """Fail, and stop a run that nobody will wait on any more; one that a retry will continue is left alone."""
-        if isinstance(error, DifyTaskKilled):
-            task.stop_after_message()
-        ti: Any = task.context["ti"]
-        is_over = task.run_is_over or (
-            isinstance(error, DifyWorkflowRunFailed) and not isinstance(error, DifyWorkflowRunTimeout)
-        )
-        is_final = isinstance(error, AirflowFailException) or ti.try_number > (ti.max_tries or 0)
-        if is_final and not is_over:
-            task.stop()
-        raise error.with_address() if isinstance(error, DifyError) else error
+    @contextmanager
+    def _addressed(self) -> Iterator[None]:
+        """Let a task's error end with the address where it is explained."""
+        try:
+            yield
+        except DifyError as error:
+            error.with_address()
+            raise

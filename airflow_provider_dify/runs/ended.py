@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.api.calls import Client
 from airflow_provider_dify.api.models import (
     RECORD_DELAY,
     LoggedWorkflowRun,
@@ -30,7 +30,7 @@ from airflow_provider_dify.exceptions import (
     DifyRequestError,
     DifyWorkflowRunNotFound,
 )
-from airflow_provider_dify.runs.log import LogPage
+from airflow_provider_dify.runs.log import read_log
 
 # Seconds by which a row may be older than one that was seen before it: a row has the time at which Dify began to write
 # it. Rows that are so young are read again at the next look, so a longer time costs requests where runs are many.
@@ -38,8 +38,6 @@ OVERLAP = 5.0
 # A run that goes on is looked at again after this share of its age.
 _SHARE_OF_AGE = 0.05
 MAX_DETAIL_INTERVAL = 300.0
-# Runs that are watched at once, because the state is stored after each look: of 10,000 it takes about a megabyte.
-MAX_OPEN = 10_000
 # Epoch seconds that are no time of a run's any more: the year 5138.
 _NO_TIME = 1e11
 
@@ -179,14 +177,12 @@ class Look:
     :param window: the window after it.
     :param finished: runs that have ended since the last look, the first to end first.
     :param overdue: ids of runs that are no longer watched, because ``run_timeout`` is over.
-    :param surplus: ids of runs that are no longer watched, because so many others are.
     :param error: why not every run could be asked for; what the look brought counts all the same.
     """
 
     window: RunWindow
     finished: tuple[FinishedRun, ...] = ()
     overdue: tuple[str, ...] = ()
-    surplus: tuple[str, ...] = ()
     error: DifyConnectionError | None = None
 
 
@@ -206,8 +202,6 @@ def _text(value: object) -> str | None:
 PAGE_SIZE = 20
 # Pages of the first look: runs that go on then are watched if they are among so many of the newest.
 FIRST_PAGES = 3
-# Pages without anything new after which a server counts as one that shows the same page again and again.
-MAX_STALE_PAGES = 3
 # A page costs the server as much as about four details.
 _RUNS_WORTH_A_PAGE = 4
 # Details that one look asks for at most, a second or two of the server's time; the others wait for the next one.
@@ -219,25 +213,20 @@ MAX_AHEAD = 86_400.0
 CATCH_UP = 86_400.0
 
 
-def look_at_runs(window: RunWindow, policy: WindowPolicy, now: float) -> Steps[Look]:
+async def look_at_runs(client: Client, window: RunWindow, policy: WindowPolicy, now: float) -> Look:
     """
-    Look which of an app's runs have ended.
+    Look which of an app's runs have ended, at ``now`` in epoch seconds.
 
-    :param window: what is known from the last look; it stays as it is, so that a look that fails changes nothing.
-    :param policy: how the window moves.
-    :param now: epoch seconds of this look.
-    :return: what it brought, and the next window.
-    :raises DifyError: if the log can't be read.
+    The window stays as it is, so that a look that fails changes nothing. Raises a DifyError if the log can't be read.
     """
     reader = _Reader(window, policy, now)
-    page: LogPage | None = LogPage(PAGE_SIZE)
-    while page is not None:
-        rows = yield page.request(user=policy.user, created_after=reader.created_after)
-        page = page.after(rows) if reader.needs_page_after(rows) else None
+    async for rows in read_log(client, user=policy.user, created_after=reader.created_after, size=PAGE_SIZE):
+        if not reader.needs_page_after(rows):
+            break
     error = None
     for run_id in reader.runs_to_ask_for():
         try:
-            run = yield from calls.look_up_run(run_id)
+            run = await client.perform(calls.run_detail(run_id))
         except DifyAuthenticationError:
             raise
         except (DifyWorkflowRunNotFound, DifyRequestError):
@@ -266,7 +255,7 @@ class _Reader:
         self._met: set[str] = set()
         # Whose record may come yet: the oldest row.
         self._awaited = math.inf
-        self._pages = self._stale_pages = 0
+        self._pages = 0
         # Rows from here on are new unless they were seen; the others were read at an earlier look.
         if self._read_until is None:
             # Never by chance, where Dify's clock is ahead of ours.
@@ -286,14 +275,10 @@ class _Reader:
         return datetime.fromtimestamp(int(min(self._bound, oldest)), timezone.utc)
 
     def needs_page_after(self, rows: Sequence[LogRow]) -> bool:
-        """Take a page of rows, and return whether the next page is needed, if there is one."""
+        """Take a page's new rows, and return whether the next page is needed, if there is one."""
         self._pages += 1
-        news = [row for row in rows if row_key(row) not in self._met]
-        for row in news:
+        for row in rows:
             self._take_row(row)
-        self._stale_pages = 0 if news else self._stale_pages + 1
-        if not rows or self._stale_pages >= MAX_STALE_PAGES:
-            return False
         times = [_logged_at(row, self._now) for row in rows]
         newest, oldest = max(times), min(times)
         if oldest >= self._bound or (self._is_first and self._pages < FIRST_PAGES):
@@ -324,9 +309,6 @@ class _Reader:
             run_id for run_id, run in self._open.items() if self._now - run.created_at > self._policy.run_timeout
         }
         watched = {run_id: run for run_id, run in self._open.items() if run_id not in overdue}
-        surplus = sorted(watched, key=lambda run_id: watched[run_id].created_at)[: max(0, len(watched) - MAX_OPEN)]
-        for run_id in surplus:
-            del watched[run_id]
         # Of an app without runs, everything that comes is new.
         read_until = min(self._read_until or 0.0, self._awaited)
         bound = self._bound if self._read_until is None else read_until - OVERLAP
@@ -338,7 +320,6 @@ class _Reader:
             ),
             tuple(sorted(self._finished.values(), key=_end)),
             tuple(sorted(overdue)),
-            tuple(surplus),
             error,
         )
 

@@ -1,90 +1,101 @@
-"""How an app's log is read: page by page without missing a row, again through failures, and for a run of ours."""
+"""How an app's log is read: without missing a row, again through failures, and for a run of ours."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Call, Steps
+from airflow_provider_dify.api.calls import Client
 from airflow_provider_dify.api.models import (
     LoggedWorkflowRun,
     LogRow,
     RowWithoutRun,
-    WorkflowRun,
     WorkflowRunStatus,
     is_deleted,
     is_server_from,
     known_fields,
+    row_key,
     runs_of,
     time_of,
 )
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
-from airflow_provider_dify.runs.clock import TaskClock
 from airflow_provider_dify.runs.fingerprint import fits
-from airflow_provider_dify.runs.waiting import delay_after
+from airflow_provider_dify.runs.waiting import Deadline, delay_after
 
-if TYPE_CHECKING:
-    from airflow.sdk.types import Logger
-
+T = TypeVar("T")
 
 # The largest page that Dify returns.
 _MAX_SIZE = 100
+# Pages without anything new after which a server counts as one that shows the same page again and again.
+_MAX_STALE_PAGES = 3
+# Seconds after the first failure; doubled with each further one.
+RETRY_DELAY = 1.0
+
+
+async def read_log(
+    client: Client,
+    *,
+    user: str | None = None,
+    created_after: datetime | None = None,
+    not_before: datetime | None = None,
+    size: int = 20,
+    next_size: int | None = None,
+    patience_seconds: float = 0.0,
+) -> AsyncIterator[list[LogRow]]:
+    """
+    Iterate over pages of the log, the newest rows first, each row once.
+
+    ``created_after`` is the server's filter; ``not_before`` ends the reading on a server that knows none. ``next_size``
+    is for the pages after the first one.
+    """
+    seen: set[str] = set()
+    stale_pages = 0
+    page: _LogPage | None = _LogPage(size, next_size=next_size)
+    while page is not None and stale_pages < _MAX_STALE_PAGES:
+        rows = await client.perform(
+            calls.logged_runs(
+                user=user,
+                created_after=created_after,
+                created_before=page.created_before,
+                page=page.number,
+                limit=page.size,
+                patience_seconds=patience_seconds,
+            )
+        )
+        new = {row_key(row): row for row in rows if row_key(row) not in seen}
+        seen |= new.keys()
+        stale_pages = 0 if new else stale_pages + 1
+        if new:
+            yield list(new.values())
+        page = page.after(rows, not_before)
 
 
 @dataclass(frozen=True)
-class LogPage:
+class _LogPage:
     """
-    A page of the log, the newest rows first.
+    A page of the log.
 
     Dify sorts the log by whole seconds. Rows of one second come in any order, and in another one on each page. So a
     page by its number may leave out a row of the second with which the page before ended, and repeat another one. So
     each page begins with the last second of the page before instead: rows may come twice, and none is missed. What can
     still be missed is a row of a second that has more than 100.
-
-    :param size: rows that are asked for.
-    :param number: the page's number, from 1.
-    :param created_before: the newest second of the page; ``None`` for the log's beginning.
-    :param next_size: rows of the next page.
-    :param is_filtered: whether the server is known to filter by time, or may.
     """
 
     size: int
     number: int = 1
+    # The newest second of the page; None for the log's beginning.
     created_before: datetime | None = None
     next_size: int | None = None
+    # Whether the server is known to filter by time, or may.
     is_filtered: bool = True
 
-    def request(
-        self, *, user: str | None = None, created_after: datetime | None = None, patience: float = 0.0
-    ) -> Call[list[LogRow]]:
-        """
-        Return the request for the page.
-
-        :param user: whose runs; everybody's by default.
-        :param created_after: the oldest second of the rows.
-        :param patience: seconds that the server gets for the page at least.
-        """
-        return calls.logged_runs(
-            user=user,
-            created_after=created_after,
-            created_before=self.created_before,
-            page=self.number,
-            limit=self.size,
-            patience=patience,
-        )
-
-    def after(self, rows: Sequence[LogRow], *, not_before: datetime | None = None) -> LogPage | None:
-        """
-        Return the next page.
-
-        :param rows: the rows of this one.
-        :param not_before: when the oldest run that is wanted was created, for a server that knows no such filter.
-        :return: the page after it; ``None`` at the log's end, or where older runs begin.
-        """
+    def after(self, rows: Sequence[LogRow], not_before: datetime | None) -> _LogPage | None:
+        """Return the page after this one, whose rows these are; ``None`` at the log's end, or where older rows are."""
         if len(rows) < self.size:
             return None
         began = next((run.created_at for run in reversed(runs_of(rows))), None)
@@ -97,88 +108,48 @@ class LogPage:
             return replace(self, number=self.number + 1, created_before=None, is_filtered=False)
         size = self.next_size or self.size
         if oldest < newest:
-            return LogPage(size, created_before=oldest)
+            return _LogPage(size, created_before=oldest)
         if self.size < _MAX_SIZE:
             # All of one second, so that the next page would begin with the same rows.
-            return LogPage(_MAX_SIZE, created_before=oldest, next_size=size)
+            return _LogPage(_MAX_SIZE, created_before=oldest, next_size=size)
         return replace(self, number=self.number + 1)
 
 
-T = TypeVar("T")
-
-# Seconds after the first failure; doubled with each further one.
-RETRY_DELAY = 1.0
-
-
-@dataclass(frozen=True)
-class RepeatedLook:
+async def until(
+    look: Callable[[], Awaitable[T | None]],
+    deadline: Deadline,
+    on_failure: Callable[[DifyConnectionError, int], None],
+    *,
+    interval_seconds: float,
+    first_seconds: float | None = None,
+    seconds_left: Callable[[bool], float] | None = None,
+) -> T | None:
     """
-    A look into Dify's log that is repeated.
+    Repeat a look, through failures, until it brings something; ``None`` if the time is over.
 
-    :param clock: the task's deadline.
-    :param log: the task's log.
-    :param poll_interval: seconds between polls of a run.
+    The pauses grow from ``first_seconds`` (one, by default) to the interval. ``on_failure`` gets each error with the
+    number of failures in a row, and raises what ends the looking. ``seconds_left`` gets whether the last look failed,
+    and returns how long to go on, if not until the deadline.
     """
-
-    clock: TaskClock
-    log: Logger
-    poll_interval: float
-
-    def through_failures(self, look: Callable[[], Steps[T]], max_failures: int) -> Steps[T]:
-        """
-        Look once, and again where that fails as a poll may: that Dify is away is no reason to give a run up.
-
-        :param look: the look.
-        :param max_failures: how often in a row it may fail.
-        :return: what the look returns.
-        :raises DifyConnectionError: if it fails more often, or when the deadline is over.
-        :raises DifyError: as the look does.
-        """
-        failures = 0
-        while True:
-            try:
-                return (yield from look())
-            except DifyConnectionError as error:
-                failures += 1
-                if failures > max_failures or self.clock.is_over:
-                    raise
-                self.log.warning(
-                    "The runs of earlier tries could not be looked up, %d in a row of at most %d: %s",
-                    failures,
-                    max_failures,
-                    error,
-                )
-                delay = max(self.poll_interval, delay_after(error, failures, RETRY_DELAY))
-            yield from self.clock.pause(delay)
-
-    def until_found(
-        self, look: Callable[[], Steps[T | None]], seconds_left: Callable[[bool], float]
-    ) -> Steps[T | None]:
-        """
-        Look until something is there: often at first, and then as often as a run is polled.
-
-        :param look: the look, which returns ``None`` for nothing.
-        :param seconds_left: returns how long to go on; it is given whether the last look failed.
-        :return: what the look returns; ``None`` if the time is over.
-        :raises DifyError: as the look does, but no :class:`DifyConnectionError`.
-        """
-        interval = min(1.0, self.poll_interval)
-        while True:
-            has_failed = False
-            found: T | None = None
-            try:
-                found = yield from look()
-            except DifyConnectionError as failure:
-                # Let out, it would have Airflow retry, and the retry start another run.
-                self.log.warning("Dify's log could not be read; looking again: %s", failure)
-                has_failed = True
-            if found is not None:
-                return found
-            left = seconds_left(has_failed)
-            if left <= 0 or self.clock.is_over:
-                return None
-            yield from self.clock.pause(min(interval, left))
-            interval = min(interval * 2, max(self.poll_interval, 1.0))
+    pause = min(1.0, interval_seconds) if first_seconds is None else first_seconds
+    failures = 0
+    while True:
+        found: T | None = None
+        delay = 0.0
+        try:
+            found = await look()
+            failures = 0
+        except DifyConnectionError as error:
+            failures += 1
+            on_failure(error, failures)
+            delay = delay_after(error, failures, RETRY_DELAY)
+        if found is not None:
+            return found
+        left = deadline.left if seconds_left is None else min(deadline.left, seconds_left(failures > 0))
+        if left <= 0:
+            return None
+        await asyncio.sleep(min(max(pause, delay), left))
+        pause = min(pause * 2, max(interval_seconds, 1.0))
 
 
 # How far Dify's clock may be behind ours for a run to count as started after the start was sent.
@@ -239,20 +210,17 @@ class RunSearch:
         )
 
 
-def find_run(search: RunSearch, others: set[str] | None = None, *, patience: float = 0.0) -> Steps[str | None]:
+async def find_run(
+    client: Client, search: RunSearch, others: set[str] | None = None, *, patience_seconds: float = 0.0
+) -> str | None:
     """
-    Look for the run of a start in Dify's log.
+    Look once for the run of a start in Dify's log, and return its id; ``None`` if no run fits yet: it may be queued.
 
-    :param search: what is known of it.
-    :param others: ids of runs that were started with other inputs; a look adds those that it meets, and the next one
-        does not ask for them again.
-    :param patience: seconds that the server gets for a page at least: its log may be slow.
-    :return: the run's id; ``None`` if no run fits yet: it may be queued.
-    :raises DifyWorkflowRunUncertain: if several fit, one can't be compared, or there are more runs than are read.
-    :raises DifyError: if the log can't be read.
+    A look adds to ``others`` the runs that it meets which were started with other inputs, and does not ask for those
+    that it holds. Raises a DifyWorkflowRunUncertain if several runs fit, one can't be compared, or there are too many.
     """
     others = set() if others is None else others
-    candidates, are_all = yield from _candidates(search, patience)
+    candidates, are_all = await _candidates(client, search, patience_seconds)
     fitting = []
     for run in candidates:
         if run.workflow_run_id in others:
@@ -260,7 +228,7 @@ def find_run(search: RunSearch, others: set[str] | None = None, *, patience: flo
         if search.user_is_unique:
             fitting.append(run.workflow_run_id)
             continue
-        detail: WorkflowRun = yield calls.run_detail(run.workflow_run_id)
+        detail = await client.perform(calls.run_detail(run.workflow_run_id))
         is_equal = fits(search.fingerprint, detail.inputs or {})
         if is_equal is None:
             raise _uncertain(search, f"{run.workflow_run_id} has no inputs that could be compared")
@@ -275,52 +243,49 @@ def find_run(search: RunSearch, others: set[str] | None = None, *, patience: flo
     return fitting[0] if fitting else None
 
 
-def known_runs(user: str) -> Steps[tuple[str, ...]]:
-    """
-    Return a user's newest runs, before a start: they are none of its own.
-
-    :return: their ids; none where the log can't be read.
-    """
+async def known_runs(client: Client, user: str) -> tuple[str, ...]:
+    """Return the ids of a user's newest runs, before a start; none where the log can't be read."""
     try:
-        rows: list[LogRow] = yield calls.logged_runs(user=user, limit=_PAGE_SIZE)
+        rows = await client.perform(calls.logged_runs(user=user, limit=_PAGE_SIZE))
     except DifyError:
         return ()
     return tuple(run.workflow_run_id for run in runs_of(rows) if run.user == user)
 
 
 def runs_queue(server_version: str | None) -> bool:
-    """
-    Return whether a server lets runs wait before they have a record: 1.13 and later do, on Celery workers.
-
-    :param server_version: Dify's version; one that isn't known may be new.
-    """
+    """Return whether a server lets runs wait before they have a record: 1.13 and later do, and an unknown one may."""
     return is_server_from(server_version, (1, 13)) is not False
 
 
-def _candidates(search: RunSearch, patience: float) -> Steps[tuple[list[LoggedWorkflowRun], bool]]:
+async def _candidates(
+    client: Client, search: RunSearch, patience_seconds: float
+) -> tuple[list[LoggedWorkflowRun], bool]:
     """Return the runs that may be it, and whether these are all that there are."""
     found: list[LoggedWorkflowRun] = []
     number_of_rows = 0
-    page: LogPage | None = LogPage(_PAGE_SIZE, next_size=_NEXT_PAGE_SIZE)
-    while page is not None and number_of_rows < _MAX_ROWS:
-        rows: list[LogRow] = yield page.request(user=search.user, created_after=search.not_before, patience=patience)
+    pages = read_log(
+        client,
+        user=search.user,
+        created_after=search.not_before,
+        not_before=search.not_before,
+        size=_PAGE_SIZE,
+        next_size=_NEXT_PAGE_SIZE,
+        patience_seconds=patience_seconds,
+    )
+    async for rows in pages:
+        if number_of_rows >= _MAX_ROWS:
+            return found, False
         for row in rows:
             is_ours = row.user == search.user
             if is_ours and isinstance(row, RowWithoutRun) and not is_deleted(row, time.time()):
                 raise without_record(f"a run of user {search.user!r}")
         found += [run for run in runs_of(rows) if search.is_candidate(run)]
         number_of_rows += len(rows)
-        page = page.after(rows, not_before=search.not_before)
-    # Two pages may show a row twice.
-    return list({run.workflow_run_id: run for run in found}.values()), page is None
+    return found, True
 
 
 def without_record(what: str) -> DifyConnectionError:
-    """
-    Return the error for a row of the log that may be ours, and whose run can't be known yet.
-
-    :param what: the run, in the middle of a sentence.
-    """
+    """Return the error for a row of the log that may be ours, and whose run can't be known yet."""
     return DifyConnectionError(f"Dify's log has no record yet of {what}: a worker of Dify writes it. This may pass.")
 
 

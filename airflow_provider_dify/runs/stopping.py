@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import LiveTaskId, Pause, Steps
 from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, is_server_from
 from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.runs.log import RunSearch, find_run
 
 if TYPE_CHECKING:
-    from airflow_provider_dify.runs.following import Server
+    from airflow_provider_dify.api.client import DifyClient
 
 # Airflow 3 kills a task's process 5 seconds after on_kill began: two attempts, a pause, a look.
 STOP_TIMEOUT = 1.5
@@ -25,31 +25,16 @@ _SECONDS_FOR_TASK_ID = 1.5
 
 @dataclass(frozen=True)
 class StopReport:
-    """
-    What became of a stop.
-
-    :param was_asked: whether Dify took the request.
-    :param message: a sentence for the log.
-    :param is_warning: whether the run may go on.
-    """
+    """What became of a stop: whether Dify took the request, a sentence for the log, and whether the run may go on."""
 
     was_asked: bool
     message: str
     is_warning: bool = False
 
 
-def stop_run(workflow_run_id: str, task_id: str | None, user: str, server: Server) -> Steps[StopReport]:
-    """
-    Stop a run, and look once what came of it.
-
-    :param workflow_run_id: the run.
-    :param task_id: what the stop route takes; ``None`` where only the run is known.
-    :param user: who started the run.
-    :param server: what is known of Dify, at the latest when the stop was answered: what a record shows depends on it.
-    :return: what became of it. Never raises a :class:`DifyError`.
-    """
-    if task_id is None:
-        task_id = yield LiveTaskId(workflow_run_id, user, _SECONDS_FOR_TASK_ID)
+async def stop_run(client: DifyClient, workflow_run_id: str, task_id: str | None, user: str) -> StopReport:
+    """Stop a run of which maybe only the run's id is known, and look once what came of it; raises no DifyError."""
+    task_id = task_id or await client.read_task_id(workflow_run_id, user, _SECONDS_FOR_TASK_ID)
     if task_id is None:
         return StopReport(
             False,
@@ -57,30 +42,22 @@ def stop_run(workflow_run_id: str, task_id: str | None, user: str, server: Serve
             is_warning=True,
         )
     try:
-        yield from _ask_twice(task_id, user)
+        await _ask_twice(client, task_id, user)
     except DifyError as error:
         return StopReport(False, f"Workflow run {workflow_run_id} could not be stopped and goes on: {error}", True)
-    yield Pause(_PAUSE_BEFORE_LOOK)
-    try:
-        run: WorkflowRun | None = yield calls.run_detail(workflow_run_id)
-    except DifyError:
-        run = None
-    return _report(workflow_run_id, run, server.server_version)
+    await asyncio.sleep(_PAUSE_BEFORE_LOOK)
+    run: WorkflowRun | None = None
+    with suppress(DifyError):
+        run = await client.perform(calls.run_detail(workflow_run_id))
+    return _report(workflow_run_id, run, client.server_version)
 
 
-def stop_queued(search: RunSearch, task_id: str | None, server: Server) -> Steps[StopReport]:
-    """
-    Stop a run that Dify has not named yet; it is looked for in Dify's log first.
-
-    :param search: what is known of the run.
-    :param task_id: as for :func:`stop_run`.
-    :param server: as for :func:`stop_run`.
-    :return: what became of it. Never raises a :class:`DifyError`.
-    """
+async def stop_queued(client: DifyClient, search: RunSearch, task_id: str | None) -> StopReport:
+    """Stop a run that Dify has not named yet, if its log does; raises no DifyError."""
     run_id: str | None = None
     if search.user_is_unique:
         with suppress(DifyError):
-            run_id = yield from find_run(search)
+            run_id = await find_run(client, search)
     if run_id is None:
         return StopReport(
             False,
@@ -88,15 +65,15 @@ def stop_queued(search: RunSearch, task_id: str | None, server: Server) -> Steps
             "for the user in the app's log in Dify's console.",
             is_warning=True,
         )
-    return (yield from stop_run(run_id, task_id, search.user, server))
+    return await stop_run(client, run_id, task_id, search.user)
 
 
-def _ask_twice(task_id: str, user: str) -> Steps[None]:
+async def _ask_twice(client: DifyClient, task_id: str, user: str) -> None:
     try:
-        yield calls.stop_task(task_id, user)
+        await client.perform(calls.stop_task(task_id, user))
     except DifyError:
-        yield Pause(_PAUSE)
-        yield calls.stop_task(task_id, user)
+        await asyncio.sleep(_PAUSE)
+        await client.perform(calls.stop_task(task_id, user))
 
 
 def _report(workflow_run_id: str, run: WorkflowRun | None, server_version: str | None) -> StopReport:

@@ -1,8 +1,10 @@
-"""What a series of polls means for a wait: which failures it survives, what ends it, and what is worth a line. Pure."""
+"""What a series of polls means for a wait: which failures it survives, what ends it, and what is worth a line."""
 
 from __future__ import annotations
 
+import asyncio
 import random
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta, timezone
@@ -10,7 +12,13 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunNotFound
+from airflow_provider_dify.exceptions import (
+    MAX_RETRY_DELAY,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunTimeout,
+)
 from airflow_provider_dify.runs.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
@@ -18,31 +26,45 @@ if TYPE_CHECKING:
 
 E = TypeVar("E", bound=BaseException)
 
-# Seconds that no failed poll is delayed beyond, unless the server asks for more.
-MAX_RETRY_DELAY = 60.0
 # Seconds between two lines of a wait that goes on.
 LIFE_INTERVAL = 60.0
 
 
-@dataclass(frozen=True)
-class WaitPolicy:
-    """
-    What a wait survives.
+# For so many seconds a run is looked for that may be there: some servers write runs late.
+NOT_FOUND_GRACE = 60.0
+WEEK_SECONDS = 7 * 24 * 3600.0
 
+
+@dataclass(frozen=True)
+class WaitArguments:
+    """
+    How a task waits on a run, as its operator or sensor was told; times in seconds.
+
+    :param poll_interval: seconds between polls.
     :param fail_on_partial_success: whether ``partial-succeeded`` fails the wait.
     :param not_found_grace: seconds from the first poll during which an unknown run is polled again.
     :param run_timeout: seconds since the run's own ``created_at`` after which a run that is not over fails the wait.
     :param max_consecutive_failures: polls in a row that may fail for a passing reason; ``None`` for any number.
     """
 
+    poll_interval: float = 10.0
     fail_on_partial_success: bool = False
     not_found_grace: float = 0.0
     run_timeout: float | None = None
     max_consecutive_failures: int | None = 5
 
+    def judge(self, run: WorkflowRun, now: datetime | None = None) -> Verdict:
+        """Return what a run's state means for a task that waits like this."""
+        return judge(
+            run,
+            now=now or datetime.now(timezone.utc),
+            fail_on_partial_success=self.fail_on_partial_success,
+            run_timeout=self.run_timeout,
+        )
+
 
 @dataclass(frozen=True)
-class TriggerWait:
+class TriggerWait(WaitArguments):
     """
     How a trigger waits; the arguments of :class:`~airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`.
 
@@ -67,13 +89,8 @@ class TriggerWait:
     :param was_seen: whether Dify has shown or named the run before.
     """
 
-    poll_interval: float = 10.0
     deadline: float | None = None
     first_poll: float | None = None
-    fail_on_partial_success: bool = False
-    not_found_grace: float = 0.0
-    run_timeout: float | None = None
-    max_consecutive_failures: int | None = 5
     exponential_backoff: bool = False
     max_wait: float | None = None
     end_from_trigger: bool = False
@@ -85,12 +102,10 @@ class TriggerWait:
     search: dict[str, Any] | None = None
     was_seen: bool = False
 
-    @property
-    def policy(self) -> WaitPolicy:
-        """What the wait survives."""
-        return WaitPolicy(
-            self.fail_on_partial_success, self.not_found_grace, self.run_timeout, self.max_consecutive_failures
-        )
+    @classmethod
+    def of(cls, arguments: WaitArguments, **more: Any) -> TriggerWait:
+        """Return the wait of a task that waits like this, and of which this is known, too."""
+        return cls(**vars(arguments), **more)
 
     def serialize(self) -> dict[str, Any]:
         """Return the arguments: text, numbers, booleans, null and the search's dict only, and no secret."""
@@ -105,22 +120,51 @@ class WaitEnd(str, Enum):
     FAILED = "failed"
 
 
-class RunWait:
+@dataclass(frozen=True)
+class Deadline:
     """
-    One wait on one workflow run: takes what each poll brought, and returns or raises what it means.
+    When a wait gives up.
 
-    :param workflow_run_id: the run.
-    :param policy: what the wait survives.
-    :param log: where changes of status and failed polls are logged.
-    :param first_poll: when the wait first polled, aware; at the first poll by default.
-    :param on_first_run: called with the run once, as soon as a poll has brought it.
-    :param was_seen: whether Dify has shown or named the run before this wait.
+    :param at: epoch seconds.
+    :param seconds: how long the wait was to be, for messages.
+    :param whose: whose timeout it is, for messages.
     """
+
+    at: float
+    seconds: float
+    whose: str = "operator's"
+
+    @classmethod
+    def after(cls, seconds: float, whose: str = "operator's") -> Deadline:
+        """Return the deadline that is so many seconds from now."""
+        return cls(time.time() + seconds, seconds, whose)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline; 0 after it."""
+        return max(0.0, self.at - time.time())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the deadline has passed."""
+        return time.time() >= self.at
+
+    async def pause(self, seconds: float) -> None:
+        """Pause, but not beyond the deadline."""
+        await asyncio.sleep(max(0.0, min(seconds, self.left)))
+
+    def error(self, last_status: str) -> DifyWorkflowRunTimeout:
+        """Return the error for a wait that came to its deadline before the run was over."""
+        return DifyWorkflowRunTimeout(f"The {self.whose} timeout of {self.seconds:g} seconds is over. {last_status}")
+
+
+class RunWait:
+    """One wait on one workflow run: takes what each poll brought, and returns or raises what it means."""
 
     def __init__(
         self,
         workflow_run_id: str,
-        policy: WaitPolicy,
+        arguments: WaitArguments,
         *,
         log: Logger,
         first_poll: datetime | None = None,
@@ -128,7 +172,7 @@ class RunWait:
         was_seen: bool = False,
     ) -> None:
         self.workflow_run_id = workflow_run_id
-        self.policy = policy
+        self.arguments = arguments
         self._first_poll = first_poll
         self.status: WorkflowRunStatus | str | None = None
         self.status_since: datetime | None = None
@@ -160,12 +204,7 @@ class RunWait:
         if self._on_first_run is not None:
             self._on_first_run(run)
             self._on_first_run = None
-        verdict = judge(
-            run,
-            now=now,
-            fail_on_partial_success=self.policy.fail_on_partial_success,
-            run_timeout=self.policy.run_timeout,
-        )
+        verdict = self.arguments.judge(run, now)
         if self._is_new(run.status):
             self._last_line = now
             if verdict.is_warning:
@@ -186,8 +225,7 @@ class RunWait:
         :raises DifyWorkflowRunNotFound: once ``not_found_grace`` is over.
         :raises DifyConnectionError: once more than ``max_consecutive_failures`` polls in a row have failed.
         """
-        # A server that can't say "unknown" may only be broken for a moment, if it has shown the run before.
-        if isinstance(error, DifyWorkflowRunNotFound) and (error.is_sure or not self.was_seen):
+        if isinstance(error, DifyWorkflowRunNotFound):
             self.consecutive_failures = 0
             self._times_unknown += 1
             if self.was_seen and self._times_unknown == 1:
@@ -197,7 +235,7 @@ class RunWait:
             self._on_unknown_run(error)
             return
         self.consecutive_failures += 1
-        allowed = self.policy.max_consecutive_failures
+        allowed = self.arguments.max_consecutive_failures
         if allowed is not None and self.consecutive_failures > allowed:
             raise error
         self._log.warning(
@@ -225,7 +263,7 @@ class RunWait:
         return True
 
     def _on_unknown_run(self, error: DifyWorkflowRunNotFound) -> None:
-        grace = self.policy.not_found_grace
+        grace = self.arguments.not_found_grace
         # Read before the present, because this may be the first poll.
         began = self.first_poll
         elapsed = (datetime.now(timezone.utc) - began).total_seconds()

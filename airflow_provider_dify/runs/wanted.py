@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
-from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.api.calls import Client
 from airflow_provider_dify.api.models import ENDED_STATUSES, known_fields
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.runs.ended import FinishedRun, RunWindow, WindowPolicy, look_at_runs
@@ -158,15 +158,9 @@ class LatestRunSearch:
         wanted = {name: data.get(name) for name in ("statuses", "triggered_from", "user")}
         return cls(**{**known_fields(cls, data), "filter": RunFilter.parse(**wanted)})
 
-    def look(self, now: float) -> Steps[str | None]:
-        """
-        Look once.
-
-        :param now: epoch seconds of this look.
-        :return: the id of the latest run that fits and has ended; ``None`` if there is none yet.
-        :raises DifyError: if the log can't be read.
-        """
-        look = yield from look_at_runs(self._window, self._policy, now)
+    async def look(self, client: Client, now: float) -> str | None:
+        """Look once, at ``now`` in epoch seconds; return the id of the latest run that fits and has ended, if any."""
+        look = await look_at_runs(client, self._window, self._policy, now)
         self._window = look.window
         fitting = [
             run

@@ -38,7 +38,7 @@ from airflow_provider_dify.runs.verdict import Outcome
 from airflow_provider_dify.runs.waiting import (
     RunWait,
     TriggerWait,
-    WaitPolicy,
+    WaitArguments,
     deferral_end,
     error_from_event,
     is_limited,
@@ -213,7 +213,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         if self._wait is None:
             self._wait = RunWait(
                 self.workflow_run_id,
-                self._policy(),
+                self._wait_arguments(),
                 log=self.log,
                 first_poll=self._first_poll(context),
                 on_first_run=self._task_xcoms(context).on_run,
@@ -309,15 +309,10 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         )
 
     def _trigger_wait(self, deadline: float | None, first_poll: float | None) -> TriggerWait:
-        policy = self._policy()
-        return TriggerWait(
-            poll_interval=self.poke_interval,
+        return TriggerWait.of(
+            self._wait_arguments(),
             deadline=deadline,
             first_poll=first_poll,
-            fail_on_partial_success=policy.fail_on_partial_success,
-            not_found_grace=policy.not_found_grace,
-            run_timeout=policy.run_timeout,
-            max_consecutive_failures=policy.max_consecutive_failures,
             exponential_backoff=self.exponential_backoff,
             max_wait=self.max_wait.total_seconds() if self.max_wait else None,
             end_from_trigger=self.end_from_trigger,
@@ -327,7 +322,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             was_seen=self._wait is not None and self._wait.was_seen,
         )
 
-    def _policy(self) -> WaitPolicy:
+    def _wait_arguments(self) -> WaitArguments:
         failures: int | None = self.max_consecutive_failures
         if self.deferrable:
             # What silent_fail does to a failed poke.
@@ -335,7 +330,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         elif self.reschedule:
             # A rescheduled sensor remembers nothing between polls; Airflow counts its retries instead.
             failures = 0
-        return WaitPolicy(
+        return WaitArguments(
+            poll_interval=self.poke_interval,
             fail_on_partial_success=self.fail_on_partial_success,
             not_found_grace=self.not_found_grace,
             run_timeout=self.run_timeout,

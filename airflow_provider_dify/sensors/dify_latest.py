@@ -99,7 +99,7 @@ class DifyLatestWorkflowRunSensor(DifyWorkflowRunSensor):
 
     def _read_run(self) -> WorkflowRun | None:
         if not self.workflow_run_id:
-            run_id = self.hook.run_steps(self.search.look(time.time()))
+            run_id = self.hook.run_on_loop(lambda client: self.search.look(client, time.time()))
             if run_id is None:
                 return None
             self.log.info("Dify's log names the run: workflow run %s.", run_id)

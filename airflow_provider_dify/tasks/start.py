@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,16 @@ from airflow.providers.common.compat.sdk import conf
 
 from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import MAX_USER_LENGTH, Pause, Steps
+from airflow_provider_dify.api.calls import MAX_USER_LENGTH
 from airflow_provider_dify.api.models import WorkflowRun, known_fields
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunNotFound, DifyWorkflowRunUncertain
 from airflow_provider_dify.runs.fingerprint import fingerprint
 from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, RunSearch, find_run
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
-from airflow_provider_dify.runs.verdict import judge
+from airflow_provider_dify.runs.waiting import WaitArguments
 
 if TYPE_CHECKING:
-    from airflow_provider_dify.runs.following import Server
+    from airflow_provider_dify.api.client import DifyClient
 
 STATE_KEY = "dify_workflow_run"
 # What a retry gives Dify's log at least: without it, an earlier try's run would be paid for twice.
@@ -29,20 +30,18 @@ SECONDS_FOR_LOG = 120.0
 
 
 @dataclass(frozen=True)
-class StartSettings:
-    """What the operator's arguments say about its start; each as there, rendered, times in seconds."""
+class RunArguments:
+    """What the operator's arguments say, rendered; each as there, times in seconds."""
 
     inputs: Mapping[str, Any]
     user: str | None
     workflow_id: str | None
     retries: int
-    deferrable: bool
-    poll_interval: float
-    run_timeout: float | None
-    fail_on_partial_success: bool
-    not_found_grace: float
-    max_consecutive_failures: int
-    stop_on_failure: bool
+    wait: WaitArguments
+    waits: bool = True
+    deferrable: bool = False
+    defer_after: float = 0.0
+    stop_on_failure: bool = True
     restart_lost_runs: bool = False
 
 
@@ -124,97 +123,87 @@ class StartMemory:
 def new_start(
     ti: Any, user: str | None, inputs: Mapping[str, Any], known_runs: tuple[str, ...], now: float
 ) -> TaskStart:
-    """
-    Return the start that a try is about to send.
-
-    :param ti: the task instance.
-    :param user: the operator's ``user``; ``None`` for the default one.
-    :param inputs: the workflow's inputs.
-    :param known_runs: the user's runs from before, for a ``user`` of one's own.
-    :param now: epoch seconds.
-    """
+    """Return the start that a try is about to send at ``now`` (epoch seconds), by its default user or one's own."""
     name = user or default_user(ti, ti.try_number)
     search = RunSearch(name, now, user is None, fingerprint(inputs), known_runs)
     return TaskStart(name, search, ti.try_number, ti.max_tries or 0)
 
 
-def find_earlier_start(
-    context: Mapping[str, Any], settings: StartSettings
-) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
+async def find_earlier_start(
+    client: DifyClient,
+    wait: WaitArguments,
+    remembered: TaskStart | None,
+    searches: Sequence[TaskStart],
+    try_number: int,
+) -> tuple[TaskStart, WorkflowRun | None] | None:
     """
     Look for a start of this task whose run is to be continued: an earlier try's, or this one's.
 
     A try may run twice: Airflow's scheduler takes a deferred task that resumes at once for dead, and may run the same
     try from its beginning (seen on 3.3.2).
 
-    :param context: the running task's context.
-    :param settings: the operator's arguments.
-    :return: the start, and its run unless that isn't named yet; ``None`` if a new run is to be started: there was no
-        start, its run can't succeed any more, or Dify was asked to stop it.
+    Return the start, and its run unless that isn't named yet; ``None`` if a new run is to be started: there was no
+    start, its run can't succeed any more, or Dify was asked to stop it. ``remembered`` is what Airflow knows of it;
+    without that, ``searches`` has the starts that there may have been.
     """
-    ti: Any = context["ti"]
-    start = StartMemory(context).load()
-    if start is not None:
-        if start.stop_was_asked or start.has_ended:
+    if remembered is not None:
+        if remembered.stop_was_asked or remembered.has_ended:
             return None
-        if start.workflow_run_id is None:
-            run_id = yield from find_run(start.search, patience=SECONDS_FOR_LOG)
+        if remembered.workflow_run_id is None:
+            run_id = await find_run(client, remembered.search, patience_seconds=SECONDS_FOR_LOG)
             if run_id is None:
-                return start, None
-            start = replace(start, workflow_run_id=run_id)
-        return (yield from _if_it_can_succeed(start, settings))
-    for search, number in _searches_of_earlier_tries(context, settings):
+                return remembered, None
+            remembered = replace(remembered, workflow_run_id=run_id)
+        return await _if_it_can_succeed(client, wait, remembered)
+    for start in searches:
         try:
-            run_id = yield from find_run(search, patience=SECONDS_FOR_LOG)
+            run_id = await find_run(client, start.search, patience_seconds=SECONDS_FOR_LOG)
         except DifyError as error:
-            if number < ti.try_number or isinstance(error, DifyWorkflowRunUncertain):
+            if start.try_number < try_number or isinstance(error, DifyWorkflowRunUncertain):
                 raise
             # That this try has run before is so rare that a log which can't be read is no reason to wait.
             continue
         if run_id is not None:
-            found = TaskStart(search.user, search, number, ti.max_tries or 0, True, run_id)
-            return (yield from _if_it_can_succeed(found, settings))
+            found = replace(start, workflow_run_id=run_id, was_accepted=True)
+            return await _if_it_can_succeed(client, wait, found)
     return None
 
 
-def _if_it_can_succeed(start: TaskStart, settings: StartSettings) -> Steps[tuple[TaskStart, WorkflowRun | None] | None]:
-    run_id = str(start.workflow_run_id)
+async def _if_it_can_succeed(
+    client: DifyClient, wait: WaitArguments, start: TaskStart
+) -> tuple[TaskStart, WorkflowRun | None] | None:
+    look = calls.run_detail(str(start.workflow_run_id))
     try:
-        run: WorkflowRun = yield from calls.look_up_run(run_id)
+        run = await client.perform(look)
     except DifyWorkflowRunNotFound:
         # A run is given up, and another one paid for, only after Dify has said so twice.
-        yield Pause(settings.poll_interval)
+        await asyncio.sleep(wait.poll_interval)
         try:
-            run = yield from calls.look_up_run(run_id)
-        except DifyWorkflowRunNotFound as error:
-            if not error.is_sure:
-                raise
+            run = await client.perform(look)
+        except DifyWorkflowRunNotFound:
             return None
-    verdict = judge(
-        run,
-        now=datetime.now(timezone.utc),
-        fail_on_partial_success=settings.fail_on_partial_success,
-        run_timeout=settings.run_timeout,
-    )
-    return None if verdict.is_failure else (start, run)
+    return None if wait.judge(run).is_failure else (start, run)
 
 
-def _searches_of_earlier_tries(context: Mapping[str, Any], settings: StartSettings) -> Iterator[tuple[RunSearch, int]]:
+def starts_of_earlier_tries(context: Mapping[str, Any], arguments: RunArguments) -> Iterator[TaskStart]:
     """Return what to look for in Dify's log where Airflow remembers nothing, the last try first."""
     ti: Any = context["ti"]
-    first_try = first_try_number(ti, settings.retries)
+    max_tries = ti.max_tries or 0
+    first_try = first_try_number(ti, arguments.retries)
     not_before = earliest_start(context)
-    prints = fingerprint(settings.inputs)
-    if settings.user is not None and ti.try_number > first_try:
-        # It names no try, so the inputs have to tell the runs apart.
-        not_before += CLOCK_TOLERANCE.total_seconds()
-        yield RunSearch(settings.user, not_before, False, prints, skips_failed=True), ti.try_number - 1
-    if settings.user is not None:
+    prints = fingerprint(arguments.inputs)
+    if arguments.user is not None:
+        if ti.try_number > first_try:
+            # It names no try, so the inputs have to tell the runs apart.
+            not_before += CLOCK_TOLERANCE.total_seconds()
+            search = RunSearch(arguments.user, not_before, False, prints, skips_failed=True)
+            yield TaskStart(search.user, search, ti.try_number - 1, max_tries)
         return
     # This try's own start is remembered, from Airflow 3.3 on.
     newest = ti.try_number - 1 if StartMemory(context).is_kept else ti.try_number
     for number in range(newest, first_try - 1, -1):
-        yield RunSearch(default_user(ti, number), not_before, True, prints, skips_failed=True), number
+        search = RunSearch(default_user(ti, number), not_before, True, prints, skips_failed=True)
+        yield TaskStart(search.user, search, number, max_tries)
 
 
 def first_try_number(ti: Any, retries: int) -> int:
@@ -247,17 +236,11 @@ def earliest_start(context: Mapping[str, Any]) -> float:
     return (datetime.now(timezone.utc) - timedelta(days=7)).timestamp()
 
 
-def stop_start(start: TaskStart, server: Server) -> Steps[StopReport]:
-    """
-    Stop the run of a start; one that Dify has not named yet is looked for in its log first.
-
-    :param start: the start.
-    :param server: as for :func:`~airflow_provider_dify.runs.stopping.stop_run`.
-    :return: what became of it. Never raises a :class:`DifyError`.
-    """
+async def stop_start(client: DifyClient, start: TaskStart) -> StopReport:
+    """Stop the run of a start; one that Dify has not named yet is looked for in its log first. Raises no DifyError."""
     if start.workflow_run_id is None:
-        return (yield from stop_queued(start.search, start.task_id, server))
-    return (yield from stop_run(start.workflow_run_id, start.task_id, start.user, server))
+        return await stop_queued(client, start.search, start.task_id)
+    return await stop_run(client, start.workflow_run_id, start.task_id, start.user)
 
 
 def installation_id() -> str:

@@ -1,40 +1,45 @@
-"""One try of the operator while it runs: its start, its clock, and what of it is known where."""
+"""One try of the operator while it runs: its start, its run, and what Airflow knows of them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_provider_dify.api.calls import Steps
+from airflow.providers.common.compat.sdk import AirflowFailException
+
+from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.http_response import reason_of
 from airflow_provider_dify.api.models import WorkflowRun, is_server_from
-from airflow_provider_dify.api.session import call_within
-from airflow_provider_dify.api.started_run import StartedRun, wait_until_named
+from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
     DifyTaskKilled,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.clock import TaskClock
-from airflow_provider_dify.runs.following import Follower
-from airflow_provider_dify.runs.log import RepeatedLook, known_runs
+from airflow_provider_dify.runs.log import known_runs, until
+from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport
-from airflow_provider_dify.runs.verdict import Outcome, judge
-from airflow_provider_dify.runs.whole_run import still_queued
+from airflow_provider_dify.runs.verdict import Outcome, Verdict
+from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments
+from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import (
     SECONDS_FOR_LOG,
+    RunArguments,
     StartMemory,
-    StartSettings,
     TaskStart,
     earliest_start,
     find_earlier_start,
     new_start,
+    starts_of_earlier_tries,
     stop_start,
 )
 from airflow_provider_dify.tasks.xcoms import TaskXComs
@@ -53,45 +58,51 @@ SECONDS_BEFORE_QUEUED = 1.0
 SECONDS_AFTER_KILL = 2.0
 
 
+class TaskDefers(Exception):
+    """The wait is to go on on the triggerer."""
+
+
 class RunningTask:
     """
-    One try of the operator while it runs.
+    One try of the operator while it runs. Its work is done on an event loop in a thread; the main thread starts it.
 
-    :param settings: the operator's arguments.
+    :param arguments: the operator's arguments.
     :param context: the running task's context.
-    :param hook: the hook, which sends nothing again by itself.
-    :param clock: the try's deadline.
+    :param hook: the hook, whose connection counts.
+    :param deadline: when the try gives up.
     :param log: the task's log.
     :param xcoms: the task's XComs.
-    :ivar run_is_over: whether the run was seen to be over, so that there is nothing to stop or to wait for.
+    :param on_user: gets the ``user`` of the start, in the main thread.
     """
 
     def __init__(
         self,
-        settings: StartSettings,
+        arguments: RunArguments,
         context: Context,
         hook: DifyHook,
-        clock: TaskClock,
+        deadline: Deadline,
         log: Logger,
         xcoms: TaskXComs,
+        on_user: Callable[[str], None] = lambda user: None,
     ) -> None:
         self.context = context
-        self.clock = clock
-        self.xcoms = xcoms
-        self.follower = Follower(hook, clock, log, settings.poll_interval, not_found_grace=settings.not_found_grace)
-        self.run_is_over = False
-        self._settings = settings
+        self.deadline = deadline
+        self._arguments = arguments
         self._hook = hook
         self._log = log
+        self._xcoms = xcoms
+        self._on_user = on_user
         self._memory = StartMemory(context)
+        self._loop = TaskLoop()
+        # Read here, in the main thread: on Airflow 2 a task instance is a row of its database.
+        self._ti: Any = context["ti"]
+        self._try_number = int(self._ti.try_number)
+        self._will_be_retried = self._try_number <= (self._ti.max_tries or 0)
         self._start: TaskStart | None = None
+        self._run_is_over = False
         self._stop_was_asked = False
-        self._is_to_be_stopped = False
 
-    @property
-    def stream(self) -> StartedRun | None:
-        """The start that this try has sent, and its run's events; ``None`` until then."""
-        return self.follower.stream
+    # --- in the main thread
 
     @property
     def task_start(self) -> TaskStart:
@@ -99,146 +110,203 @@ class RunningTask:
         assert self._start is not None  # noqa: S101
         return self._start
 
-    @property
-    def named_run_id(self) -> str:
-        """The run's id, once it is named."""
-        return str(self.task_start.workflow_run_id)
-
-    def close(self) -> None:
-        """Hang up; the run goes on."""
-        if self.stream is not None:
-            self.stream.close()
-
-    def start(self) -> None:
+    def execute(self) -> Any:
         """
-        Start a run, or find the one that an earlier try started. It is named then, unless the task is to defer.
+        Start the run, or continue an earlier try's, and wait for it; return the outputs, or the id without a wait.
 
-        :raises DifyError: as :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
+        Raises a TaskDefers if the triggerer is to wait, and a DifyError as the operator does.
         """
-        earlier = self._find_earlier_start()
-        if earlier is None:
-            self._start_new_run()
+        try:
+            result = self._run(self._execute)
+        except TaskDefers:
+            self._end_if_killed()
+            raise
+        if not self._arguments.waits:
+            self._end_if_killed()
+        return result
 
-    def resume(self, data: Mapping[str, Any] | None, event: Any) -> None:
+    def resume(self, data: Mapping[str, Any] | None, event: Any, error: DifyError | None) -> dict[str, Any]:
         """
-        Take up the start that the task deferred with.
+        Take up the start that the task deferred with: read its run, or fail with the error as the wait did.
 
-        :param data: the start, as it was serialized; ``None`` where Airflow lost it, and for ``dag.test()``, which
-            returns nothing but the event to a resumed task.
-        :param event: the trigger's event, which names a run that was queued when the task deferred.
+        ``data`` is the start, as it was serialized; ``None`` where Airflow lost it, and for ``dag.test()``, which
+        returns nothing but the event to a resumed task.
         """
-        ti: Any = self.context["ti"]
+        self._take_up(data, event)
+        try:
+            return self._run(partial(self._resume, error))
+        except DifyError as failure:
+            if error is not None and failure is not error:
+                # The way to Dify is lost, too; the task ends for the other reason.
+                self._log.warning("%s", failure)
+                raise error from None
+            raise
+
+    def stop_after_deferral(self) -> None:
+        """Stop the run of a deferred task whose ``execution_timeout`` is over (Airflow 2)."""
+        self._take_up(None, None)
+        self._run(self._stop_after_kill)
+
+    def kill(self) -> None:
+        """Cancel what runs, because Airflow ends the task; its run is stopped then."""
+        self._loop.kill()
+
+    def _end_if_killed(self) -> None:
+        """End a try that was killed when its work was just over: nobody waits for the run."""
+        if self._loop.was_killed:
+            self._loop = TaskLoop()
+            self._run(self._stop_after_kill)
+            raise DifyTaskKilled("Airflow killed the task while it waited for Dify. A retry finds its run again.")
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return self._loop.run(self._with_client(work))
+
+    def _take_up(self, data: Mapping[str, Any] | None, event: Any) -> None:
         start = TaskStart.deserialize(data) or self._memory.load()
-        if start is None or start.try_number != ti.try_number:
-            self._start = new_start(ti, self._settings.user, self._settings.inputs, (), earliest_start(self.context))
+        if start is None or start.try_number != self._try_number:
+            start = new_start(self._ti, self._arguments.user, self._arguments.inputs, (), earliest_start(self.context))
             # The event names the run, but not the task id that a stop takes.
-            self._take_ids_from_xcoms(ti)
-            start = self.task_start
+            run_id, task_id = (
+                self._ti.xcom_pull(task_ids=self._ti.task_id, key=key, map_indexes=self._ti.map_index)
+                for key in ("workflow_run_id", "task_id")
+            )
+            if run_id:
+                start = replace(start, workflow_run_id=str(run_id), task_id=task_id)
+        self._start = start
         named = event.get("workflow_run_id") if isinstance(event, dict) else None
-        is_new = start.workflow_run_id is None and bool(named)
-        self._start = replace(start, workflow_run_id=named) if is_new else start
-        if is_new:
-            self._remember(self._start)
+        if start.workflow_run_id is None and named:
+            self._start = replace(start, workflow_run_id=str(named))
+            self._push(self._start)
+        self._on_user(start.user)
 
-    def remember_end(self) -> bool:
-        """
-        Let the retry know that the run is over although its record says that it goes on.
+    def _push(self, start: TaskStart) -> None:
+        """Store the run everywhere at once, so that no crash loses it."""
+        self._memory.save(start)
+        self._xcoms.push_ids(str(start.workflow_run_id), start.task_id)
 
-        :return: whether a retry starts another run; before Airflow 3.3 it would take up this one.
-        """
-        is_kept = self._try_to_remember(replace(self.task_start, has_ended=True))
-        return is_kept or not self.follower.record_is_open
+    # --- on the event loop
 
-    def stop(self) -> None:
-        """Ask Dify to stop the run, if it is named, and log what came of it."""
-        start = self._start
-        if not self._settings.stop_on_failure or self._stop_was_asked or start is None:
-            return
-        try:
-            # A session and limits of its own: this may be a signal's handler, in the middle of another request.
-            with DifyHook(self._hook.dify_conn_id, timeout=STOP_TIMEOUT, retry_limit=0) as hook:
-                hook._connection = replace(self._hook.connection, timeout=STOP_TIMEOUT)
-                report: StopReport = hook.run_steps(stop_start(start, hook))
-        except Exception as error:
-            # Whatever it is, the task ends for another reason, which is the one to be told.
-            why = f"The workflow run of user {start.user!r} could not be stopped and goes on: {reason_of(error, ())}"
-            report = StopReport(False, why, True)
-        (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
-        if report.was_asked:
-            self._stop_was_asked = True
-            self._start = replace(start, stop_was_asked=True)
-            self._try_to_remember(self._start)
+    async def _with_client(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        async with self._hook.client_on(self._loop) as client:
+            client.deadline = self.deadline.at
+            self._client: DifyClient = client
+            self._starter = Starter(client, self.deadline, self._log, self._arguments.wait)
+            try:
+                return await work()
+            except asyncio.CancelledError:
+                await self._stop_after_kill()
+                raise
+            except TaskDefers:
+                raise
+            except Exception as error:
+                # Of any type: an XCom backend that fails must not leave a run alone either.
+                await self._stop_if_nobody_waits(error)
+                raise
+            finally:
+                self._starter.close()
+                self._hook.server_version = client.server_version or self._hook.server_version
 
-    def stop_after_kill(self) -> None:
-        """Stop the run of a task that was killed, also one whose start is under way."""
-        if self.stream is not None and not self.stream.is_named:
-            with contextlib.suppress(DifyError):
-                self._hook.run_steps(wait_until_named(self.stream, SECONDS_AFTER_KILL))
-            if self.stream.is_named and self._start is not None:
-                # Only here: this may be a signal's handler, in the middle of a message to Airflow.
-                ids = {"workflow_run_id": self.stream.workflow_run_id, "task_id": self.stream.task_id}
-                self._start = replace(self._start, **ids)
-        if self._start is None or self.run_is_over or self.follower.ended_run is not None:
-            return
-        ti: Any = self.context["ti"]
-        will_be_retried = ti.try_number <= (ti.max_tries or 0)
-        is_recorded = is_server_from(self._hook.server_version, (1, 16))
-        if will_be_retried and not is_recorded and not self._try_to_remember(self._start):
-            # Neither Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
-            self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
-            self._is_to_be_stopped = self._memory.is_kept
-            return
-        self.stop()
+    async def _execute(self) -> Any:
+        await self._find_or_start()
+        await self._ask(partial(self._on_user, self.task_start.user))
+        if not self._arguments.waits:
+            return self.task_start.workflow_run_id
+        stream = self._starter.stream
+        if not self._arguments.deferrable or self._run_is_over or (stream is not None and stream.has_ended):
+            return await self._wait()
+        if self.task_start.workflow_run_id is not None and self._arguments.defer_after > 0:
+            with contextlib.suppress(asyncio.TimeoutError):
+                # Most runs are over soon, and a deferral costs a worker's start.
+                return await self._finish(*await asyncio.wait_for(self._follow(), self._arguments.defer_after))
+        raise TaskDefers
 
-    def stop_after_message(self) -> None:
-        """
-        Stop the run of a killed task that could not be stopped when the signal came.
+    async def _resume(self, error: DifyError | None) -> dict[str, Any]:
+        if isinstance(error, DifyTaskKilled):
+            # What Airflow does on a worker.
+            await self._stop_after_kill()
+        if error is not None:
+            raise error
+        return await self._wait()
 
-        The signal may have come in the middle of a message to Airflow, so that no other could be sent. Airflow 3 lets
-        the task go on after the signal's handler, and that message is over now.
-        """
-        if self._is_to_be_stopped:
-            self._is_to_be_stopped = False
-            self.stop_after_kill()
+    async def _wait(self) -> dict[str, Any]:
+        return await self._finish(*await self._follow())
 
-    def _try_to_remember(self, start: TaskStart) -> bool:
-        """Let Airflow keep a start for the retry within a second, and return whether it does."""
-        try:
-            # In a thread: the task itself may be in the middle of a message to Airflow, which would never end.
-            call_within(1.0, lambda: self._memory.save(start), lambda: None)
-        except Exception as error:
-            # Of many types: the task's process talks to Airflow's API server, which may be why it is killed.
-            self._log.debug("Airflow's task state could not be written: %r", error)
-            return False
-        return self._memory.is_kept
+    async def _follow(self) -> tuple[WorkflowRun, Verdict]:
+        links: list[asyncio.Future[None]] = []
 
-    def _find_earlier_start(self) -> TaskStart | None:
-        try:
-            found = self._look_through_failures(lambda: find_earlier_start(self.context, self._settings))
-        except DifyConnectionError as error:
-            # A new one, whose attributes say nothing of a start.
-            raise DifyConnectionError(
-                f"{error} So this try can't tell whether a run of an earlier one goes on, and started none."
-            ) from None
+        def on_first_run(run: WorkflowRun) -> None:
+            links.append(asyncio.ensure_future(self._ask(partial(self._xcoms.on_run, run))))
+
+        run_id = str(self.task_start.workflow_run_id)
+        wait = RunWait(run_id, self._arguments.wait, log=self._log, on_first_run=on_first_run, was_seen=True)
+        found = await self._starter.follow(wait, self._starter.named_stream)
+        await asyncio.gather(*links)
+        return found
+
+    async def _finish(self, run: WorkflowRun, verdict: Verdict) -> dict[str, Any]:
+        """Push what the run returned, and return its outputs, or raise what it means."""
+        self._run_is_over = verdict.outcome is not Outcome.TIMED_OUT
+        starts_again = True
+        if verdict.is_failure and run is self._starter.ended_run:
+            # The record goes on saying that the run is not over: before Airflow 3.3 a retry would take it up.
+            is_kept = await self._try_to_remember(replace(self.task_start, has_ended=True))
+            starts_again = is_kept or not self._starter.record_is_open
+        price = self._starter.progress.price
+        return await self._ask(
+            lambda: self._xcoms.push_and_return(run, verdict, price=price, starts_again=starts_again)
+        )
+
+    async def _find_or_start(self) -> None:
+        """Start a run, or find the one that an earlier try started. It is named then, unless the task is to defer."""
+        found = await self._find_earlier_start()
         if found is None:
-            return None
+            await self._start_new_run()
+            return
         start, run = found
-        return self._continue(start, run) if run is not None else self._continue_unnamed(start)
+        if run is not None:
+            await self._continue(start, run)
+        elif not await self._continue_unnamed(start):
+            await self._start_new_run()
 
-    def _look_through_failures(self, look: Callable[[], Steps[T]]) -> T:
-        looks = RepeatedLook(self.clock, self._log, self._settings.poll_interval)
-        return self._hook.run_steps(looks.through_failures(look, self._settings.max_consecutive_failures))
+    async def _find_earlier_start(self) -> tuple[TaskStart, WorkflowRun | None] | None:
+        arguments, allowed = self._arguments, self._arguments.wait.max_consecutive_failures
+        remembered = await self._ask(self._memory.load)
+        searches = await self._ask(lambda: list(starts_of_earlier_tries(self.context, arguments)))
 
-    def _continue(self, start: TaskStart, run: WorkflowRun) -> TaskStart:
-        verdict = judge(run, now=datetime.now(timezone.utc))
-        self.run_is_over = verdict.outcome is Outcome.DONE
+        async def look() -> list[tuple[TaskStart, WorkflowRun | None] | None]:
+            return [await find_earlier_start(self._client, arguments.wait, remembered, searches, self._try_number)]
+
+        def on_failure(error: DifyConnectionError, failures: int) -> None:
+            if allowed is None or failures > allowed or self.deadline.is_over:
+                raise DifyConnectionError(
+                    f"{error} So this try can't tell whether a run of an earlier one goes on, and started none."
+                ) from None
+            self._log.warning(
+                "The runs of earlier tries could not be looked up, %d in a row of at most %d: %s",
+                failures,
+                allowed,
+                error,
+            )
+
+        seconds = arguments.wait.poll_interval
+        found = await until(look, self.deadline, on_failure, interval_seconds=seconds, first_seconds=seconds)
+        if found is None:
+            raise self.deadline.error("The runs of earlier tries could not be looked up, and none was started.")
+        return found[0]
+
+    async def _continue(self, start: TaskStart, run: WorkflowRun) -> None:
+        verdict = WaitArguments().judge(run)
+        self._run_is_over = verdict.outcome is Outcome.DONE
         self._log.info("Continuing the run that an earlier try started. %s", verdict.reason)
-        self._remember(replace(start, try_number=self.context["ti"].try_number))
-        self.xcoms.push_link(run.app_id)
-        return start
+        await self._remember(replace(start, try_number=self._try_number))
+        await self._ask(partial(self._xcoms.push_link, run.app_id))
 
-    def _continue_unnamed(self, start: TaskStart) -> TaskStart | None:
-        """Wait for the run of a start that was under way when an earlier try was killed."""
+    async def _continue_unnamed(self, start: TaskStart) -> bool:
+        """
+        Wait for the run of a start that was under way when an earlier try was killed.
+
+        Return whether this try goes on with it; else a new run is to be started.
+        """
         self._log.info("An earlier try was ended while its start was under way; looking for its run.")
         self._start = start
         error = DifyWorkflowRunUncertain(
@@ -247,140 +315,168 @@ class RunningTask:
             "then clear the task to start a new run.",
             user=start.user,
         )
-        seconds = self.clock.left if start.was_accepted else self._settings.not_found_grace
-        if self._settings.deferrable and start.was_accepted:
-            return start
-        steps = self.follower.search_run(start.search, error, seconds, patience=SECONDS_FOR_LOG)
-        run_id = self._hook.run_steps(steps)
+        if self._arguments.deferrable and start.was_accepted:
+            return True
+        starter = self._starter
+        seconds = self.deadline.left if start.was_accepted else self._arguments.wait.not_found_grace
+        run_id = await starter.search_run(start.search, error, seconds, patience_seconds=SECONDS_FOR_LOG)
         if run_id is not None:
-            self._remember(replace(start, workflow_run_id=run_id, try_number=self.context["ti"].try_number))
-            return self._start
-        if self.follower.last_look_failed:
+            await self._remember(replace(start, workflow_run_id=run_id, try_number=self._try_number))
+            return True
+        if starter.last_look_failed:
             # Airflow remembers the start, so the next try looks again.
             raise DifyConnectionError(f"Dify's log could not be read. {error}")
-        if start.was_accepted or not self._may_start_again():
+        # A server that doesn't queue shows each run at once.
+        may_start = not starter.may_be_queued or (self._arguments.restart_lost_runs and starter.log_shows_no_run)
+        if start.was_accepted or not may_start:
             raise error
         self._log.warning("Dify's log shows no run of the earlier try's start; starting a new run.")
         self._start = None
-        return None
+        return False
 
-    def _may_start_again(self) -> bool:
-        """Return whether a start that Dify did not accept, and whose run is not in its log, may be sent again."""
-        if not self.follower.may_be_queued():
-            # This server shows each run at once.
-            return True
-        return self._settings.restart_lost_runs and self.follower.log_shows_no_run
-
-    def _start_new_run(self) -> None:
-        settings = self._settings
-        ti: Any = self.context["ti"]
-        if settings.workflow_id is None:
+    async def _start_new_run(self) -> None:
+        arguments, starter = self._arguments, self._starter
+        if arguments.workflow_id is None:
             # The form that Dify shows is the current version's.
-            self._hook.run_steps(self.follower.check_inputs(settings.inputs))
-        before = self._hook.run_steps(known_runs(settings.user)) if settings.user is not None else ()
-        start = new_start(ti, settings.user, settings.inputs, before, time.time())
-        if self._hook.server_version:
-            self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
-        self.follower.before_send = lambda: self._keep(start)
-        self.follower.after_refusal = lambda: self._keep(None)
+            await starter.check_inputs(arguments.inputs)
+        before = () if arguments.user is None else await known_runs(self._client, arguments.user)
+        start = await self._ask(lambda: new_start(self._ti, arguments.user, arguments.inputs, before, time.time()))
+        if self._client.address:
+            self._log.info("%s", self._client.address)
+        starter.before_send = lambda: self._keep(start)
+        starter.after_refusal = lambda: self._keep(None)
         try:
-            stream = self._hook.run_steps(self.follower.send_start(settings.inputs, start.user, settings.workflow_id))
+            stream = await starter.send_start(arguments.inputs, start.user, arguments.workflow_id)
         except DifyWorkflowRunUncertain as error:
-            self._wait_in_log(start, error)
-            return
-        except BaseException as error:
-            if isinstance(error, Exception) and not isinstance(error, DifyTaskKilled):
-                # Nothing was started.
-                self._keep(None)
+            await self._wait_in_log(start, error)
+        except Exception:
+            # Nothing was started.
+            await self._keep(None)
             raise
-        self._wait_on_stream(start, stream)
+        else:
+            await self._wait_on_stream(start, stream)
 
-    def _keep(self, start: TaskStart | None) -> None:
+    async def _keep(self, start: TaskStart | None) -> None:
         """Let Airflow keep a start before it is sent, so that a killed worker leaves a trace; ``None`` for none."""
-        self._memory.save(start)
+        await self._ask(partial(self._memory.save, start))
         self._start = start
 
-    def _wait_until_named(self, stream: StartedRun, start: TaskStart, seconds: float) -> str | None:
-        return self._hook.run_steps(self.follower.wait_until_named(stream, start.search, seconds))
-
-    def _wait_on_stream(self, start: TaskStart, stream: StartedRun) -> None:
+    async def _wait_on_stream(self, start: TaskStart, stream: AsyncWorkflowRunStream) -> None:
+        starter = self._starter
         try:
-            run_id = self._wait_until_named(stream, start, SECONDS_BEFORE_QUEUED)
+            run_id = await starter.wait_until_named(stream, start.search, SECONDS_BEFORE_QUEUED)
             if run_id is None:
                 start = replace(start, was_accepted=True)
-                self._keep(start)
+                await self._keep(start)
                 self._log.info(
                     "Dify has accepted the start and named no run yet: the workflow run of user %r is queued.",
                     start.user,
                 )
-                seconds = SECONDS_BEFORE_DEFERRAL if self._settings.deferrable else self.clock.left
-                run_id = self._wait_until_named(stream, start, seconds)
+                seconds = SECONDS_BEFORE_DEFERRAL if self._arguments.deferrable else self.deadline.left
+                run_id = await starter.wait_until_named(stream, start.search, seconds)
         except DifyWorkflowRunUncertain as error:
-            self._wait_in_log(replace(start, was_accepted=True), error)
+            await self._wait_in_log(replace(start, was_accepted=True), error)
             return
-        except DifyTaskKilled:
-            self.stop_after_kill()
-            raise
         except DifyError:
             # Dify rejected it.
-            self._keep(None)
+            await self._keep(None)
             raise
         if run_id is None:
-            self._on_still_queued(start)
+            if not self._arguments.deferrable:
+                raise starter.still_queued(start.user)
+            self._log.info("Leaving the wait for the queued run to the triggerer.")
         elif stream.is_named:
-            self._take_named_run(stream)
+            await self._remember(replace(start, workflow_run_id=run_id, task_id=stream.task_id))
+            await self._ask(partial(self._xcoms.push_link, stream.app_id))
+            self._log.info("Dify started workflow run %s for user %r.", run_id, start.user)
         else:
-            self._remember(replace(start, workflow_run_id=run_id))
+            await self._remember(replace(start, workflow_run_id=run_id))
 
-    def _take_named_run(self, stream: StartedRun) -> None:
-        if self._start is None or self._start.workflow_run_id is not None:
-            return
-        self._remember(replace(self._start, workflow_run_id=stream.workflow_run_id, task_id=stream.task_id))
-        self.xcoms.push_link(stream.app_id)
-        self._log.info("Dify started workflow run %s for user %r.", stream.workflow_run_id, self._start.user)
-
-    def _wait_in_log(self, start: TaskStart, error: DifyWorkflowRunUncertain) -> None:
+    async def _wait_in_log(self, start: TaskStart, error: DifyWorkflowRunUncertain) -> None:
         """Look for the run of a start that broke off; a deferrable task leaves that to the triggerer soon."""
         self._log.warning("%s", error)
-        self._keep(start)
-        is_queued = start.was_accepted and self.follower.may_be_queued()
-        defers = is_queued and self._settings.deferrable
-        seconds = self.clock.left if is_queued else self._settings.not_found_grace
+        await self._keep(start)
+        starter = self._starter
+        is_queued = start.was_accepted and starter.may_be_queued
+        defers = is_queued and self._arguments.deferrable
+        seconds = self.deadline.left if is_queued else self._arguments.wait.not_found_grace
         if defers:
             seconds = min(seconds, SECONDS_BEFORE_DEFERRAL)
-        run_id = self._hook.run_steps(self.follower.search_run(start.search, error, seconds))
+        run_id = await starter.search_run(start.search, error, seconds)
         if run_id is not None:
-            self._remember(replace(start, workflow_run_id=run_id))
-        elif not defers:
-            self._raise_lost(error, is_queued)
-
-    def _raise_lost(self, error: DifyWorkflowRunUncertain, is_queued: bool) -> NoReturn:
-        """End a try whose run was not found: for good, or with a retry that may start another one."""
-        if is_queued or not (self._settings.restart_lost_runs and self.follower.log_shows_no_run):
-            raise error
-        self._keep(None)
-        raise DifyConnectionError(f"{error} restart_lost_runs is set: a retry starts another run.") from error
-
-    def _on_still_queued(self, start: TaskStart) -> None:
-        if self._settings.deferrable:
-            self._log.info("Leaving the wait for the queued run to the triggerer.")
+            await self._remember(replace(start, workflow_run_id=run_id))
+        elif defers:
             return
-        raise still_queued(self.follower, start.user)
+        elif not is_queued and self._arguments.restart_lost_runs and starter.log_shows_no_run:
+            await self._keep(None)
+            raise DifyConnectionError(f"{error} restart_lost_runs is set: a retry starts another run.") from error
+        else:
+            raise error
 
-    def _remember(self, start: TaskStart) -> None:
-        """Store the run everywhere at once, so that no crash loses it."""
-        if self.stream is not None and not self.stream.is_named:
+    async def _remember(self, start: TaskStart) -> None:
+        if self._starter.stream is not None and not self._starter.stream.is_named:
             # It was found in the log: the stream that should have named it is of no more use.
-            self.stream.close()
-            self.follower.stream = None
+            self._starter.close()
+            self._starter.stream = None
         self._start = start
-        self._memory.save(start)
-        self.xcoms.push_ids(str(start.workflow_run_id), start.task_id)
+        await self._ask(partial(self._push, start))
 
-    def _take_ids_from_xcoms(self, ti: Any) -> None:
-        run_id, task_id = (
-            ti.xcom_pull(task_ids=ti.task_id, key=key, map_indexes=ti.map_index)
-            for key in ("workflow_run_id", "task_id")
+    async def _try_to_remember(self, start: TaskStart) -> bool:
+        """Let Airflow keep a start for the retry within a second, and return whether it does."""
+        try:
+            await asyncio.wait_for(self._ask(partial(self._memory.save, start)), 1.0)
+        except Exception as error:
+            # Of many types: the task's process talks to Airflow's API server, which may be why it is killed.
+            self._log.debug("Airflow's task state could not be written: %r", error)
+            return False
+        return self._memory.is_kept
+
+    # --- the end of a try that nobody waits for any more
+
+    async def _stop_if_nobody_waits(self, error: Exception) -> None:
+        """Stop the run of a try that failed for good; one that a retry will continue is left alone."""
+        is_over = self._run_is_over or (
+            isinstance(error, DifyWorkflowRunFailed) and not isinstance(error, DifyWorkflowRunTimeout)
         )
-        if run_id:
-            self._start = replace(self.task_start, workflow_run_id=str(run_id), task_id=task_id)
+        is_final = isinstance(error, AirflowFailException) or not self._will_be_retried
+        if is_final and not is_over:
+            await self._stop()
+
+    async def _stop_after_kill(self) -> None:
+        """Stop the run of a task that was killed, also one whose start is under way."""
+        stream = self._starter.stream
+        if stream is not None and self._start is not None:
+            if not stream.is_named:
+                with contextlib.suppress(DifyError):
+                    await stream.wait_until_named(SECONDS_AFTER_KILL)
+            if stream.is_named and self._start.workflow_run_id is None:
+                self._start = replace(self._start, workflow_run_id=stream.workflow_run_id, task_id=stream.task_id)
+        if self._start is None or self._run_is_over or self._starter.ended_run is not None:
+            return
+        is_recorded = is_server_from(self._client.server_version, (1, 16))
+        if self._will_be_retried and not is_recorded and not await self._try_to_remember(self._start):
+            # Neither Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
+            self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
+            return
+        await self._stop()
+
+    async def _stop(self) -> None:
+        """Ask Dify to stop the run, and log what came of it."""
+        start = self._start
+        if not self._arguments.stop_on_failure or self._stop_was_asked or start is None:
+            return
+        self._client.deadline = time.time() + STOP_TIMEOUT
+        try:
+            report = await stop_start(self._client, start)
+        except Exception as error:
+            # Whatever it is, the task ends for another reason, which is the one to be told.
+            why = f"The workflow run of user {start.user!r} could not be stopped and goes on: {reason_of(error, ())}"
+            report = StopReport(False, why, True)
+        (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
+        if report.was_asked:
+            self._stop_was_asked = True
+            self._start = replace(start, stop_was_asked=True)
+            await self._try_to_remember(self._start)
+
+    async def _ask(self, function: Callable[[], T]) -> T:
+        return await self._loop.ask(function)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from datetime import datetime, timezone
@@ -21,10 +22,18 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.log import RunSearch, find_run
+from airflow_provider_dify.runs.log import RunSearch, find_run, until
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.runs.verdict import Outcome
-from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait, TriggerWait, WaitEnd, delay_after, next_interval
+from airflow_provider_dify.runs.waiting import (
+    LIFE_INTERVAL,
+    Deadline,
+    RunWait,
+    TriggerWait,
+    WaitEnd,
+    delay_after,
+    next_interval,
+)
 from airflow_provider_dify.triggers.on_kill import is_waiting_elsewhere, run_shielded
 from airflow_provider_dify.triggers.outputs import TriggerXComs
 
@@ -128,11 +137,11 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             return
         hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
         async with hook_type(self.dify_conn_id) as hook:
+            report: StopReport
             if self.workflow_run_id is None:
-                steps = stop_queued(RunSearch.deserialize(self.wait.search or {}), self.wait.stop_task_id, hook)
+                report = await stop_queued(hook, RunSearch.deserialize(self.wait.search or {}), self.wait.stop_task_id)
             else:
-                steps = stop_run(self.workflow_run_id, self.wait.stop_task_id, user, hook)
-            report: StopReport = await hook.run_steps(steps)
+                report = await stop_run(hook, self.workflow_run_id, self.wait.stop_task_id, user)
         (self.log.warning if report.is_warning else self.log.info)("%s", report.message)
 
     def _render_templates(self, context: Context) -> None:
@@ -173,7 +182,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         others: set[str] = set()
         try:
             run_id = await self._search(
-                lambda: hook.run_steps(find_run(search, others)),
+                lambda: find_run(hook, search, others),
                 deadline,
                 f"The workflow run of user {search.user!r} is queued at Dify, or not in its log yet",
             )
@@ -191,39 +200,33 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         return run_id
 
     async def _search(self, find: Callable[[], Awaitable[str | None]], deadline: float | None, what: str) -> str | None:
-        """
-        Look for a run in Dify's log, until one is there.
-
-        :param find: looks once, and returns the run's id if there is one.
-        :param deadline: epoch seconds of the last look; ``None`` for no limit.
-        :param what: what is waited for, for the log.
-        :return: the run's id; ``None`` if the time is over.
-        :raises DifyConnectionError: once more than ``max_consecutive_failures`` looks in a row have failed.
-        """
-        failures = 0
+        """Look for a run in Dify's log, until one is there (its id) or the time is over (``None``)."""
+        allowed = self.wait.max_consecutive_failures
         began = time.time()
         next_line = 0.0
-        while True:
-            delay = self.wait.poll_interval
-            try:
-                run_id = await find()
-                failures = 0
-            except DifyConnectionError as error:
-                failures += 1
-                allowed = self.wait.max_consecutive_failures
-                if allowed is not None and failures > allowed:
-                    raise
-                self.log.warning("Dify's log could not be read; looking again: %s", error)
-                run_id, delay = None, max(delay, delay_after(error, failures, self.retry_delay))
+
+        async def look() -> str | None:
+            nonlocal next_line
+            run_id = await find()
             if run_id is not None:
                 self.log.info("Dify's log names the run: workflow run %s.", run_id)
-                return run_id
-            if deadline is not None and time.time() >= deadline:
-                return None
-            if time.time() >= next_line:
+            elif time.time() >= next_line:
                 next_line = time.time() + LIFE_INTERVAL
                 self.log.info("%s; %.0f seconds in the triggerer.", what, time.time() - began)
-            await self._sleep_until(asyncio.get_running_loop().time() + delay, deadline)
+            return run_id
+
+        def on_failure(error: DifyConnectionError, failures: int) -> None:
+            if allowed is not None and failures > allowed:
+                raise error
+            self.log.warning("Dify's log could not be read; looking again: %s", error)
+
+        return await until(
+            look,
+            Deadline(math.inf if deadline is None else deadline, 0.0),
+            on_failure,
+            interval_seconds=self.wait.poll_interval,
+            first_seconds=self.wait.poll_interval,
+        )
 
     async def _poll_until_over(
         self, hook: DifyAsyncHook, run_id: str, deadline: float | None, *, at_once: bool
@@ -232,7 +235,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         first_poll = self.wait.first_poll
         wait = RunWait(
             run_id,
-            self.wait.policy,
+            self.wait,
             log=self.log,
             first_poll=None if first_poll is None else datetime.fromtimestamp(first_poll, timezone.utc),
             was_seen=self.wait.was_seen,
@@ -252,8 +255,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 wait.on_failed_poll(error)
                 delay = delay_after(error, wait.consecutive_failures, self.retry_delay)
             else:
-                if wait.status is None and hook.server_version and hook.connection is not None:
-                    self.log.info("Dify %s at %s.", hook.server_version, hook.connection.base_url)
+                if wait.status is None and hook.address:
+                    self.log.info("%s", hook.address)
                 verdict = wait.on_poll(run)
                 if not has_link:
                     await xcoms.push_link(run, hook.connection)

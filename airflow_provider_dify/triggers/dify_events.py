@@ -22,20 +22,21 @@ except ImportError:
 from airflow_provider_dify.airflow_versions import asset_state_of
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.exceptions import (
+    MAX_RETRY_DELAY,
     DifyAuthenticationError,
     DifyConfigurationError,
     DifyError,
     DifyRequestError,
 )
 from airflow_provider_dify.runs.ended import Look, RunWindow, WindowPolicy, look_at_runs
-from airflow_provider_dify.runs.waiting import MAX_RETRY_DELAY, delay_after
+from airflow_provider_dify.runs.waiting import delay_after
 from airflow_provider_dify.runs.wanted import RunFilter
 from airflow_provider_dify.tasks.arguments import parse_seconds
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from airflow_provider_dify.triggers.shared_reading import SharedReading
+    from airflow_provider_dify.hooks.shared_reading import SharedReading
 
 # Seconds between two lines of a trigger that can't work: it has no task that could fail.
 COMPLAINT_INTERVAL = 60.0
@@ -167,8 +168,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         if not self._is_checked:
             await self._check_app(reading)
             self._is_checked = True
-        look: Look = await reading.run_steps(look_at_runs(window, self.policy, time.time()))
-        return look
+        return await look_at_runs(reading, window, self.policy, time.time())
 
     async def _check_app(self, reading: SharedReading) -> None:
         """
@@ -214,13 +214,6 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
                 "(run_timeout). Such a record is usually orphaned: the server that ran it was killed.",
                 run_id,
                 self.policy.run_timeout,
-            )
-        if look.surplus:
-            self.log.warning(
-                "%d Dify workflow runs that go on are no longer watched, because %d others are. The first of them: %s.",
-                len(look.surplus),
-                len(look.window.open),
-                look.surplus[0],
             )
         if self.filter.triggered_from and not self._is_filter_checked:
             self._check_filter(look)
@@ -297,6 +290,6 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
 
 
 def _load_reading() -> Any:
-    from airflow_provider_dify.triggers.shared_reading import SharedReading
+    from airflow_provider_dify.hooks.shared_reading import SharedReading
 
     return SharedReading

@@ -32,7 +32,7 @@ class DifyLatestWorkflowRunTrigger(DifyWorkflowRunTrigger):
         client = await asyncio.to_thread(load_client)
         async with client.DifyAsyncHook(self.dify_conn_id) as hook:
             run_id = await self._search(
-                lambda: hook.run_steps(search.look(time.time())), deadline, f"Waiting for {search.describe()}"
+                lambda: search.look(hook, time.time()), deadline, f"Waiting for {search.describe()}"
             )
             if run_id is None:
                 return self._event(WaitEnd.TIMED_OUT, f"There was not {search.describe()}.")

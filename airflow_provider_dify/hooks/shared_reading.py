@@ -14,7 +14,7 @@ import time
 from typing import Any, TypeVar
 
 from airflow_provider_dify.api.async_session import Shared
-from airflow_provider_dify.api.calls import Call, Step, Steps, run_steps_async
+from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 
@@ -35,19 +35,6 @@ class SharedReading(Shared):
         self._opened_at = 0.0
         self._lock = asyncio.Lock()
         self._responses: dict[tuple[Any, ...], tuple[float, asyncio.Task[Any]]] = {}
-
-    async def run_steps(self, steps: Steps[T]) -> T:
-        """
-        Run requests that depend on each other; what another watcher asks at the same moment is not asked again.
-
-        :raises DifyError: as the steps do.
-        """
-        return await run_steps_async(steps, self._take_step)
-
-    async def _take_step(self, step: Step) -> Any:
-        if not isinstance(step, Call):
-            raise TypeError(f"A shared reading takes requests only, not {type(step).__name__}.")
-        return await self.perform(step)
 
     async def perform(self, call: Call[T]) -> T:
         """
