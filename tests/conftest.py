@@ -86,12 +86,10 @@ def quick_resumption(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def short_grace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Let the hooks' ``run_workflow`` have a grace of 0.3 seconds, not of a minute; return what sets another one."""
-    from airflow_provider_dify.runs.following import Follower
 
     def use(seconds: float) -> None:
-        assert Follower.__init__.__defaults__ is not None
-        others = Follower.__init__.__defaults__[:-1]
-        monkeypatch.setattr(Follower.__init__, "__defaults__", (*others, seconds))
+        for module in ("dify", "dify_async"):
+            monkeypatch.setattr(f"airflow_provider_dify.hooks.{module}.NOT_FOUND_GRACE", seconds)
 
     use(0.3)
     return use
@@ -100,7 +98,7 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 @pytest.fixture
 def short_reading_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a stream be read on for half a second after an error, not for two."""
-    for module in ("api.started_run", "runs.following"):
+    for module in ("api.run_stream", "runs.following"):
         monkeypatch.setattr(f"airflow_provider_dify.{module}.SECONDS_AFTER_ERROR", 0.5)
 
 
@@ -112,5 +110,5 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DifyHook.__init__.__kwdefaults__ is not None
     monkeypatch.setitem(DifyHook.__init__.__kwdefaults__, "retry_delay", 0.001)
     monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 0.001)
-    for module in ("following", "log"):
+    for module in ("following", "log", "starting"):
         monkeypatch.setattr(f"airflow_provider_dify.runs.{module}.RETRY_DELAY", 0.01)
