@@ -17,25 +17,18 @@ from airflow_provider_dify.exceptions import DifyConfigurationError
 
 @dataclass(frozen=True)
 class Route:
-    """
-    The way to a connection's server, the same for both HTTP clients.
+    """The way to a connection's server, the same for both HTTP clients."""
 
-    :param proxy: the proxy's URL, which may hold a password; ``None`` for none.
-    :param verify: the path of the CA bundle; ``False`` to verify nothing, ``True`` where there is no TLS on the way.
-    """
-
+    # Its URL may hold a password.
     proxy: str | None
+    # The path of the CA bundle; False to verify nothing, True where there is no TLS on the way.
     verify: str | bool
 
 
 def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
     """
-    Return the way to Dify that ``requests`` would take with a connection's settings and the environment's.
-
-    :param connection: the connection's settings.
-    :param takes_socks: whether the HTTP client can use a SOCKS proxy.
-    :return: the way.
-    :raises DifyConfigurationError: if a proxy or a CA bundle can't be used; never quotes a proxy's URL.
+    Return the way that ``requests`` would take with the settings of a connection and of the environment. Raises a
+    DifyConfigurationError if a proxy or a CA bundle can't be used; never quotes a proxy's URL.
     """
     with requests.Session() as session:
         verify = None if connection.verify is True else connection.verify
@@ -43,10 +36,10 @@ def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
             connection.base_url, dict(connection.proxies), stream=None, verify=verify, cert=None
         )
     proxy = select_proxy(connection.base_url, settings["proxies"])
-    _check_proxy(proxy, takes_socks)
-    if proxy is not None and "://" not in proxy:
+    if proxy is not None:
+        _check_proxy(proxy, takes_socks)
         # As requests reads it.
-        proxy = f"http://{proxy}"
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
     bundle = settings["verify"]
     if bundle is False:
         return Route(proxy, verify=False)
@@ -60,10 +53,8 @@ def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
 
 def load_bundle(path: str) -> ssl.SSLContext:
     """
-    Return TLS settings that trust a CA bundle.
-
-    :param path: a file, or a folder of hashed certificates.
-    :raises DifyConfigurationError: if it is missing, or holds no certificate; the HTTP clients say no more than that.
+    Return TLS settings that trust a CA bundle: a file, or a folder of hashed certificates. Raises a
+    DifyConfigurationError if it is missing, or holds no certificate; the HTTP clients say no more than that.
     """
     is_folder = os.path.isdir(path)
     try:
@@ -76,9 +67,7 @@ def load_bundle(path: str) -> ssl.SSLContext:
         ) from None
 
 
-def _check_proxy(proxy: str | None, takes_socks: bool) -> None:
-    if proxy is None:
-        return
+def _check_proxy(proxy: str, takes_socks: bool) -> None:
     source = "It comes from the connection's extra 'proxies', or from the environment (HTTPS_PROXY and the like)."
     if not is_proxy_url(proxy):
         # Not shown: it may hold a password.
