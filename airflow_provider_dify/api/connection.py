@@ -325,9 +325,7 @@ def _verify(value: Any) -> bool | str:
         value = {"": None, "true": True, "false": False}.get(value.strip().lower(), value.strip())
     if value is None:
         return True
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and os.path.exists(value):
+    if isinstance(value, bool) or (isinstance(value, str) and os.path.exists(value)):
         return value
     raise DifyConfigurationError(
         f"the extra 'verify' must be true, false or the path of a CA bundle that exists here, but it is {value!r}."
@@ -351,10 +349,7 @@ def _proxies(value: Any) -> dict[str, str]:
 
 
 def is_proxy_url(url: object) -> bool:
-    """
-    Return whether a proxy's URL names a host, and a port if any; without a password, the scheme may be missing. The
-    HTTP clients quote a malformed one, password included.
-    """
+    """Return whether a proxy's URL can be used; the HTTP clients quote a malformed one, password included."""
     if not isinstance(url, str) or re.search(r"[\s\\]", url) or ("@" in url and "://" not in url):
         return False
     try:

@@ -52,10 +52,7 @@ def route_to(connection: DifyConnection, *, takes_socks: bool) -> Route:
 
 
 def load_bundle(path: str) -> ssl.SSLContext:
-    """
-    Return TLS settings that trust a CA bundle: a file, or a folder of hashed certificates. Raises a
-    DifyConfigurationError if it is missing, or holds no certificate; the HTTP clients say no more than that.
-    """
+    """Return TLS settings for a CA bundle (a file, or a folder of hashed certificates), or raise what is wrong."""
     is_folder = os.path.isdir(path)
     try:
         return ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)

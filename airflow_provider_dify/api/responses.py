@@ -31,10 +31,7 @@ LOG_SUBJECT = "the app's log of workflow runs"
 
 
 def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> WorkflowRun:
-    """
-    Parse ``GET /workflows/run/{workflow_run_id}``. Raises a DifyWorkflowRunNotFound, too: on a 404 of Dify's, and on
-    its 200 with a null id (servers up to 1.12).
-    """
+    """Parse ``GET /workflows/run/{workflow_run_id}``; an unknown run raises a DifyWorkflowRunNotFound."""
     subject = f"workflow run {workflow_run_id}"
     is_404 = response.status_code == 404 and response.is_of_dify
     # One with HTML is a wrong base URL.
@@ -124,9 +121,8 @@ def parse_stop(response: HttpResponse) -> None:
 
 def error_from_start(response: HttpResponse) -> DifyError:
     """
-    Return what a response without an event stream means to the request that was to start a run: what a parser raises,
-    but a DifyInputsRejected for inputs, and a DifyRequestError for the plan's quota, which doesn't pass by waiting
-    minutes.
+    Return what a response without an event stream means to a start: what a parser raises, but a DifyInputsRejected for
+    inputs, and a DifyRequestError for the plan's quota, which doesn't pass by waiting minutes.
     """
     subject = "the start of a workflow run"
     try:
@@ -143,8 +139,6 @@ def error_from_start(response: HttpResponse) -> DifyError:
     except DifyRequestError as error:
         if error.status_code == 400 and error.code == "invalid_param" and "input" in (error.message or ""):
             return DifyInputsRejected(str(error), **_facts(response, error.code, error.message))
-        return error
-    except DifyError as error:
         return error
     return _not_dify(response, subject, "no event stream")
 
@@ -225,11 +219,9 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
             **facts,
         )
     if 400 <= status_code < 500 and response.is_of_dify and (code or message):
-        hint = (
-            " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
-            if code == "not_workflow_app"
-            else ""
-        )
+        hint = ""
+        if code == "not_workflow_app":
+            hint = " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
         raise DifyRequestError(
             f"{cause}: Dify rejected the request for {subject} with {response.connection_name}.{hint}", **facts
         )
