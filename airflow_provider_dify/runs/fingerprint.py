@@ -75,10 +75,7 @@ def _normalize(value: Any) -> str | None:
 
 
 def parse_number(text: str) -> int | float | None:
-    """
-    Return the number that a text is for Dify's number fields, which read it as an ``int`` if it has no point; or
-    ``None``.
-    """
+    """Return what a text is for Dify's number fields, a ``float`` only with a point; ``None`` for no number."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:

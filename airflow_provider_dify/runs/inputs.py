@@ -179,10 +179,7 @@ def _nearest(name: str, candidates: Mapping[str, str]) -> str | None:
 
 
 def _text_problem(field: InputField, value: Any) -> str | None:
-    """
-    Only text is taken, also an empty one where the input is required. Characters are counted as Python does, before NUL
-    characters are removed; exactly ``max_length`` is taken.
-    """
+    """Only text is taken, also an empty one; characters count as in Python, before NUL characters are removed."""
     if not isinstance(value, str):
         return _no_text(value)
     if field.max_length is not None and len(value) > field.max_length:
@@ -205,10 +202,7 @@ def _select_problem(field: InputField, value: Any) -> str | None:
 
 
 def _number_problem(_field: InputField, value: Any) -> str | None:
-    """
-    Numbers, true and false are taken as they are, and a blank text means no value. Of other texts ``1.0e3`` is taken
-    and ``1e3`` rejected.
-    """
+    """Numbers, true and false are taken, blank texts mean no value, and of other texts ``1.0e3`` but not ``1e3``."""
     if isinstance(value, str):
         is_number = not value.strip() or parse_number(value) is not None
     else:
@@ -235,10 +229,7 @@ def _json_object_problem(_field: InputField, value: Any) -> str | None:
 
 
 def _file_problem(field: InputField, value: Any) -> str | None:
-    """
-    An empty text counts as missing where the file is optional; otherwise only an object is taken, and
-    ``build_from_mapping`` then refuses one without ``transfer_method``.
-    """
+    """Where the file is optional, an empty text is none; ``build_from_mapping`` refuses one without a method."""
     if value == "" and not field.required:
         return None
     if not isinstance(value, dict):

@@ -67,20 +67,19 @@ class RunProgress:
 
 
 def _line(name: str, data: dict[str, Any]) -> str | None:
+    error = f": {_error(data)}" if data.get("error") else ""
     if name == "node_started":
         return f"{_node(data)} started."
     if name == "node_finished":
         metadata = data.get("execution_metadata")
         tokens = metadata.get("total_tokens") if isinstance(metadata, dict) else None
         used = f", {tokens} tokens" if isinstance(tokens, int) and tokens else ""
-        error = f": {_error(data)}" if data.get("error") else ""
         return f"{_node(data)} {one_line(data.get('status'), 30)}{_took(data)}{used}{error}."
     if name == "node_retry":
         return f"{_node(data)} failed and runs again, retry {one_line(data.get('retry_index'), 10)}: {_error(data)}."
     if name in _ITERATION_ENDS:
         steps = data.get("steps")
         items = f", {steps} items" if isinstance(steps, int) else ""
-        error = f": {_error(data)}" if data.get("error") else ""
         title = one_line(data.get("title"), _TITLE_LENGTH)
         return f"{_ITERATION_ENDS[name]} {title!r} {one_line(data.get('status'), 30)}{_took(data)}{items}{error}."
     if name == "human_input_required":

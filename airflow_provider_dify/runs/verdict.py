@@ -45,7 +45,7 @@ class Verdict:
         return self.outcome in (Outcome.FAILED, Outcome.TIMED_OUT)
 
     def raise_if_failed(self, run: WorkflowRun, *, starts_again: bool = False) -> None:
-        """Raise what the verdict means; a failure may help a retry only where that starts another run."""
+        """Raise what the verdict means; ``starts_again`` is whether a retry of the task starts another run."""
         if self.outcome is Outcome.FAILED:
             retryable = starts_again and self.can_be_repeated
             raise (DifyWorkflowRunFailed if retryable else DifyWorkflowRunCannotSucceed)(self.reason, run=run)
@@ -53,7 +53,7 @@ class Verdict:
             raise DifyWorkflowRunTimeout(self.reason, run=run)
 
     def because_of(self, node: str | None) -> Verdict:
-        """Return a failure with the node that failed, such as ``Node 'Ask' (llm) failed: no such model.``, if known."""
+        """Add the node that failed to a failure's reason, such as ``Node 'Ask' (llm) failed: no such model.``"""
         if node is None or self.outcome is not Outcome.FAILED:
             return self
         name, _, error = node.partition(" failed: ")
@@ -65,10 +65,7 @@ class Verdict:
 def judge(
     run: WorkflowRun, *, now: datetime, fail_on_partial_success: bool = False, run_timeout: float | None = None
 ) -> Verdict:
-    """
-    Return what a workflow run's state means for a task that waits on it. ``run_timeout`` is the seconds after the run's
-    own ``created_at`` from which a run that is not over counts as failed.
-    """
+    """Return what a run's state means for a task that waits; ``run_timeout`` is seconds after its ``created_at``."""
     if run.status == WorkflowRunStatus.SUCCEEDED:
         return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{_facts(run)}.")
     if run.status == WorkflowRunStatus.PARTIAL_SUCCEEDED:
