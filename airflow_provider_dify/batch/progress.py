@@ -109,10 +109,7 @@ class BatchProgress:
         self._lines.append((now, self.over))
 
     def line(self, active: int, now: float) -> str:
-        """
-        Return a line for the log, such as ``412 of 1,000 runs are over (3 failed), 8 active, 1.2 M tokens, 3.4 runs/s,
-        about 3 min left``.
-        """
+        """Such as ``412 of 1,000 runs are over (3 failed), 8 active, 1.2 M tokens, 3.4 runs/s, about 3 min left``."""
         failed = f" ({self.failed_rows:,} failed)" if self.failed_rows else ""
         parts = [f"{self.over:,} of {self.total:,} runs are over{failed}", f"{active:,} active"]
         if self.total_tokens:

@@ -65,10 +65,7 @@ def read_rows(inputs: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def load_lazy(inputs: Any) -> Any:
-    """
-    Return inputs that any thread can read: the results of mapped tasks are a lazy sequence, which on Airflow 2 belongs
-    to the thread of its database session.
-    """
+    """Return inputs that any thread can read: Airflow 2's lazy sequence of mapped results is bound to one thread."""
     is_lazy = isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, bytearray, list, tuple))
     return list(inputs) if is_lazy else inputs
 
@@ -99,12 +96,9 @@ def _row(index: int, line: int | None, value: Any, length: int = 0) -> Row:
 def _rows_of_json_lines(path: Any) -> Iterator[Row]:
     # Only "\n" ends a line: other separators may stand in a JSON text.
     with open_text(path, newline="\n") as file:
-        index = 0
-        for number, text in _lines(file):
-            if text is not None and not text.strip():
-                continue
+        lines = ((number, text) for number, text in _lines(file) if text is None or text.strip())
+        for index, (number, text) in enumerate(lines):
             yield _parse_json(index, number, text)
-            index += 1
 
 
 def _parse_json(index: int, line: int, text: str | None) -> Row:
@@ -121,15 +115,11 @@ def _parse_json(index: int, line: int, text: str | None) -> Row:
 
 def _lines(file: Any) -> Iterator[tuple[int, str | None]]:
     """Return each line with its number from 1; ``None`` for one that is too long."""
-    number = 0
-    while text := file.readline(MAX_ROW_LENGTH + 1):
-        number += 1
-        if len(text) <= MAX_ROW_LENGTH or text.endswith("\n"):
-            yield number, text
-            continue
-        while (rest := file.readline(MAX_ROW_LENGTH)) and not rest.endswith("\n"):
+    for number, text in enumerate(iter(lambda: file.readline(MAX_ROW_LENGTH + 1), ""), 1):
+        is_too_long = len(text) > MAX_ROW_LENGTH and not text.endswith("\n")
+        while is_too_long and (rest := file.readline(MAX_ROW_LENGTH)) and not rest.endswith("\n"):
             pass
-        yield number, None
+        yield number, None if is_too_long else text
 
 
 def _rows_of_csv(path: Any, json_columns: Sequence[str]) -> Iterator[Row]:

@@ -134,7 +134,7 @@ class Places:
         return True
 
     async def after_refusal(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
-        """Give a place back, because Dify turned its start away, and wait for another one."""
+        """Give a place back, as Dify refused its start of ``sent_at`` (``time.monotonic``), and wait for another."""
         if self._limit.on_refused(sent_at, time.monotonic(), error.retry_after):
             self._log.info("Dify has too many active runs; at most %d at once from now on.", self._limit.limit)
         self.give_back(row)

@@ -33,10 +33,7 @@ def is_same_file(one: Any, other: Any) -> bool:
 
 @contextmanager
 def open_text(path: str | os.PathLike[str], *, newline: str) -> Iterator[Any]:
-    """
-    Open a text file for reading, as a stream. What is no UTF-8 in it is escaped as ``surrogateescape`` does, and a byte
-    order mark is skipped.
-    """
+    """Open a text file as a stream; a byte order mark is skipped, and what is no UTF-8 becomes surrogate escapes."""
     found = storage_path(path)
     with (
         storage_errors(path, "read"),
@@ -46,19 +43,13 @@ def open_text(path: str | os.PathLike[str], *, newline: str) -> Iterator[Any]:
 
 
 def open_stream(path: Any, mode: str, **options: Any) -> Any:
-    """
-    Open what :func:`storage_path` returned, with fsspec's options. Without Airflow's own wrapper, which costs a line as
-    much as parsing it does.
-    """
+    """Open a path of a storage without Airflow's own wrapper, which costs a line as much as parsing it does."""
     return path.fs.open(path.path, mode, **{"encoding": "utf-8", **options})
 
 
 @contextmanager
 def storage_errors(path: object, verb: str) -> Iterator[None]:
-    """
-    Turn what a storage raises into a DifyError, or a DifyConfigurationError for what no retry changes. ``verb`` is what
-    was to be done with the path, such as ``read``.
-    """
+    """Turn what a storage raises into a DifyError, and what no retry changes into a DifyConfigurationError."""
     try:
         yield
     except DifyError:
