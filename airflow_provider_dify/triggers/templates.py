@@ -64,10 +64,7 @@ _OTHER_WAYS = (
 
 
 def argument_for_triggerer(name: str, value: Any) -> str:
-    """
-    Return a literal, a template or an upstream task's output as the text that the triggerer renders. Raises a
-    DifyConfigurationError, which names what to write instead, if it is not known to work there.
-    """
+    """Return a literal, template or upstream task's output as text that the triggerer renders; raise if it can't."""
     from airflow.sdk.definitions.xcom_arg import PlainXComArg, XComArg
 
     if isinstance(value, PlainXComArg):
@@ -96,10 +93,7 @@ def argument_for_triggerer(name: str, value: Any) -> str:
 
 
 def unknown_piece(template: str) -> str | None:
-    """
-    Return the first piece of a template that is not known to work on the triggerer, about as it is written there. The
-    template is parsed only, never rendered.
-    """
+    """Return the first piece of a template that is not known to work on the triggerer; it is parsed, never rendered."""
     try:
         return _unknown(Environment(autoescape=True).parse(template))
     except TemplateSyntaxError as error:
