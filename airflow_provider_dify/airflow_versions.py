@@ -55,10 +55,7 @@ def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
 
 
 def is_deferral_timeout(next_kwargs: dict[str, Any] | None) -> bool:
-    """
-    Return whether a task resumes because its deferral's time was over. Airflow 3 has an exception for it; goes with
-    Airflow 2.11.
-    """
+    """Return whether a task resumes because its deferral took too long. Airflow 3 has an exception; goes with 2.11."""
     return (next_kwargs or {}).get("error") in ("Trigger timeout", "Trigger/execution timeout")
 
 
@@ -80,23 +77,18 @@ def context_of_ended_deferral() -> Context | None:
 
 
 def first_reschedule_date(context: Context) -> datetime | None:
-    """Return when a rescheduled sensor first polled, as its ``timeout`` counts it; ``None`` at the first poll."""
+    """Return when a rescheduled sensor first polled (aware), as ``timeout`` counts it; ``None`` at the first poll."""
     ti = context["ti"]
-    try:
-        asked = ti.get_first_reschedule_date
-    except AttributeError:
-        # Airflow 2, which has it as a private function only. Goes when Airflow 2.11 is no longer supported.
-        from airflow.sensors.base import _orig_start_date
+    if hasattr(ti, "get_first_reschedule_date"):
+        return ti.get_first_reschedule_date(context)
+    # Airflow 2, which has it as a private function only. Goes when Airflow 2.11 is no longer supported.
+    from airflow.sensors.base import _orig_start_date
 
-        found: datetime | None = _orig_start_date(
-            dag_id=ti.dag_id,
-            task_id=ti.task_id,
-            run_id=ti.run_id,
-            map_index=ti.map_index,
-            try_number=(ti.max_tries or 0) - (ti.task.retries or 0) + 1,
-        )
-        return found
-    return asked(context)
+    first_try = (ti.max_tries or 0) - (ti.task.retries or 0) + 1
+    found: datetime | None = _orig_start_date(
+        dag_id=ti.dag_id, task_id=ti.task_id, run_id=ti.run_id, map_index=ti.map_index, try_number=first_try
+    )
+    return found
 
 
 def params_without_default(task: Any) -> list[str]:
@@ -114,8 +106,8 @@ def params_without_default(task: Any) -> list[str]:
 
 def asset_state_of(trigger: Any) -> Any:
     """
-    Return what an event trigger's asset has as a state store for an event loop; ``None`` where there is none. Airflow
-    3.3.2 and later have one. Goes with Airflow 3.3.1.
+    Return the state store (``aget``, ``aset``) of the asset that an event trigger watches for; ``None`` where there is
+    none. Airflow 3.3.2 and later have one that an event loop can use. Goes with Airflow 3.3.1.
     """
     stores = getattr(trigger, "asset_state_store", None)
     if not hasattr(stores, "aget"):
