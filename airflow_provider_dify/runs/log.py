@@ -252,7 +252,7 @@ def find_run(search: RunSearch, others: set[str] | None = None, *, patience: flo
     :raises DifyError: if the log can't be read.
     """
     others = set() if others is None else others
-    candidates, are_all = yield from _candidates(search, patience)
+    candidates, are_all = yield from user_runs(search, patience)
     fitting = []
     for run in candidates:
         if run.workflow_run_id in others:
@@ -297,8 +297,8 @@ def runs_queue(server_version: str | None) -> bool:
     return is_server_from(server_version, (1, 13)) is not False
 
 
-def _candidates(search: RunSearch, patience: float) -> Steps[tuple[list[LoggedWorkflowRun], bool]]:
-    """Return the runs that may be it, and whether these are all that there are."""
+def user_runs(search: RunSearch, patience: float) -> Steps[tuple[list[LoggedWorkflowRun], bool]]:
+    """Return the runs of a user that may be the one that is searched, and whether these are all that there are."""
     found: list[LoggedWorkflowRun] = []
     number_of_rows = 0
     page: LogPage | None = LogPage(_PAGE_SIZE, next_size=_NEXT_PAGE_SIZE)
