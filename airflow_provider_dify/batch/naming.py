@@ -12,7 +12,6 @@ from airflow_provider_dify.tasks.start import installation_id, shorten_user, tas
 
 # Room for the row and the attempt: "/999999999.999".
 _ROW_LENGTH = 20
-_ROW = re.compile(r"(\d{1,12})\.(\d{1,6})")
 _FOLDER = re.compile(r"([0-9a-f]{16})\.(-1|\d{1,9})\.(\d{1,9})")
 
 
@@ -37,13 +36,6 @@ class RowUsers:
     def user_of(self, row: int, attempt: int) -> str:
         """Return the ``user`` of one start; both count from 0."""
         return f"{self.prefix}/{row}.{attempt}"
-
-    def parse(self, user: str | None) -> tuple[int, int] | None:
-        """Return the row and the attempt of a user; ``None`` for anyone else's."""
-        if user is None or not user.startswith(f"{self.prefix}/"):
-            return None
-        found = _ROW.fullmatch(user[len(self.prefix) + 1 :])
-        return (int(found[1]), int(found[2])) if found else None
 
 
 @dataclass(frozen=True)

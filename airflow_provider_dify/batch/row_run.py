@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
-from airflow_provider_dify.api.calls import SendStart, Step, Steps, run_steps_async
+from airflow_provider_dify.api.calls import Pause, SendStart, Step, Steps, run_steps_async
 from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, RowPlan, look_for
+from airflow_provider_dify.batch.resuming import MOST_LOOKS, Resumption, RowPlan
 from airflow_provider_dify.batch.row_follower import PlaceAgain, RowFollower, RowLog, dify_responds
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
@@ -106,7 +105,7 @@ class BatchClient:
     settings: RowSettings
     places: Places
     log: Logger
-    since: float
+    looks: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MOST_LOOKS))
 
 
 @dataclass(frozen=True)
@@ -144,18 +143,19 @@ class RowRun:
     :param client: what all rows share.
     :param row: the row's number.
     :param inputs: its inputs, checked.
-    :param plan: what is to be done with it.
+    :param may_be_started: whether an earlier try may have started it, so that it is looked for first.
     :ivar workflow_run_id: its run that is under way; ``None`` until that is known.
     :ivar task_id: what the stop route takes; ``None`` until it is known.
     :ivar user: who started it.
     :ivar lost: its last start, if that got lost.
     """
 
-    def __init__(self, client: BatchClient, row: int, inputs: Mapping[str, Any], plan: RowPlan) -> None:
+    def __init__(self, client: BatchClient, row: int, inputs: Mapping[str, Any], *, may_be_started: bool) -> None:
         self.row = row
         self._client = client
         self._inputs = inputs
-        self._plan = plan
+        self.may_be_started = may_be_started
+        self._plan = RowPlan()
         self._log: Any = RowLog(row, client.log)
         self._follower: RowFollower | None = None
         self._found_run_id: str | None = None
@@ -197,8 +197,9 @@ class RowRun:
         :raises DifyWorkflowRunTimeout: if the batch's time is over.
         """
         client = self._client
-        if self._plan.action is RowAction.LOOK_FOR:
-            self._plan = await self._look_for(self._plan)
+        if self.may_be_started:
+            self._plan = await self._find()
+            self.may_be_started = False
             await client.places.take_place(self.row)
         outcome: _Outcome | None = None
         while True:
@@ -221,7 +222,7 @@ class RowRun:
             ):
                 self._raise_if_lost()
                 return self._result(outcome, plan.attempt + 1 if outcome.was_started else plan.attempt)
-            self._plan = RowPlan(RowAction.START, plan.attempt + 1, plan.failures + 1)
+            self._plan = RowPlan(plan.attempt + 1, plan.failures + 1)
             delay = delay_after(DifyConnectionError(), plan.failures + 1, RETRY_DELAY)
             self._log.warning(
                 "%s failed and is started again in %.1f seconds, retry %d of %d: %s",
@@ -252,7 +253,7 @@ class RowRun:
         if run_id is None:
             return self.lost_result()
         self.lost = None
-        self._plan = replace(self._plan, action=RowAction.FOLLOW, attempt=lost.attempt, workflow_run_id=run_id)
+        self._plan = replace(self._plan, attempt=lost.attempt, workflow_run_id=run_id)
         return await self.run()
 
     def lost_result(self) -> RowResult:
@@ -297,23 +298,24 @@ class RowRun:
         if not self._client.places.starts_more:
             raise NoMoreStarts
 
-    async def _look_for(self, plan: RowPlan) -> RowPlan:
-        """Look for a run that an earlier try may have started, until the grace is over."""
-        client = self._client
-        until = time.monotonic() + client.settings.not_found_grace
+    async def _find(self) -> RowPlan:
+        """Look for a run that an earlier try may have started."""
+        client, settings = self._client, self._client.settings
 
-        def seconds_left(has_failed: bool) -> float:
-            # What can't be read, or may be in Dify's queue, can't be missed.
-            is_open = has_failed or client.places.has_queued_runs
-            return math.inf if is_open else until - time.monotonic()
+        async def take_step(step: Step) -> Any:
+            if isinstance(step, Pause):
+                return await client.hook.take_step(step)
+            async with client.looks:
+                return await client.hook.take_step(step)
 
-        looks = RepeatedLook(client.clock, self._log, client.settings.poll_interval)
-        found: FoundRun | None = await client.hook.run_steps(
-            looks.until_found(lambda: look_for(client.users, self.row, plan.attempt, client.since), seconds_left)
+        steps = client.resumption.find(
+            self.row,
+            RepeatedLook(client.clock, self._log, settings.poll_interval),
+            grace_seconds=settings.not_found_grace,
+            max_failures=settings.max_consecutive_failures,
+            has_queued_runs=lambda: client.places.has_queued_runs,
         )
-        if found is not None:
-            return client.resumption.plan_found(self.row, found)
-        return RowPlan(RowAction.START, plan.attempt, plan.failures)
+        return await run_steps_async(steps, take_step)
 
     async def _start(self, attempt: int) -> _Outcome:
         """Start a run and follow it."""

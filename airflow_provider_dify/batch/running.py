@@ -19,7 +19,7 @@ from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log
+from airflow_provider_dify.batch.resuming import Resumption
 from airflow_provider_dify.batch.row_run import BatchClient, NoMoreStarts, RowRun, RowSettings
 from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.slots import Places, RunLimit
@@ -33,7 +33,6 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.runs.clock import TaskClock
-from airflow_provider_dify.runs.log import RepeatedLook
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -173,39 +172,26 @@ class BatchRun:
             raise self._failure
 
     async def _prepare(self) -> BatchClient:
-        """Read the form, and what earlier tries have started."""
+        """Read the form, and write the first part."""
         settings = self._settings
         if settings.row.workflow_id is None:
             await self._hook.run_steps(self._check.read_form())
-        found: dict[int, list[FoundRun]] = {}
-        if self._output.reads_log:
-            self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
-            looks = RepeatedLook(self._clock, self._log, settings.row.poll_interval)
-            # Without the log, runs would be paid twice.
-            steps = looks.through_failures(
-                lambda: read_log(self._users, self._output.since), settings.row.max_consecutive_failures
-            )
-            found = await self._hook.run_steps(steps)
         if self._hook.server_version and self._hook.connection is not None:
             self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
-        # A row that is written is in nobody's hand, even if its run's record stays `running` for ever.
-        is_fresh = self._output.is_first_try and not found
-        found = {row: runs for row, runs in found.items() if not self._output.has(row)}
+        earlier = self._output.earlier
+        if earlier.can_be:
+            self._log.info("Looking into Dify's log for the runs that an earlier try may have started.")
         resumption = Resumption(
-            found,
+            self._users,
+            earlier,
             max_active_runs=settings.max_active_runs,
             run_retries=settings.row.run_retries,
-            checkpoint=self._output.checkpoint,
-            last_written=self._output.last_written,
-            is_fresh=is_fresh,
-            earlier_tries=self._output.earlier_tries,
+            on_look=self._changed.set,
         )
-        await self._output.begin(resumption.last_uncertain)
+        await self._output.begin()
         # Later than the batch's own, which ends all rows at once.
         clock = TaskClock(self._clock.deadline + 60.0, math.inf)
-        return BatchClient(
-            self._hook, clock, self._users, resumption, settings.row, self, self._log, self._output.since
-        )
+        return BatchClient(self._hook, clock, self._users, resumption, settings.row, self, self._log)
 
     async def _run_rows(self, client: BatchClient) -> None:
         settings = self._settings
@@ -220,7 +206,7 @@ class BatchRun:
                     self._look_once_more()
                 while self.starts_more and self._places.grant():
                     pass
-                while has_more and self.starts_more and not self._places.waiting and self._places.may_take():
+                while has_more and self.starts_more and self._may_take(client):
                     row = await self._next_row(rows)
                     has_more = row is not None
                     if row is not None:
@@ -249,6 +235,9 @@ class BatchRun:
                 # So that no retry pays for it twice.
                 self._on_result(run.lost_result())
 
+    def _may_take(self, client: BatchClient) -> bool:
+        return not self._places.waiting and self._places.may_take() and client.resumption.may_take
+
     async def _next_row(self, rows: RowsAhead) -> Row | None:
         try:
             return await rows.next()
@@ -274,11 +263,8 @@ class BatchRun:
         if row.inputs is None or error is not None:
             self._on_result(RowResult(row.index, "failed", error=error, attempts=0))
             return
-        plan = client.resumption.plan(row.index)
-        now = time.time()
-        self._output.open(row.index, now if plan.action is RowAction.START else min(now, self._output.since))
-        run = RowRun(client, row.index, row.inputs, plan)
-        if plan.action is not RowAction.LOOK_FOR:
+        run = RowRun(client, row.index, row.inputs, may_be_started=client.resumption.take(row.index))
+        if not run.may_be_started:
             self._places.take(row.index)
         self._begin(run, run.run())
 
@@ -305,6 +291,8 @@ class BatchRun:
         if self._stop_reason is None or result.status in _GOOD or run.lost is not None:
             run.lost = None
             self._on_result(result)
+            if result.workflow_run_id is None:
+                self._output.on_untraced(run.row, is_lost=False)
 
     def _on_lost(self, run: RowRun, error: DifyWorkflowRunUncertain) -> None:
         self._log.warning(
@@ -312,6 +300,7 @@ class BatchRun:
             run.row,
         )
         self._lost.append(run)
+        self._output.on_untraced(run.row, is_lost=True)
         self._lost_in_a_row += 1
         if self._lost_in_a_row > max(_MAX_LOST_IN_A_ROW, self._settings.max_active_runs) and self._failure is None:
             self._failure = DifyConnectionError(

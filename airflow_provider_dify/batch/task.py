@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowFailException
 
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
-from airflow_provider_dify.batch.output import EarlierTries, FileOutput, Output, ReturnedOutput
+from airflow_provider_dify.batch.output import FileOutput, Output, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.result_files import ResultFiles
+from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import count_rows, load_lazy
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled

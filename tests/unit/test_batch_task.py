@@ -117,10 +117,10 @@ def test_rows_that_are_written_hide_no_queued_start_although_their_runs_are_runn
     users = RowUsers.of_task(earlier)
     files = ResultFiles(str(output), BatchName.of_task(earlier))
     began = time.time()
-    files.begin(Checkpoint(began, 4))
+    files.begin(Checkpoint(4, since=began))
     written = [RowResult(row, "failed", workflow_run_id=str(uuid.uuid4())) for row in range(4)]
     lines = [(result.index, result.to_line()) for result in written]
-    files.write(Part(lines, Checkpoint(began, 4, rows=4)))
+    files.write(Part(lines, Checkpoint(4, rows=4, since=began)))
     for result in written:
         user = users.user_of(result.index, 0)
         dify.add_run("running", run_id=result.workflow_run_id, user=user, created_at=int(began))
