@@ -19,16 +19,18 @@ two tries of a task.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from airflow_provider_dify.api.calls import Steps
+from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRunStatus
 from airflow_provider_dify.batch.naming import RowUsers
-from airflow_provider_dify.exceptions import DifyError
-from airflow_provider_dify.runs.log import RepeatedLook, RunSearch, user_runs
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
+from airflow_provider_dify.runs.log import RunSearch, until, user_runs
+from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
 from airflow_provider_dify.tasks.start import SECONDS_FOR_LOG
 
 # Rows that are looked for at once.
@@ -93,7 +95,10 @@ class Resumption:
         # Rows are counted as their turns come: those that Dify is never asked to run are none of them.
         self._turn = 0
         self._end = self._width if earlier.can_be else 0
+        # The turn of each row that was not looked for yet, and of each whose look is repeated.
         self._looking: dict[int, int] = {}
+        self._turns: dict[int, int] = {}
+        self._slots = asyncio.Semaphore(MOST_LOOKS)
         self._has_queue = earlier.number > 0
         # Without the parts nobody knows where the window begins, so that each row is looked for, at least once.
         self._is_endless = earlier.number > 0 and not earlier.has_parts
@@ -114,42 +119,49 @@ class Resumption:
         self._looking[row] = turn
         return True
 
-    def find(
+    async def find(
         self,
+        client: DifyClient,
         row: int,
-        looks: RepeatedLook,
-        *,
-        grace_seconds: float,
-        max_failures: int,
+        deadline: Deadline,
+        arguments: WaitArguments,
+        on_failure: Callable[[DifyConnectionError, int], None],
         has_queued_runs: Callable[[], bool],
-    ) -> Steps[RowPlan]:
+    ) -> RowPlan:
         """Look for a row's run; without one, until the grace is over. Without the log, runs would be paid twice."""
-        until = time.monotonic() + grace_seconds
-        plan = yield from looks.through_failures(lambda: self._look(row), max_failures)
-        turn = self._looking.pop(row)
-        if plan != RowPlan():
-            self._end = max(self._end, turn + 1 + self._width)
-            self._has_queue = True
-        self._on_look()
-        interval = min(1.0, looks.poll_interval)
-        while plan.workflow_run_id is None and self._has_queue and turn < self._end and not looks.clock.is_over:
-            # What may be in Dify's queue can't be missed.
-            left = math.inf if has_queued_runs() else until - time.monotonic()
-            if left <= 0:
-                break
-            yield from looks.clock.pause(min(interval, left))
-            interval = min(interval * 2, max(looks.poll_interval, 1.0))
-            plan = yield from looks.through_failures(lambda: self._look(row), max_failures)
+        ends = time.monotonic() + arguments.not_found_grace
+        plan = RowPlan()
+
+        async def look() -> RowPlan | None:
+            nonlocal plan
+            async with self._slots:
+                plan = await self._look(client, row)
+            turn = self._looking.pop(row, None)
+            if turn is not None:
+                self._turns[row] = turn
+                if plan != RowPlan():
+                    self._end = max(self._end, turn + 1 + self._width)
+                    self._has_queue = True
+                self._on_look()
+            may_be_queued = self._has_queue and self._turns[row] < self._end
+            return plan if plan.workflow_run_id is not None or not may_be_queued else None
+
+        def seconds_left(has_failed: bool) -> float:
+            # What can't be read, or may be in Dify's queue, can't be missed.
+            return math.inf if has_failed or has_queued_runs() else ends - time.monotonic()
+
+        await until(look, deadline, on_failure, interval_seconds=arguments.poll_interval, seconds_left=seconds_left)
+        self._turns.pop(row, None)
         return plan
 
-    def _look(self, row: int) -> Steps[RowPlan]:
+    async def _look(self, client: DifyClient, row: int) -> RowPlan:
         """Ask for a row's attempts in turn, as far as there may be any: some have no run, and the next one has."""
         found: list[FoundRun] = []
         plan = RowPlan()
         attempt = 0
         while plan.workflow_run_id is None and attempt <= plan.attempt + self._run_retries - plan.failures:
             search = RunSearch(self._users.user_of(row, attempt), self._earlier.since, user_is_unique=True)
-            runs, are_all = yield from user_runs(search, SECONDS_FOR_LOG)
+            runs, are_all = await user_runs(client, search, patience_seconds=SECONDS_FOR_LOG)
             if not runs and not are_all:
                 raise DifyError(f"Dify's log of user {search.user!r} has too many runs of others to find row {row}.")
             found += [FoundRun(attempt, run.workflow_run_id, run.status) for run in runs]
