@@ -203,6 +203,17 @@ def test_a_second_earlier_try_widens_what_a_retry_asks_for(dify: DifyStandIn, tm
     assert batch.rows_started() == list(range(10, 60))
 
 
+def test_the_parts_of_an_older_version_are_taken_up(dify: DifyStandIn, tmp_path: Path, batch: Batch) -> None:
+    batch.write(range(3))
+    (folder,) = (tmp_path / "results.jsonl.parts").iterdir()
+    for part in folder.iterdir():
+        part.write_text(part.read_text().replace('"since"', '"open_since"').replace('"last_lost"', '"other"'))
+    batch.add_run(20, "running", "succeeded")
+    run_try(numbered(25), tmp_path / "results.jsonl", try_number=2)
+    assert batch.rows_started() == [*range(3, 20), *range(21, 25)]
+    assert len(lines_of(tmp_path / "results.jsonl")) == 25
+
+
 @pytest.mark.parametrize("has_file", [True, False])
 def test_the_first_try_of_a_batch_looks_into_no_log(dify: DifyStandIn, tmp_path: Path, has_file: bool) -> None:
     run_try(numbered(20), tmp_path / "results.jsonl" if has_file else None)
@@ -215,6 +226,20 @@ def test_rows_that_got_lost_hide_no_row_after_them(dify: DifyStandIn, tmp_path: 
     batch.add_run(20, "running", "succeeded")
     run_try(numbered(25), tmp_path / "results.jsonl", try_number=2)
     assert batch.rows_started() == [row for row in range(25) if row != 20]
+
+
+def test_a_log_that_shows_the_runs_of_all_users_is_read_on_for_a_rows_run(
+    dify: DifyStandIn, tmp_path: Path, batch: Batch
+) -> None:
+    batch.add_run(0, "running", "succeeded")
+    dify.logs_ignore_user = True
+    dify.add_logged_runs(150, user="someone else", ending=time.time() + 150)
+    run_try(numbered(3), tmp_path / "results.jsonl", try_number=2)
+    assert batch.rows_started() == [1, 2]
+    dify.add_logged_runs(1_200, user="someone else", ending=time.time() + 1_350)
+    with pytest.raises(DifyError, match="has too many runs of others to find row 0"):
+        run_try(numbered(3), tmp_path / "others.jsonl", try_number=3)
+    assert batch.rows_started() == [1, 2]
 
 
 def test_rows_that_dify_rejected_hide_no_row_after_them_where_nothing_is_written(dify: DifyStandIn) -> None:
