@@ -90,7 +90,8 @@ class FileOutput:
                 checkpoint.since or earlier.since,
                 can_be=True,
                 number=max(1, earlier.number),
-                has_parts=not written.is_damaged,
+                # Parts of older versions don't say which rows got lost.
+                has_parts=not written.is_damaged and checkpoint.since > 0,
                 last_row=max(written.rows.last, checkpoint.last_lost),
                 max_active_runs=checkpoint.max_active_runs,
                 stopped_runs=frozenset(checkpoint.stopped_runs),

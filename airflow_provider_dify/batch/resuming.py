@@ -41,18 +41,13 @@ MOST_LOOKS = 8
 class EarlierTries:
     """What earlier tries may have started, as far as Airflow and the parts of the results tell."""
 
-    # Epoch seconds from which on Dify's log may have runs of the batch.
-    since: float
+    since: float  # Epoch seconds from which on Dify's log may have runs of the batch.
     can_be: bool
-    # Since the task was cleared; a Dag whose `retries` were lowered may mislead.
-    number: int
-    # Whether no part is missing, so that what has neither a result nor a run was started lately.
-    has_parts: bool = False
-    # The last row that was certainly begun; -1 for none.
-    last_row: int = -1
+    number: int  # Since the task was cleared; a Dag whose `retries` were lowered may mislead.
+    has_parts: bool = False  # Whether no part is missing, so that what has neither a result nor a run is recent.
+    last_row: int = -1  # The last one that was certainly begun.
     max_active_runs: int = 0
-    # Whatever their records say.
-    stopped_runs: frozenset[str] = frozenset()
+    stopped_runs: frozenset[str] = frozenset()  # Whatever their records say.
 
 
 @dataclass(frozen=True)
@@ -69,8 +64,7 @@ class RowPlan:
     """What is to be done with a row: wait for the run that it has, or start its next attempt."""
 
     attempt: int = 0
-    # Runs of the row that failed, and count against `run_retries`.
-    failures: int = 0
+    failures: int = 0  # Runs of the row that failed, and count against `run_retries`.
     workflow_run_id: str | None = None
 
 
@@ -170,9 +164,7 @@ class Resumption:
         return plan
 
 
-def plan_row(
-    known: Iterable[FoundRun], *, run_retries: int, stopped_runs: frozenset[str] | tuple[str, ...] = ()
-) -> RowPlan:
+def plan_row(known: Iterable[FoundRun], *, run_retries: int, stopped_runs: frozenset[str] = frozenset()) -> RowPlan:
     """
     Return what is to be done with a row, from the runs that it has.
 
