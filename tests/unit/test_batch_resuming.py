@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import math
+import asyncio
 import time
 from collections.abc import Iterable
 from types import SimpleNamespace
@@ -16,8 +15,8 @@ from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.resuming import EarlierTries, FoundRun, Resumption, RowPlan, plan_row
-from airflow_provider_dify.runs.clock import TaskClock
-from airflow_provider_dify.runs.log import RepeatedLook
+from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
 
 SINCE = time.time()
 USERS = RowUsers("airflow/1234/dag/task/run/2")
@@ -124,6 +123,10 @@ def test_a_run_that_was_stopped_is_not_followed_although_its_record_is_running()
 # --- the window
 
 
+def raise_it(error: DifyConnectionError, failures: int) -> None:
+    raise error
+
+
 def resumption(log: dict[str, str] | None = None, **earlier: Any) -> Played:
     """Return a resumption over a log of statuses by row and attempt, such as ``{"3.0": "running"}``."""
     arguments = {name: earlier.pop(name) for name in ("max_active_runs", "run_retries") if name in earlier}
@@ -138,32 +141,25 @@ class Played:
         self.real = real
         self.asked: list[str] = []
         self._log = log
-        self._looks = RepeatedLook(TaskClock(SINCE + 3600, math.inf), logging.getLogger(__name__), 1.0)
 
     def plan(self, row: int) -> RowPlan:
         assert self.real.may_take
         return self.find(row) if self.real.take(row) else RowPlan()
 
     def find(self, row: int) -> RowPlan:
-        steps = self.real.find(row, self._looks, grace_seconds=0, max_failures=0, has_queued_runs=lambda: False)
-        try:
-            step = next(steps)
-            while True:
-                assert isinstance(step, Call)
-                assert step.params is not None
-                user = step.params["created_by_end_user_session_id"]
-                name = user.removeprefix(f"{USERS.prefix}/")
-                self.asked.append(name)
-                status = self._log.get(name)
-                created_at = pendulum.from_timestamp(SINCE)
-                step = steps.send(
-                    [LoggedWorkflowRun(f"run-{name}", WorkflowRunStatus(status), user, None, 0, 0, created_at, None, 0)]
-                    if status
-                    else []
-                )
-        except StopIteration as done:
-            plan: RowPlan = done.value
-            return plan
+        arguments = WaitArguments(poll_interval=1.0, max_consecutive_failures=0)
+        find = self.real.find(self, row, Deadline.after(3600), arguments, raise_it, lambda: False)  # type: ignore[arg-type]
+        return asyncio.run(find)
+
+    async def perform(self, call: Call[Any]) -> Any:
+        assert call.params is not None
+        user = call.params["created_by_end_user_session_id"]
+        name = user.removeprefix(f"{USERS.prefix}/")
+        self.asked.append(name)
+        if name not in self._log:
+            return []
+        status, created_at = WorkflowRunStatus(self._log[name]), pendulum.from_timestamp(SINCE)
+        return [LoggedWorkflowRun(f"run-{name}", status, user, None, 0, 0, created_at, None, 0)]
 
     def rows_looked_for(self, rows: Iterable[int]) -> list[int]:
         for row in rows:

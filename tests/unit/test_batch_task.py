@@ -21,10 +21,12 @@ from airflow_provider_dify.batch import results
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.result_files import ResultFiles
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult
-from airflow_provider_dify.batch.row_run import RowSettings
+from airflow_provider_dify.batch.row import RowSettings
 from airflow_provider_dify.batch.running import BatchSettings
 from airflow_provider_dify.batch.task import BatchTask, TaskSettings
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError, DifyError, DifyOutputsError
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.runs.waiting import WaitArguments
 from tests.dify_stand_in import DifyStandIn, Start, form_field, respond
 
 if TYPE_CHECKING:
@@ -33,16 +35,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("dify_connection")
 
 ROWS = 40
-ROW = RowSettings(
-    workflow_id=None,
-    run_retries=0,
-    fail_on_partial_success=False,
-    timeout=60.0,
-    run_timeout=None,
-    poll_interval=0.05,
-    not_found_grace=0.2,
-    max_consecutive_failures=5,
-)
+WAIT = WaitArguments(poll_interval=0.05, not_found_grace=0.2)
+ROW = RowSettings(workflow_id=None, run_retries=0, wait=WAIT)
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -71,10 +65,11 @@ def run_try(
         if len(summaries) == 2:
             at_end()
 
-    row = replace(ROW, run_retries=run_retries, max_consecutive_failures=max_consecutive_failures)
-    batch = BatchSettings(inputs, "dify_default", 4, 30.0, row)
+    wait = replace(WAIT, max_consecutive_failures=max_consecutive_failures)
+    batch = BatchSettings(inputs, 4, 30.0, 60.0, replace(ROW, run_retries=run_retries, wait=wait))
     settings = TaskSettings(user, None if output_path is None else str(output_path), max_failed_runs, 1)
-    task = BatchTask(batch, settings, {"ti": ti}, logging.getLogger("batch"), push)  # type: ignore[typeddict-item]
+    context: Any = {"ti": ti}
+    task = BatchTask(batch, settings, context, DifyHook(), logging.getLogger("batch"), push)
     return task.run(lambda app_id: None)
 
 
@@ -138,7 +133,7 @@ def test_rows_that_are_written_hide_no_queued_start_although_their_runs_are_runn
     assert started == [user]
     # It is looked for until the grace is over, and started then.
     assert len(looks) >= 2
-    assert max(looks) - min(looks) > ROW.not_found_grace / 2
+    assert max(looks) - min(looks) > WAIT.not_found_grace / 2
 
 
 # --- what a retry asks Dify's log for
