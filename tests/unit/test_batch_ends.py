@@ -91,7 +91,7 @@ def posts(dify: DifyStandIn) -> list[float]:
 @pytest.fixture
 def slow_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("airflow_provider_dify.runs.following.RETRY_DELAY", PAUSE)
-    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", PAUSE)
+    monkeypatch.setattr("airflow_provider_dify.batch.row.RETRY_DELAY", PAUSE)
     monkeypatch.setattr("airflow_provider_dify.batch.slots.FIRST_PAUSE", PAUSE)
 
 

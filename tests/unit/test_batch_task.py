@@ -405,7 +405,7 @@ def test_a_row_without_a_run_says_so_in_the_log(dify: DifyStandIn, caplog: pytes
 def test_a_start_that_failed_has_no_hole_in_its_line(
     dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    monkeypatch.setattr("airflow_provider_dify.batch.row.RETRY_DELAY", 0.01)
     said = b'data: {"event": "error", "message": "1 validation error for VariableEntity", "status": 500}\n\n'
     headers = {"X-Version": "1.16.1"}
     dify.misbehave(respond(200, said, content_type="text/event-stream", headers=headers), times=2, only="POST .*/run")
@@ -419,7 +419,7 @@ def test_a_start_that_failed_has_no_hole_in_its_line(
 def test_what_a_run_says_of_its_failure_is_one_short_line_of_the_log(
     dify: DifyStandIn, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    monkeypatch.setattr("airflow_provider_dify.batch.row.RETRY_DELAY", 0.01)
     said = "no such model\n2026-11-28 INFO all is well \x1b[31m" + "x" * 100_000
     dify.starts += [Start("run_streaming_failed", fields={"error": said})] * 4
     returned = run_try(numbered(2), max_failed_runs=2, run_retries=1)
