@@ -24,7 +24,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def way(host: str = "https://dify.example", **settings: Any) -> Route:
     connection = DifyConnection(conn_id="my_dify", base_url=f"{host}/v1", api_key="app-some-key", **settings)
-    return route_to(connection, takes_socks=False)
+    return route_to(connection, socks_package="socks")
 
 
 def test_without_settings_there_is_no_proxy_and_the_usual_certificates() -> None:
