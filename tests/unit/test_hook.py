@@ -106,9 +106,9 @@ def test_a_run_is_looked_up_with_the_key_and_a_user_agent(dify: DifyStandIn, dia
 def test_an_unknown_run_is_recognized_over_the_wire(dify: DifyStandIn, dialect: str, connect: Connect) -> None:
     # 1.13.0 can't say it: its 500 is that of a broken server, which may pass.
     cannot_say = dialect == "1.13.0"
-    with connect(retry_limit=1) as hook:
-        with pytest.raises(DifyConnectionError if cannot_say else DifyWorkflowRunNotFound):
-            hook.get_workflow_run(str(uuid.uuid4()))
+    expected = DifyConnectionError if cannot_say else DifyWorkflowRunNotFound
+    with connect(retry_limit=1) as hook, pytest.raises(expected):
+        hook.get_workflow_run(str(uuid.uuid4()))
     assert len(dify.requests) == (2 if cannot_say else 1)
 
 
