@@ -313,7 +313,7 @@ def test_every_connection_can_be_used_or_is_an_error_of_ours(
     connection = airflow_connection(host=host, schema=schema, port=port, password=password, extra=extra)
     with only_dify_errors():
         settings_of_it = DifyConnection.from_airflow(connection)
-        route_to(settings_of_it, takes_socks=False)
+        route_to(settings_of_it, socks_package="socks")
         for url in (f"{settings_of_it.base_url}/info", settings_of_it.console, host):
             settings_of_it.owns(url)
 

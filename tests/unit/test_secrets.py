@@ -191,8 +191,8 @@ def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
     ("ask", "why"),
     [
         (error_of_the_hook, "needs the package pysocks"),
-        (error_of_the_start, "needs the package pysocks"),
-        (error_of_the_async_hook, "the triggerer's HTTP client cannot use"),
+        (error_of_the_start, "needs the package aiohttp-socks"),
+        (error_of_the_async_hook, "needs the package aiohttp-socks"),
     ],
 )
 def test_a_socks_proxy_says_what_it_needs(
