@@ -261,9 +261,11 @@ hosts = (
     )
     | st.text(max_size=30)
 )
-proxy_urls = st.sampled_from(
-    ["http://user:pw@", "http://[::1", "socks5://h:1", "proxy.invalid:3128", "http://p:99999", "//", "x://y"]
-) | st.text(max_size=20)
+proxy_urls = (
+    st.sampled_from(["http://user:pw@", "http://[::1", "proxy.invalid:3128", "http://p:99999", "//", "x://y"])
+    | st.sampled_from(["socks5://h:1", "socks5h://h", "SOCKS4A://u:p@h:1", "socks://h:1", "socks6://h:1"])
+    | st.text(max_size=20)
+)
 extras = st.fixed_dictionaries(
     {},
     optional={
