@@ -39,24 +39,15 @@ XCOMS_ARE_STRICT_JSON = _AIRFLOW >= (3, 0)
 
 
 def is_xcom_key(name: str) -> bool:
-    """
-    Return whether Airflow stores an XCom under this name.
-
-    :param name: the name, which is not empty.
-    """
+    """Return whether Airflow stores an XCom under this name, which is not empty."""
     return _AIRFLOW < (3, 0) or _NOT_IN_XCOM_KEY.search(name) is None
 
 
 def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
     """
-    Run Airflow's own ``execute`` of a sensor, for a sensor with an ``execute`` of its own.
-
-    Airflow 2 guards ``execute`` against calls from outside a task, and takes a subclass's call for one: a warning in
-    every log, and a failure under ``allow_nested_operators=False``. Goes with Airflow 2.11.
-
-    :param sensor: the sensor.
-    :param context: the running task's context.
-    :return: what the sensor's last poke returned.
+    Run Airflow's own ``execute`` of a sensor, for a sensor with an ``execute`` of its own. Airflow 2 guards ``execute``
+    against calls from outside a task, and takes a subclass's call for one: a warning in every log, and a failure under
+    ``allow_nested_operators=False``. Goes with Airflow 2.11.
     """
     from airflow.providers.common.compat.sdk import BaseSensorOperator
 
@@ -64,22 +55,14 @@ def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:
 
 
 def is_deferral_timeout(next_kwargs: dict[str, Any] | None) -> bool:
-    """
-    Return whether a task that resumes because its deferral failed does so because the deferral's time was over.
-
-    :param next_kwargs: what the task resumes with. Airflow 3 has an exception for it; goes with Airflow 2.11.
-    :return: whether it was.
-    """
+    """Return whether a task resumes because its deferral took too long. Airflow 3 has an exception; goes with 2.11."""
     return (next_kwargs or {}).get("error") in ("Trigger timeout", "Trigger/execution timeout")
 
 
 def context_of_ended_deferral() -> Context | None:
     """
-    Return the context of a deferred task whose ``execution_timeout`` is over, for its ``on_kill``.
-
-    Airflow 2 calls that before anything of the resumed task has run. Goes with Airflow 2.11.
-
-    :return: the context; ``None`` for any other task.
+    Return the context of a deferred task whose ``execution_timeout`` is over, for its ``on_kill``; ``None`` for any
+    other task. Airflow 2 calls that before anything of the resumed task has run. Goes with Airflow 2.11.
     """
     from airflow.providers.common.compat.sdk import get_current_context
 
@@ -94,39 +77,25 @@ def context_of_ended_deferral() -> Context | None:
 
 
 def first_reschedule_date(context: Context) -> datetime | None:
-    """
-    Return when a rescheduled sensor first polled, as its ``timeout`` counts it.
-
-    :param context: the running task's context.
-    :return: the time, aware; ``None`` at the first poll.
-    """
+    """Return when a rescheduled sensor first polled (aware), as ``timeout`` counts it; ``None`` at the first poll."""
     ti = context["ti"]
-    try:
-        asked = ti.get_first_reschedule_date
-    except AttributeError:
-        # Airflow 2, which has it as a private function only. Goes when Airflow 2.11 is no longer supported.
-        from airflow.sensors.base import _orig_start_date
+    if hasattr(ti, "get_first_reschedule_date"):
+        return ti.get_first_reschedule_date(context)
+    # Airflow 2, which has it as a private function only. Goes when Airflow 2.11 is no longer supported.
+    from airflow.sensors.base import _orig_start_date
 
-        found: datetime | None = _orig_start_date(
-            dag_id=ti.dag_id,
-            task_id=ti.task_id,
-            run_id=ti.run_id,
-            map_index=ti.map_index,
-            try_number=(ti.max_tries or 0) - (ti.task.retries or 0) + 1,
-        )
-        return found
-    return asked(context)
+    first_try = (ti.max_tries or 0) - (ti.task.retries or 0) + 1
+    found: datetime | None = _orig_start_date(
+        dag_id=ti.dag_id, task_id=ti.task_id, run_id=ti.run_id, map_index=ti.map_index, try_number=first_try
+    )
+    return found
 
 
 def params_without_default(task: Any) -> list[str]:
     """
-    Return the Dag's params that have no default.
-
-    When a task starts on the triggerer, Airflow 3.3.2 raises for such a param, although the Dag run has a value, and
-    that ends the triggerer. Goes with the last Airflow that does so; a unit test tells.
-
-    :param task: the task; the params are those of its Dag.
-    :return: their names.
+    Return the Dag's params that have no default. When a task starts on the triggerer, Airflow 3.3.2 raises for such a
+    param, although the Dag run has a value, and that ends the triggerer. Goes with the last Airflow that does so; a
+    unit test tells.
     """
     from airflow.providers.common.compat.sdk import Param
 
@@ -137,12 +106,8 @@ def params_without_default(task: Any) -> list[str]:
 
 def asset_state_of(trigger: Any) -> Any:
     """
-    Return the state store of the asset that an event trigger watches for.
-
-    Airflow 3.3.2 and later have one that an event loop can use. Goes with Airflow 3.3.1.
-
-    :param trigger: the trigger, as the triggerer made it.
-    :return: what has ``aget(key)`` and ``aset(key, value)``; ``None`` where there is none.
+    Return the state store (``aget``, ``aset``) of the asset that an event trigger watches for; ``None`` where there is
+    none. Airflow 3.3.2 and later have one that an event loop can use. Goes with Airflow 3.3.1.
     """
     stores = getattr(trigger, "asset_state_store", None)
     if not hasattr(stores, "aget"):

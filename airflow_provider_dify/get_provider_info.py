@@ -46,11 +46,7 @@ UI_FIELD_BEHAVIOUR: dict[str, Any] = {
 
 
 def get_provider_info() -> dict[str, Any]:
-    """
-    Return what the provider consists of.
-
-    :return: a dict in the form of Airflow's ``provider_info.schema.json``.
-    """
+    """Return what the provider consists of, in the form of Airflow's ``provider_info.schema.json``."""
     return {
         "package-name": "airflow-provider-dify",
         "name": "Dify",
@@ -58,46 +54,12 @@ def get_provider_info() -> dict[str, Any]:
         "description": "Start Dify workflow runs in Dags, wait on them and use their outputs.",
         "versions": [__version__],
         "integrations": [
-            {
-                "integration-name": _INTEGRATION,
-                "external-doc-url": "https://docs.dify.ai/",
-                "tags": ["service", "ai"],
-            }
+            {"integration-name": _INTEGRATION, "external-doc-url": "https://docs.dify.ai/", "tags": ["service", "ai"]}
         ],
-        "hooks": [
-            {
-                "integration-name": _INTEGRATION,
-                "python-modules": ["airflow_provider_dify.hooks.dify", "airflow_provider_dify.hooks.dify_async"],
-            },
-        ],
-        "operators": [
-            {
-                "integration-name": _INTEGRATION,
-                "python-modules": [
-                    "airflow_provider_dify.operators.dify",
-                    "airflow_provider_dify.operators.dify_batch",
-                ],
-            },
-        ],
-        "sensors": [
-            {
-                "integration-name": _INTEGRATION,
-                "python-modules": [
-                    "airflow_provider_dify.sensors.dify",
-                    "airflow_provider_dify.sensors.dify_latest",
-                ],
-            },
-        ],
-        "triggers": [
-            {
-                "integration-name": _INTEGRATION,
-                "python-modules": [
-                    "airflow_provider_dify.triggers.dify",
-                    "airflow_provider_dify.triggers.dify_events",
-                    "airflow_provider_dify.triggers.dify_latest",
-                ],
-            },
-        ],
+        "hooks": _modules("hooks", "dify", "dify_async"),
+        "operators": _modules("operators", "dify", "dify_batch"),
+        "sensors": _modules("sensors", "dify", "dify_latest"),
+        "triggers": _modules("triggers", "dify", "dify_events", "dify_latest"),
         "extra-links": ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"],
         "connection-types": [
             {
@@ -109,3 +71,8 @@ def get_provider_info() -> dict[str, Any]:
             }
         ],
     }
+
+
+def _modules(folder: str, *names: str) -> list[dict[str, Any]]:
+    modules = [f"airflow_provider_dify.{folder}.{name}" for name in names]
+    return [{"integration-name": _INTEGRATION, "python-modules": modules}]

@@ -42,13 +42,8 @@ _HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-
 
 def make_base_url(host: str | None, schema: str | None = None, port: int | None = None) -> str:
     """
-    Return the API's base URL, made of what a connection says.
-
-    :param host: a host name, a ``host:port``, a URL, or nothing for Dify Cloud; without a path, ``/v1`` is meant.
-    :param schema: ``http`` or ``https``, where the host doesn't say; ``https`` if nobody does.
-    :param port: the port, where the host doesn't say.
-    :return: the base URL, without a slash at the end.
-    :raises DifyConfigurationError: if that makes no URL, or if two of the three contradict each other.
+    Return the API's base URL, without a slash at the end. An empty host means Dify Cloud, no path ``/v1``, no schema
+    ``https``. Raises a DifyConfigurationError if that makes no URL, or if two of the three contradict each other.
     """
     host = (host or "").strip()
     schema = (schema or "").strip().lower()
@@ -213,17 +208,14 @@ class DifyConnection:
     def secrets(self) -> tuple[str, ...]:
         """What no message may show: the API key, and the passwords of the proxies here and in the environment."""
         environment = (value for name, value in os.environ.items() if name.lower().endswith("_proxy"))
-        return (
-            self.api_key,
-            *(secret for url in (*self.proxies.values(), *environment) for secret in _secrets_in(url)),
-        )
+        urls = (*self.proxies.values(), *environment)
+        return (self.api_key, *(secret for url in urls for secret in _secrets_in(url)))
 
     def timeouts(self, timeout: float | None = None) -> tuple[float, float]:
         """
         Return the seconds to wait for a connection, and for a whole response.
 
         :param timeout: seconds that take the place of the connection's own.
-        :return: both.
         """
         seconds = timeout or self.timeout or DEFAULT_TIMEOUT
         return min(seconds, MAX_CONNECT_TIMEOUT), seconds
@@ -261,11 +253,8 @@ def name_connection(conn_id: str) -> str:
 def _origin(url: str) -> tuple[str, str, int | None] | None:
     try:
         parts = urlsplit(url)
-        return (
-            parts.scheme,
-            _ascii_host(parts.hostname or ""),
-            parts.port or {"http": 80, "https": 443}.get(parts.scheme),
-        )
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+        return parts.scheme, _ascii_host(parts.hostname or ""), port
     except ValueError:
         return None
 
@@ -336,9 +325,7 @@ def _verify(value: Any) -> bool | str:
         value = {"": None, "true": True, "false": False}.get(value.strip().lower(), value.strip())
     if value is None:
         return True
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and os.path.exists(value):
+    if isinstance(value, bool) or (isinstance(value, str) and os.path.exists(value)):
         return value
     raise DifyConfigurationError(
         f"the extra 'verify' must be true, false or the path of a CA bundle that exists here, but it is {value!r}."
@@ -362,12 +349,7 @@ def _proxies(value: Any) -> dict[str, str]:
 
 
 def is_proxy_url(url: object) -> bool:
-    """
-    Return whether a proxy's URL can be used; the HTTP clients quote a malformed one, password included.
-
-    :param url: such as ``http://user:password@proxy.example.com:3128``; without a password, the scheme may be missing.
-    :return: whether it names a host, and a port if any.
-    """
+    """Return whether a proxy's URL can be used; the HTTP clients quote a malformed one, password included."""
     if not isinstance(url, str) or re.search(r"[\s\\]", url) or ("@" in url and "://" not in url):
         return False
     try:
@@ -379,7 +361,7 @@ def is_proxy_url(url: object) -> bool:
 
 def _console_url(value: Any) -> str | None:
     text = value.strip() if isinstance(value, str) else value
-    if text is None or text == "":
+    if text in (None, ""):
         return None
     try:
         if not isinstance(text, str) or "://" not in text:

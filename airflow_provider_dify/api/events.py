@@ -59,10 +59,9 @@ class WorkflowEvent:
     @property
     def succeeded_run(self) -> WorkflowRun | None:
         """
-        The run that this event says has succeeded, without inputs and times; ``None`` for any other event.
-
-        Dify (1.12.1 to 1.16.1) makes event and detail of the same outputs and counts, and cuts neither. Of a run that
-        did not succeed they may differ, so its detail has to be read.
+        The run that this event says has succeeded, without inputs and times; ``None`` for any other event. Dify (1.12.1
+        to 1.16.1) makes event and detail of the same outputs and counts, and cuts neither. Of a run that did not
+        succeed they may differ, so its detail has to be read.
         """
         run = self.ended_run
         if run is None or run.status != WorkflowRunStatus.SUCCEEDED:
@@ -77,9 +76,7 @@ class WorkflowEvent:
         if self.name != FINISHED or data.get("status") not in list(ENDED_STATUSES) or not self.workflow_run_id:
             return None
         outputs, error, seconds = (data.get(name) for name in ("outputs", "error", "elapsed_time"))
-        steps, tokens = (
-            number if type(number) is int else None for number in (data.get("total_steps"), data.get("total_tokens"))
-        )
+        steps, tokens = (n if type(n := data.get(key)) is int else None for key in ("total_steps", "total_tokens"))
         error = error if isinstance(error, str) else None
         return WorkflowRun(
             id=self.workflow_run_id,
@@ -99,7 +96,6 @@ class WorkflowEvent:
     def names_a_rejected_run(self) -> bool:
         """
         Whether this event of a start's own stream names a run that Dify (1.15 and later) rejects without a record.
-
         Measured on 1.15.0 to 1.17: both ids are the same.
         """
         return self.workflow_run_id is not None and self.task_id == self.workflow_run_id
@@ -107,12 +103,9 @@ class WorkflowEvent:
 
 class EventStreamReader:
     """
-    Cuts a stream of bytes, in whatever pieces it arrives, into events.
-
-    No library is used for this: the ones for ``requests`` are not part of Airflow, and what Dify sends takes a dozen
-    lines. Follows the field rules of the HTML standard's server-sent events, for ``data`` and ``event``.
-
-    :param redact: removes the API key from an event's bytes; not from a piece's, which may hold half of the key.
+    Cuts a stream of bytes, in whatever pieces it arrives, into events, by the rules of the HTML standard for ``data``
+    and ``event``. Without a library: those for ``requests`` are not part of Airflow. ``redact`` removes the API key
+    from an event's bytes; not from a piece's, which may hold half of the key.
     """
 
     def __init__(self, redact: Callable[[bytes], bytes] = lambda data: data) -> None:
@@ -125,13 +118,7 @@ class EventStreamReader:
         self._has_warned = False
 
     def feed(self, piece: bytes) -> list[WorkflowEvent]:
-        """
-        Parse the next piece of the stream.
-
-        :param piece: bytes, cut anywhere, in the middle of a character too.
-        :return: the events that the piece completed; one that can't be read is left out, with a warning.
-        :raises ValueError: if an event doesn't end.
-        """
+        """Return the events that the next piece, cut anywhere, completes. Raises a ValueError if one doesn't end."""
         self._pending += piece
         events: list[WorkflowEvent] = []
         start = 0
@@ -158,7 +145,7 @@ class EventStreamReader:
         return events
 
     def _read_event(self, text: bytes) -> list[WorkflowEvent]:
-        """Return the event; none for one that is not Dify's, such as the ``[DONE]`` of a gateway."""
+        """Return the event; none, with a warning, for one that is not Dify's, such as the ``[DONE]`` of a gateway."""
         try:
             return [_parse_event(text)]
         except ValueError as error:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
@@ -32,22 +33,13 @@ _STRICT_TLS = re.compile(
 
 @dataclass(frozen=True)
 class HttpResponse:
-    """
-    One whole HTTP response, without the API key wherever a server may have echoed it.
-
-    :param status_code: HTTP status.
-    :param headers: the response's headers; looked up without regard to case.
-    :param body: the body's bytes, content encoding undone.
-    :param url: the URL that was requested.
-    :param conn_id: the Airflow connection in use, for messages; empty for one that has no name yet.
-    :param secrets: the API key and proxies' passwords, which no message may show.
-    """
+    """One whole HTTP response, without the API key wherever a server may have echoed it."""
 
     status_code: int
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes  # content encoding undone
     url: str
-    conn_id: str
+    conn_id: str  # for messages; empty for a connection that has no name yet
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -72,10 +64,9 @@ class HttpResponse:
     @property
     def is_of_dify(self) -> bool:
         """
-        Whether Dify itself responded, and not a gateway, a proxy or a login page in front of it.
-
-        Each of Dify's responses has ``X-Version`` (1.12.1 to 1.17, also its HTML pages), which a proxy may remove. Its
-        errors are objects with ``code``, ``message`` and the HTTP status.
+        Whether Dify itself responded, and not a gateway, a proxy or a login page in front of it. Each of Dify's
+        responses has ``X-Version`` (1.12.1 to 1.17, also its HTML pages), which a proxy may remove; its errors are
+        objects with ``code``, ``message`` and the HTTP status.
         """
         if self.header("X-Version"):
             return True
@@ -108,11 +99,7 @@ class HttpResponse:
         return f"HTTP {self.status_code}, {content_type}, {repr(text) if text else 'an empty body'}"
 
     def retry_after(self) -> float | None:
-        """
-        Parse the header ``Retry-After``, which proxies send.
-
-        :return: seconds; ``None`` where there is none, or one that means nothing.
-        """
+        """Return the seconds of the header ``Retry-After``, which proxies send; ``None`` where it means nothing."""
         value = (self.header("Retry-After") or "").strip()
         try:
             if value.isascii() and value.isdigit():
@@ -126,25 +113,12 @@ class HttpResponse:
 
 
 def without_key(data: bytes, api_key: str) -> bytes:
-    """
-    Return bytes of a server without the API key.
-
-    :param data: a body, or a part of a stream.
-    :param api_key: the key.
-    :return: the bytes with ``***`` in place of the key.
-    """
+    """Return a server's bytes, a body or a part of a stream, with ``***`` in place of the API key."""
     return data.replace(api_key.encode(), b"***") if len(api_key) >= _SHORTEST_KEY_IN_A_BODY else data
 
 
 def no_response(connection: DifyConnection, subject: str, url: str, error: BaseException) -> DifyConnectionError:
-    """
-    Return the error for a request that got no response.
-
-    :param connection: the connection in use.
-    :param subject: what was requested, in the middle of a message.
-    :param url: the URL that was requested.
-    :param error: what the HTTP client raised.
-    """
+    """Return the error for a request that got no response; ``subject`` stands in the middle of a message."""
     reason = reason_of(error, connection.secrets)
     lack = _STRICT_TLS.search(str(error))
     hint = (
@@ -157,13 +131,7 @@ def no_response(connection: DifyConnection, subject: str, url: str, error: BaseE
 
 
 def reason_of(error: BaseException, secrets: Iterable[str]) -> str:
-    """
-    Return a foreign exception as a message may show it.
-
-    :param error: the exception.
-    :param secrets: what the text must not show.
-    :return: its type and its text, in one line.
-    """
+    """Return a foreign exception as a message may show it: its type and its text, in one line, without secrets."""
     text = one_line(redact(_ADDRESS.sub("", str(error)[:65536]), secrets), 300)
     return f"{type(error).__name__}{f': {text}' if text else ''}"
 
@@ -177,13 +145,7 @@ _ID_LENGTH = 100
 
 @dataclass(frozen=True)
 class Fields:
-    """
-    The fields of one JSON object.
-
-    :param response: the response that it is of, for messages.
-    :param subject: what was requested, in the middle of a message.
-    :param data: the object.
-    """
+    """The fields of one JSON object; ``subject`` is what was requested, in the middle of a message."""
 
     response: HttpResponse
     subject: str
@@ -227,11 +189,9 @@ class Fields:
         value = self.data.get(name)
         if value is None:
             return None
-        try:
+        with suppress(OverflowError):
             if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                 return float(value)
-        except OverflowError:
-            pass
         return self._raise_wrong(name, "a number or null")
 
     def json_object(self, name: str) -> dict[str, Any] | None:
@@ -253,20 +213,17 @@ class Fields:
         value = self.data.get(name)
         if value is None:
             return None
-        try:
+        with suppress(ValueError, TypeError, OverflowError, OSError, IndexError):
             if isinstance(value, str):
                 return pendulum.instance(parsedate_to_datetime(value), tz="UTC").in_timezone("UTC")
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return pendulum.from_timestamp(value)
-        except (ValueError, TypeError, OverflowError, OSError, IndexError):
-            pass
         return self._raise_wrong(name, "epoch seconds, RFC 822 text or null")
 
     def _raise_wrong(self, name: str, expected: str) -> NoReturn:
         value = self.data.get(name)
-        shown = (
-            self.response.shown(repr(value) if isinstance(value, str) else value) if name in self.data else "nothing"
-        )
+        text = repr(value) if isinstance(value, str) else value
+        shown = self.response.shown(text) if name in self.data else "nothing"
         raise DifyConnectionError(
             f"The field {name!r} must be {expected}, but it is {shown}: this provider cannot read the response for "
             f"{self.subject} at {self.response.url}. Either it is not Dify that responded, or a version of Dify that "

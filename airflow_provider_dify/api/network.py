@@ -17,14 +17,11 @@ from airflow_provider_dify.exceptions import DifyConfigurationError
 
 @dataclass(frozen=True)
 class Route:
-    """
-    The way to a connection's server, the same for both HTTP clients.
+    """The way to a connection's server, the same for both HTTP clients."""
 
-    :param proxy: the proxy's URL, which may hold a password; ``None`` for none.
-    :param verify: the path of the CA bundle; ``False`` to verify nothing, ``True`` where there is no TLS on the way.
-    """
-
+    # Its URL may hold a password.
     proxy: str | None
+    # The path of the CA bundle; False to verify nothing, True where there is no TLS on the way.
     verify: str | bool
 
 
@@ -35,12 +32,8 @@ _SOCKS_SCHEMES = ("socks4", "socks4a", "socks5", "socks5h")
 
 def route_to(connection: DifyConnection, *, socks_package: str) -> Route:
     """
-    Return the way to Dify that ``requests`` would take with a connection's settings and the environment's.
-
-    :param connection: the connection's settings.
-    :param socks_package: the module that the HTTP client needs for a SOCKS proxy.
-    :return: the way.
-    :raises DifyConfigurationError: if a proxy or a CA bundle can't be used; never quotes a proxy's URL.
+    Return the way that ``requests`` would take with the settings of a connection and of the environment. Raises a
+    DifyConfigurationError if a proxy or a CA bundle can't be used; never quotes a proxy's URL.
     """
     with requests.Session() as session:
         verify = None if connection.verify is True else connection.verify
@@ -48,10 +41,10 @@ def route_to(connection: DifyConnection, *, socks_package: str) -> Route:
             connection.base_url, dict(connection.proxies), stream=None, verify=verify, cert=None
         )
     proxy = select_proxy(connection.base_url, settings["proxies"])
-    _check_proxy(proxy, socks_package)
-    if proxy is not None and "://" not in proxy:
+    if proxy is not None:
+        _check_proxy(proxy, socks_package)
         # As requests reads it.
-        proxy = f"http://{proxy}"
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
     bundle = settings["verify"]
     if bundle is False:
         return Route(proxy, verify=False)
@@ -64,12 +57,7 @@ def route_to(connection: DifyConnection, *, socks_package: str) -> Route:
 
 
 def load_bundle(path: str) -> ssl.SSLContext:
-    """
-    Return TLS settings that trust a CA bundle.
-
-    :param path: a file, or a folder of hashed certificates.
-    :raises DifyConfigurationError: if it is missing, or holds no certificate; the HTTP clients say no more than that.
-    """
+    """Return TLS settings for a CA bundle (a file, or a folder of hashed certificates), or raise what is wrong."""
     is_folder = os.path.isdir(path)
     try:
         return ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
@@ -81,9 +69,7 @@ def load_bundle(path: str) -> ssl.SSLContext:
         ) from None
 
 
-def _check_proxy(proxy: str | None, socks_package: str) -> None:
-    if proxy is None:
-        return
+def _check_proxy(proxy: str, socks_package: str) -> None:
     source = "It comes from the connection's extra 'proxies', or from the environment (HTTPS_PROXY and the like)."
     if not is_proxy_url(proxy):
         # Not shown: it may hold a password.

@@ -1,8 +1,10 @@
 """
 A whole HTTP response of Dify's API in, a model or an exception out.
 
-Servers differ from their documentation and from each other: up to 1.12 ``outputs`` is JSON text and an unknown run is
-a 200 full of nulls, 1.13.0 returns a 500 for it and later ones a 404. All of that ends here.
+Servers differ from their documentation and from each other: up to 1.12 ``outputs`` is JSON text and an unknown run is a
+200 full of nulls, 1.13.0 returns a 500 for it and later ones a 404. All of that ends here. Each parser raises a
+DifyAuthenticationError on Dify's 401 and 403, a DifyRequestError on its other rejections, and a DifyConnectionError on
+what may pass and on a response that is not Dify's, whatever it says.
 """
 
 from __future__ import annotations
@@ -29,17 +31,7 @@ LOG_SUBJECT = "the app's log of workflow runs"
 
 
 def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> WorkflowRun:
-    """
-    Parse the response to ``GET /workflows/run/{workflow_run_id}``.
-
-    :param response: the whole HTTP response.
-    :param workflow_run_id: the run that was requested, for messages.
-    :return: the run.
-    :raises DifyWorkflowRunNotFound: on a 404 of Dify's, or its 200 with a null id (servers up to 1.12).
-    :raises DifyAuthenticationError: on Dify's 401 and 403.
-    :raises DifyRequestError: on any other rejection of Dify's.
-    :raises DifyConnectionError: on what may pass, and on a response that is not Dify's, whatever it says.
-    """
+    """Parse ``GET /workflows/run/{workflow_run_id}``; an unknown run raises a DifyWorkflowRunNotFound."""
     subject = f"workflow run {workflow_run_id}"
     is_404 = response.status_code == 404 and response.is_of_dify
     # One with HTML is a wrong base URL.
@@ -67,12 +59,7 @@ def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> Workflow
 
 
 def parse_app_info(response: HttpResponse) -> AppInfo:
-    """
-    Parse the response to ``GET /info``.
-
-    :return: the app's name and mode.
-    :raises DifyError: as :func:`parse_workflow_run` does.
-    """
+    """Parse ``GET /info``: the app's name and mode."""
     subject = "the app's name"
     data = _parse_object(response, subject)
     if "name" not in data:
@@ -82,22 +69,12 @@ def parse_app_info(response: HttpResponse) -> AppInfo:
 
 
 def parse_parameters(response: HttpResponse) -> dict[str, Any]:
-    """
-    Parse the response to ``GET /parameters``.
-
-    :return: the whole object; ``user_input_form`` describes the workflow's inputs.
-    :raises DifyError: as :func:`parse_workflow_run` does.
-    """
+    """Parse ``GET /parameters``: the whole object, whose ``user_input_form`` describes the workflow's inputs."""
     return _parse_object(response, "the app's input form")
 
 
 def parse_log(response: HttpResponse) -> list[LogRow]:
-    """
-    Parse the response to ``GET /workflows/logs``.
-
-    :return: the rows of the page, newest first.
-    :raises DifyError: as :func:`parse_workflow_run` does.
-    """
+    """Parse ``GET /workflows/logs``: the rows of the page, newest first."""
     rows = _parse_object(response, LOG_SUBJECT).get("data")
     if not isinstance(rows, list):
         raise _not_dify(response, LOG_SUBJECT, "JSON without the list 'data'")
@@ -132,32 +109,20 @@ def _parse_log_row(response: HttpResponse, row: Any) -> LogRow:
 
 
 def parse_uploaded_file_id(response: HttpResponse) -> str:
-    """
-    Parse the response to ``POST /files/upload``.
-
-    :return: the file's id, for ``upload_file_id`` in a run's inputs.
-    :raises DifyError: as :func:`parse_workflow_run` does.
-    """
+    """Parse ``POST /files/upload``: the file's id, for ``upload_file_id`` in a run's inputs."""
     subject = "the uploaded file"
     return Fields(response, subject, _parse_object(response, subject)).required_id("id")
 
 
 def parse_stop(response: HttpResponse) -> None:
-    """
-    Parse the response to ``POST /workflows/tasks/{task_id}/stop``; a success promises nothing.
-
-    :raises DifyError: as :func:`parse_workflow_run` does.
-    """
+    """Parse ``POST /workflows/tasks/{task_id}/stop``; a success promises nothing."""
     _parse_object(response, "the stop of a workflow run")
 
 
 def error_from_start(response: HttpResponse) -> DifyError:
     """
-    Return what a response without an event stream means to the request that was to start a run.
-
-    :param response: the whole HTTP response.
-    :return: as :func:`parse_workflow_run` raises; a :class:`DifyInputsRejected` where Dify rejected the inputs, and a
-        :class:`DifyRequestError` for the plan's quota, which doesn't pass by waiting minutes.
+    Return what a response without an event stream means to a start: what a parser raises, but a DifyInputsRejected for
+    inputs, and a DifyRequestError for the plan's quota, which doesn't pass by waiting minutes.
     """
     subject = "the start of a workflow run"
     try:
@@ -175,21 +140,14 @@ def error_from_start(response: HttpResponse) -> DifyError:
         if error.status_code == 400 and error.code == "invalid_param" and "input" in (error.message or ""):
             return DifyInputsRejected(str(error), **_facts(response, error.code, error.message))
         return error
-    except DifyError as error:
-        return error
     return _not_dify(response, subject, "no event stream")
 
 
 def error_from_start_event(data: dict[str, Any], server_version: str | None) -> DifyError:
     """
     Return what an ``error`` event means to a start whose run has no name: Dify's own word that it started nothing.
-
-    Measured on 1.16.1 and 1.17: ``code``, ``message`` and ``status`` are those of a response.
-
-    :param data: the event's fields.
-    :param server_version: Dify's version, for the error.
-    :return: a :class:`DifyInputsRejected` for ``invalid_param``, a :class:`DifyRequestError` for any other 4xx, and a
-        :class:`DifyWorkflowRunFailed`, which a retry may repeat, for the rest.
+    Measured on 1.16.1 and 1.17: ``code``, ``message`` and ``status`` are those of a response. What is neither
+    ``invalid_param`` nor another 4xx is a DifyWorkflowRunFailed, which a retry may repeat.
     """
     code, text, status = (data.get(name) for name in ("code", "message", "status"))
     message = one_line(text or code or "Dify gave no error text").rstrip(".")
@@ -208,12 +166,7 @@ def error_from_start_event(data: dict[str, Any], server_version: str | None) -> 
 
 
 def not_found(response: HttpResponse, workflow_run_id: str) -> DifyWorkflowRunNotFound:
-    """
-    Return the error for a run that Dify doesn't know.
-
-    :param response: the whole HTTP response.
-    :param workflow_run_id: the run that was requested.
-    """
+    """Return the error for a run that Dify doesn't know."""
     return DifyWorkflowRunNotFound(
         f"Dify does not know workflow run {workflow_run_id} (HTTP {response.status_code} from {response.url}). Check "
         f"the id, and that {response.connection_name} holds an API key of the app that made the run: Dify shows a "
@@ -244,9 +197,7 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
     cause = cause or response.excerpt()
     facts = _facts(response, code, message)
     # The one 400 that passes: Dify's own limit on active requests (documented as a 429).
-    is_overloaded = status_code == 429 or (
-        status_code == 400 and message is not None and "Too many requests" in message
-    )
+    is_overloaded = status_code == 429 or (status_code == 400 and "Too many requests" in (message or ""))
     if status_code >= 500 or status_code in _PASSING_STATUS_CODES or is_overloaded:
         raise DifyConnectionError(
             f"{cause}: Dify could not respond for {subject} at {response.url}. This may pass.",
@@ -268,11 +219,9 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
             **facts,
         )
     if 400 <= status_code < 500 and response.is_of_dify and (code or message):
-        hint = (
-            " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
-            if code == "not_workflow_app"
-            else ""
-        )
+        hint = ""
+        if code == "not_workflow_app":
+            hint = " The API key belongs to an app of another kind: use the key of the workflow app that made the run."
         raise DifyRequestError(
             f"{cause}: Dify rejected the request for {subject} with {response.connection_name}.{hint}", **facts
         )
@@ -303,11 +252,8 @@ def _facts(response: HttpResponse, code: str | None, message: str | None) -> dic
 
 
 def _not_dify(response: HttpResponse, subject: str, what: str) -> DifyConnectionError:
-    hint = (
-        ""
-        if "v1" in urlsplit(response.url).path.split("/")
-        else " Dify's API usually lives under /v1: is that missing from the base URL?"
-    )
+    has_v1 = "v1" in urlsplit(response.url).path.split("/")
+    hint = "" if has_v1 else " Dify's API usually lives under /v1: is that missing from the base URL?"
     return DifyConnectionError(
         f"The response for {subject} at {response.url} is {what} ({response.excerpt()}). Check the host of "
         f"{response.connection_name}.{hint}",

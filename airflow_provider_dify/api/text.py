@@ -15,13 +15,7 @@ _USERINFO = re.compile(r"//[^/\s]*@")
 
 
 def one_line(text: object, limit: int = REASON_LENGTH) -> str:
-    """
-    Return a foreign text as one printable line, so that it can't forge log lines or colour a terminal.
-
-    :param text: the text; anything else is shown by its ``repr``.
-    :param limit: characters to keep.
-    :return: the text with white space collapsed, control characters escaped and a ``…`` where it was cut.
-    """
+    """Return a foreign text as one printable line that can't forge log lines or colour a terminal; ``…`` where cut."""
     shown = as_text(text)
     # Cut before the work, because a server may send megabytes.
     words = " ".join(shown[: limit * 8].split())
@@ -30,12 +24,7 @@ def one_line(text: object, limit: int = REASON_LENGTH) -> str:
 
 
 def as_text(value: object) -> str:
-    """
-    Return a foreign value as text.
-
-    :param value: text, or anything that JSON can hold, however deep.
-    :return: the text itself, or the value's ``repr``.
-    """
+    """Return a text as it is, and of anything else that JSON can hold, however deep, the ``repr``."""
     if isinstance(value, str):
         return value
     try:
@@ -46,13 +35,7 @@ def as_text(value: object) -> str:
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:
-    """
-    Return a text without secrets.
-
-    :param text: the text.
-    :param secrets: API keys and passwords; empty ones are skipped.
-    :return: the text with ``***`` in place of each secret, and of user names and passwords in URLs.
-    """
+    """Return a text with ``***`` for each secret (empty ones are skipped) and for user names and passwords in URLs."""
     # The longest first, because one secret may be part of another.
     for secret in sorted(filter(None, secrets), key=len, reverse=True):
         text = text.replace(secret, "***")

@@ -12,28 +12,20 @@ from airflow_provider_dify.tasks.start import installation_id, shorten_user, tas
 
 # Room for the row and the attempt: "/999999999.999".
 _ROW_LENGTH = 20
-_ROW = re.compile(r"(\d{1,12})\.(\d{1,6})")
 _FOLDER = re.compile(r"([0-9a-f]{16})\.(-1|\d{1,9})\.(\d{1,9})")
 
 
 @dataclass(frozen=True)
 class RowUsers:
-    """
-    The users of a batch's runs.
+    """The users of a batch's runs."""
 
-    :param prefix: what they have in common, without a slash at its end.
-    """
-
-    prefix: str
+    prefix: str  # what they have in common, without a slash at its end
 
     @classmethod
     def of_task(cls, ti: Any, user: str | None = None) -> RowUsers:
         """
-        Return the users of a task's batch, the same in each of its tries, and others when the task was cleared.
-
-        :param ti: the task instance.
-        :param user: a name of one's own, which takes the place of Airflow's in front; the rest becomes a digest.
-        :raises DifyConfigurationError: if the name is empty, or no text.
+        Return the users of a task's batch, the same in each of its tries, and others when the task was cleared. A
+        ``user`` of one's own takes the place of Airflow's name in front; the rest becomes a digest.
         """
         name = f"{task_name(ti)}/{generation_of(ti)}"
         if user is not None:
@@ -45,27 +37,14 @@ class RowUsers:
         """Return the ``user`` of one start; both count from 0."""
         return f"{self.prefix}/{row}.{attempt}"
 
-    def parse(self, user: str | None) -> tuple[int, int] | None:
-        """Return the row and the attempt of a user; ``None`` for anyone else's."""
-        if user is None or not user.startswith(f"{self.prefix}/"):
-            return None
-        found = _ROW.fullmatch(user[len(self.prefix) + 1 :])
-        return (int(found[1]), int(found[2])) if found else None
-
 
 @dataclass(frozen=True)
 class BatchName:
-    """
-    The name of a task's batch, the same in each of its tries.
+    """The name of a task's batch, the same in each of its tries."""
 
-    :param task: a digest of the task in its Dag run.
-    :param map_index: which of the mapped tasks; -1 for one that isn't mapped.
-    :param generation: a number that grows when the task is cleared.
-    """
-
-    task: str
-    map_index: int = -1
-    generation: int = 0
+    task: str  # a digest of the task in its Dag run
+    map_index: int = -1  # -1 for a task that isn't mapped
+    generation: int = 0  # grows when the task is cleared
 
     @classmethod
     def of_task(cls, ti: Any) -> BatchName:

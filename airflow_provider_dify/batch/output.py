@@ -4,33 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.result_files import ResultFiles
 from airflow_provider_dify.batch.results import Checkpoint, PartBuffer, ReturnedResults, RowResult, RowSet
-
-
-@dataclass(frozen=True)
-class EarlierTries:
-    """
-    What earlier tries of a task may have started, as far as Airflow knows.
-
-    :param since: epoch seconds from which on Dify's log may have runs of the batch.
-    :param can_be: whether this is no task's first try.
-    :param number: how many there seem to have been since the task was cleared; a Dag whose ``retries`` were lowered may
-        mislead.
-    """
-
-    since: float
-    can_be: bool
-    number: int
-
-    @property
-    def is_first_try(self) -> bool:
-        """Whether this seems to be the first try since the task was cleared."""
-        return self.number == 0
+from airflow_provider_dify.batch.resuming import EarlierTries
 
 
 class ReturnedOutput:
@@ -44,29 +24,20 @@ class ReturnedOutput:
 
     remembers_stops = False
     is_complete = False
-    checkpoint: Checkpoint | None = None
-    last_written = -1
 
     def __init__(self, total: int, earlier: EarlierTries) -> None:
-        self.since = earlier.since
-        self.reads_log = earlier.can_be
-        self.is_first_try = earlier.is_first_try
-        self.earlier_tries = earlier.number
+        self.earlier = earlier
         self._results = ReturnedResults(total)
 
     def has(self, row: int) -> bool:
         """Return whether a row's result is there already."""
         return False
 
-    async def begin(self, last_uncertain: int) -> None:
-        """
-        Be ready for the first start.
+    async def begin(self) -> None:
+        """Be ready for the first start."""
 
-        :param last_uncertain: the last row that an earlier try may have started; -1 for none.
-        """
-
-    def open(self, row: int, started_at: float) -> None:
-        """Take note of a row that is about to be started, or was started by an earlier try."""
+    def on_untraced(self, row: int, *, is_lost: bool) -> None:
+        """Take note of a row that was begun, and that Dify's log may not have."""
 
     def add(self, result: RowResult) -> None:
         """
@@ -108,18 +79,30 @@ class FileOutput:
         self._files = files
         written = self._files.read_written(progress.add)
         self._rows: RowSet = written.rows
-        self.checkpoint = written.checkpoint
-        self.last_written = written.rows.last
         self.is_complete = written.is_complete
         # The first part is written before anything is started. Without it an earlier try may have started all the same:
         # it may have removed the parts at its end, or written them on another worker's disk.
-        self.reads_log = written.checkpoint is not None or earlier.can_be
-        self.is_first_try = written.checkpoint is None and earlier.is_first_try
-        self.earlier_tries = earlier.number
-        self.since = earlier.since if self.reads_log else time.time()
-        if written.checkpoint is not None and not written.is_damaged:
-            self.since = written.checkpoint.open_since
-        self._buffer = PartBuffer(max_active_runs, self.since, len(written.rows))
+        checkpoint = written.checkpoint
+        self._has_begun = checkpoint is not None
+        self.earlier = replace(earlier, last_row=written.rows.last)
+        if checkpoint is not None:
+            self.earlier = EarlierTries(
+                checkpoint.since or earlier.since,
+                can_be=True,
+                number=max(1, earlier.number),
+                # Parts of older versions don't say which rows got lost.
+                has_parts=not written.is_damaged and checkpoint.since > 0,
+                last_row=max(written.rows.last, checkpoint.last_lost),
+                max_active_runs=checkpoint.max_active_runs,
+                stopped_runs=frozenset(checkpoint.stopped_runs),
+            )
+        elif not earlier.can_be:
+            self.earlier = replace(self.earlier, since=time.time())
+        self._first = Checkpoint(max_active_runs, since=self.earlier.since)
+        self._buffer = PartBuffer(replace(self._first, rows=len(written.rows)))
+        # Rows that neither Dify's log nor a part has, and those of them that are being written.
+        self._untraced = 0
+        self._untraced_in_part = 0
         self._writing: asyncio.Task[None] | None = None
         self._is_broken = False
 
@@ -127,36 +110,42 @@ class FileOutput:
         """Return whether a row's result is there already."""
         return row in self._rows
 
-    async def begin(self, last_uncertain: int) -> None:
-        """
-        Write the first part, before anything is started.
-
-        :param last_uncertain: the last row that an earlier try may have started; -1 for none.
-        """
-        self._buffer.last_uncertain = last_uncertain
-        if self.checkpoint is None:
-            checkpoint = Checkpoint(self.since, self._buffer.max_active_runs)
-            await asyncio.to_thread(self._files.begin, checkpoint)
-
-    def open(self, row: int, started_at: float) -> None:
-        """Take note of a row that is about to be started, or was started by an earlier try."""
-        self._buffer.open(row, started_at)
+    async def begin(self) -> None:
+        """Write the first part, before anything is started."""
+        if not self._has_begun:
+            await asyncio.to_thread(self._files.begin, self._first)
 
     def add(self, result: RowResult) -> None:
         """Take a row's result."""
-        self._buffer.add(result, time.time(), is_logged=result.workflow_run_id is not None)
+        self._buffer.add(result, time.time())
+
+    def on_untraced(self, row: int, *, is_lost: bool) -> None:
+        """Take note of a row that was begun, and that Dify's log may not have."""
+        self._untraced += 1
+        if is_lost:
+            self._buffer.add_lost(row, time.time())
 
     async def write_if_due(self) -> None:
         """
         Write a part, if one is due, while the runs go on.
 
+        A retry counts on it that no more rows than may run at once have left no trace. If they have, wait for the part.
+
         :raises DifyError: if the storage failed.
         """
-        if self._writing is not None and self._writing.done():
+        if self._writing is not None and (self._writing.done() or self._is_full):
             await self._end_writing()
-        if self._writing is None and not self._is_broken and self._buffer.is_due(time.time()):
-            part = self._buffer.take(time.time())
-            self._writing = asyncio.get_running_loop().create_task(asyncio.to_thread(self._files.write, part))
+        if self._writing is None and not self._is_broken and (self._is_full or self._buffer.is_due(time.time())):
+            self._untraced, self._untraced_in_part = 0, self._untraced
+            self._writing = asyncio.get_running_loop().create_task(
+                asyncio.to_thread(self._files.write, self._buffer.take())
+            )
+            if self._is_full:
+                await self._end_writing()
+
+    @property
+    def _is_full(self) -> bool:
+        return self._untraced + self._untraced_in_part >= self._first.max_active_runs
 
     async def flush(self, stopped_runs: tuple[str, ...]) -> None:
         """
@@ -169,13 +158,14 @@ class FileOutput:
         if self._is_broken:
             # A further part would say that the one that is missing is there.
             return
-        await asyncio.to_thread(self._files.write, self._buffer.take(time.time(), stopped_runs))
+        await asyncio.to_thread(self._files.write, self._buffer.take(stopped_runs))
 
     async def _end_writing(self) -> None:
         writing, self._writing = self._writing, None
         assert writing is not None  # noqa: S101
         try:
             await writing
+            self._untraced_in_part = 0
         except BaseException:
             self._is_broken = True
             raise

@@ -31,14 +31,9 @@ _COUNTED: dict[str, str] = {
 
 @dataclass(frozen=True)
 class FailureLimit:
-    """
-    How many runs of a batch may fail.
+    """How many runs of a batch may fail: a whole number, or a share of all rows such as 0.05."""
 
-    :param max_failed_runs: a whole number, or a share of all rows such as 0.05.
-    :raises DifyConfigurationError: if it is anything else.
-    """
-
-    max_failed_runs: float
+    max_failed_runs: float  # an int for a number, a float for a share
 
     def __post_init__(self) -> None:
         parse_limit("max_failed_runs", self.max_failed_runs)
@@ -65,18 +60,7 @@ class _Failures:
 
 
 class BatchProgress:
-    """
-    The counts of a batch.
-
-    :param total: rows of the batch.
-    :param limit: how many runs may fail.
-    :param began_at: epoch seconds of the batch's first start, by an earlier try maybe.
-    :param fail_on_partial_success: whether ``partial-succeeded`` is a failure.
-    :param output_path: where the results are written, for the summary.
-    :ivar over: rows that are over.
-    :ivar failed_rows: rows among them that count against ``max_failed_runs``: all that neither succeeded nor
-        succeeded in part.
-    """
+    """The counts of a batch, of which ``began_at`` is the first start in epoch seconds, by an earlier try maybe."""
 
     def __init__(
         self,
@@ -89,6 +73,7 @@ class BatchProgress:
     ) -> None:
         self.total = total
         self.over = 0
+        # Those that count against max_failed_runs.
         self.failed_rows = 0
         self.total_tokens = 0
         self._limit = limit
@@ -101,18 +86,13 @@ class BatchProgress:
         self._lines: deque[tuple[float, int]] = deque(maxlen=_SPEED_LINES)
 
     def add(self, result: RowResult) -> bool:
-        """
-        Count a row that is over.
-
-        :return: whether it counts as failed.
-        """
+        """Count a row that is over; return whether it counts as failed."""
         self.over += 1
         self.total_tokens += result.total_tokens or 0
         counted = _COUNTED.get(result.status, "failed")
         self._counts[counted] += 1
-        is_failure = counted in ("failed", "stopped") or (
-            counted == "partial_succeeded" and self._fail_on_partial_success
-        )
+        is_partial_failure = counted == "partial_succeeded" and self._fail_on_partial_success
+        is_failure = is_partial_failure or counted in ("failed", "stopped")
         if is_failure:
             self.failed_rows += 1
             self._count_error(result)
@@ -129,14 +109,7 @@ class BatchProgress:
         self._lines.append((now, self.over))
 
     def line(self, active: int, now: float) -> str:
-        """
-        Return a line for the log.
-
-        :param active: runs that are under way.
-        :param now: epoch seconds.
-        :return: such as
-            ``412 of 1,000 runs are over (3 failed), 8 active, 1.2 M tokens, 3.4 runs/s, about 3 min left``.
-        """
+        """Such as ``412 of 1,000 runs are over (3 failed), 8 active, 1.2 M tokens, 3.4 runs/s, about 3 min left``."""
         failed = f" ({self.failed_rows:,} failed)" if self.failed_rows else ""
         parts = [f"{self.over:,} of {self.total:,} runs are over{failed}", f"{active:,} active"]
         if self.total_tokens:
@@ -151,13 +124,7 @@ class BatchProgress:
         return ", ".join(parts)
 
     def summary(self, now: float) -> dict[str, Any]:
-        """
-        Return the batch's XCom ``batch``.
-
-        :param now: epoch seconds.
-        :return: ``total, succeeded, partial_succeeded, failed, stopped, total_tokens, elapsed_time, output_path``;
-            ``elapsed_time`` in seconds since the batch's first start.
-        """
+        """Return the batch's XCom ``batch``; its ``elapsed_time`` is in seconds since the batch's first start."""
         return {
             "total": self.total,
             **self._counts,
@@ -167,12 +134,7 @@ class BatchProgress:
         }
 
     def raise_if_failed(self, now: float) -> None:
-        """
-        Raise if more runs failed than may.
-
-        :param now: epoch seconds.
-        :raises DifyBatchFailed: with the count and the most frequent errors.
-        """
+        """Raise a DifyBatchFailed, with the most frequent errors, if more runs failed than may."""
         if not self.has_failed:
             return
         left = self.total - self.over

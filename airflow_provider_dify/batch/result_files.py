@@ -54,7 +54,7 @@ class WrittenResults:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether a part is gone or cut that a later one counts: its rows may have been started at any time."""
+        """Whether a part is gone or cut that a later one counts."""
         return self.checkpoint is not None and len(self.rows) < self.checkpoint.rows
 
 
@@ -112,7 +112,7 @@ class ResultFiles:
 
     def begin(self, checkpoint: Checkpoint) -> None:
         """
-        Write the batch's first checkpoint, before anything is started: a later try reads Dify's log from there.
+        Write the batch's first checkpoint, before anything is started.
 
         :raises DifyConfigurationError: if another of the mapped tasks writes to the same file.
         :raises DifyError: if the storage fails.
@@ -279,8 +279,9 @@ def _join(first: Checkpoint | None, second: Checkpoint | None) -> Checkpoint | N
     if first is None or second is None:
         return first or second
     return Checkpoint(
-        max(first.open_since, second.open_since),
         max(first.max_active_runs, second.max_active_runs),
         first.stopped_runs + second.stopped_runs,
         max(first.rows, second.rows),
+        min(first.since, second.since),
+        max(first.last_lost, second.last_lost),
     )

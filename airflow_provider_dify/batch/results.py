@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from airflow_provider_dify.api.models import WorkflowRun
@@ -95,20 +94,18 @@ _FIELDS = tuple(item.name for item in fields(RowResult))
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """
-    What a part says about the rest of the batch, in its last line.
+    """What a part says about the rest of the batch, in its last line."""
 
-    :param open_since: epoch seconds; whatever was started before is in a part, so that nobody has to look for it.
-    :param max_active_runs: how many rows may have been under way at once.
-    :param stopped_runs: UUIDs of runs that Dify was asked to stop when the task was killed. Some servers leave their
-        records as ``running`` for ever.
-    :param rows: rows whose results are in this part and those before. If fewer are there, a part is gone.
-    """
-
-    open_since: float
+    # How many rows may have been under way at once.
     max_active_runs: int
+    # Runs that Dify was asked to stop when the task was killed. Some servers leave their records as `running` for ever.
     stopped_runs: tuple[str, ...] = ()
+    # Rows whose results are in this part and those before. If fewer are there, a part is gone.
     rows: int = 0
+    # Epoch seconds of the batch's first start; 0 in parts of older versions.
+    since: float = 0.0
+    # The last row whose start got lost, so that Dify's log may not have it.
+    last_lost: int = -1
 
     def to_line(self) -> str:
         """Return the checkpoint as a line of JSON Lines, with its end."""
@@ -116,13 +113,14 @@ class Checkpoint:
 
     @classmethod
     def from_line(cls, line: str) -> Checkpoint | None:
-        """Return the checkpoint of a line; ``None`` for any other line."""
+        """Return the checkpoint of a line, maybe of another version; ``None`` for any other line."""
         try:
             data = json.loads(line)["checkpoint"] if line.endswith("\n") else None
             if data is None:
                 return None
             stopped = tuple(map(str, data["stopped_runs"]))
-            return cls(float(data["open_since"]), int(data["max_active_runs"]), stopped, int(data["rows"]))
+            since, last_lost = float(data.get("since", 0.0)), int(data.get("last_lost", -1))
+            return cls(int(data["max_active_runs"]), stopped, int(data["rows"]), since, last_lost)
         except (ValueError, RecursionError, KeyError, TypeError):
             return None
 
@@ -179,53 +177,37 @@ class Part:
         return f"{first:09d}-{uuid.uuid4().hex[:12]}.jsonl"
 
 
-@dataclass
 class PartBuffer:
     """
-    The results since the last part, and which rows are open. Pure; the time is given.
+    The results since the last part. Pure; the time is given, in epoch seconds.
 
     A part must be written before the next one is taken, because its checkpoint speaks for the parts before it.
-
-    :param max_active_runs: how many rows may be under way at once.
-    :param open_since: epoch seconds of the batch's own first start, or of the last checkpoint after a crash.
-    :param rows: rows whose results are in a part of an earlier try.
-    :ivar last_uncertain: the last row that an earlier try may have started. Until it is reached, whatever such a try
-        has started is open.
     """
 
-    max_active_runs: int
-    open_since: float
-    rows: int = 0
-    last_uncertain: int = -1
-    _reached: int = -1
-    _open: dict[int, float] = field(default_factory=dict)
-    _lines: dict[int, str] = field(default_factory=dict)
-    _size: int = 0
-    _due: float | None = None
+    def __init__(self, first: Checkpoint) -> None:
+        self._checkpoint = first
+        self._lines: dict[int, str] = {}
+        self._size = 0
+        self._due: float | None = None
 
-    def open(self, index: int, started_at: float) -> None:
-        """
-        Take note of a row that is about to be started, or of one that was started by an earlier try.
+    @property
+    def rows(self) -> int:
+        """Rows whose results are in a part."""
+        return self._checkpoint.rows
 
-        :param index: the row.
-        :param started_at: epoch seconds; for an earlier try's row, the checkpoint that the row was found after.
-        """
-        self._reached = max(self._reached, index)
-        self._open.setdefault(index, started_at)
-
-    def add(self, result: RowResult, now: float, *, is_logged: bool = True) -> None:
-        """
-        Take a row's result.
-
-        :param result: the result.
-        :param now: epoch seconds.
-        :param is_logged: whether Dify's log has the run, so that it could be found there after a crash.
-        """
+    def add(self, result: RowResult, now: float) -> None:
+        """Take a row's result. One without a run is due sooner: after a crash Dify's log would not have it."""
         line = result.to_line()
-        self._reached = max(self._reached, result.index)
         self._size += len(line) - len(self._lines.get(result.index, ""))
         self._lines[result.index] = line
-        due = now + (PART_SECONDS if is_logged else UNLOGGED_SECONDS)
+        self._set_due(now + (UNLOGGED_SECONDS if result.workflow_run_id is None else PART_SECONDS))
+
+    def add_lost(self, row: int, now: float) -> None:
+        """Take note of a row whose start got lost."""
+        self._checkpoint = replace(self._checkpoint, last_lost=max(self._checkpoint.last_lost, row))
+        self._set_due(now + UNLOGGED_SECONDS)
+
+    def _set_due(self, due: float) -> None:
         self._due = due if self._due is None else min(self._due, due)
 
     def is_due(self, now: float) -> bool:
@@ -234,21 +216,12 @@ class PartBuffer:
             return False
         return now >= self._due or len(self._lines) >= PART_ROWS or self._size >= PART_BYTES
 
-    def take(self, now: float, stopped_runs: Iterable[str] = ()) -> Part:
-        """
-        Return all results since the last part, to be written.
-
-        :param now: epoch seconds.
-        :param stopped_runs: as for :class:`Checkpoint`, when the task was killed.
-        """
+    def take(self, stopped_runs: tuple[str, ...] = ()) -> Part:
+        """Return all results since the last part, to be written, with the runs that were stopped with the task."""
         lines = sorted(self._lines.items())
-        for index, _ in lines:
-            self._open.pop(index, None)
         self._lines, self._size, self._due = {}, 0, None
-        self.rows += len(lines)
-        if self._reached >= self.last_uncertain:
-            self.open_since = max(self.open_since, min(self._open.values(), default=now))
-        return Part(lines, Checkpoint(self.open_since, self.max_active_runs, tuple(stopped_runs), self.rows))
+        self._checkpoint = replace(self._checkpoint, rows=self.rows + len(lines))
+        return Part(lines, replace(self._checkpoint, stopped_runs=stopped_runs))
 
 
 class ReturnedResults:

@@ -7,15 +7,21 @@ import csv
 import json
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.calls import Client
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.storage import open_text
-from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
+from airflow_provider_dify.runs.inputs import InputForm, check_inputs, parse_input_form
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
 
 # Characters of one row. A longer line is an error of its own, so that no file can fill the memory.
 MAX_ROW_LENGTH = 10_000_000
@@ -23,41 +29,24 @@ MAX_ROW_LENGTH = 10_000_000
 # Rows that are read from a file at once, and the characters after which there are fewer of them.
 _ROWS_READ = 100
 _LENGTH_READ = 1_000_000
-_JSON_LINES = frozenset({".jsonl", ".ndjson"})
-_CSV = frozenset({".csv"})
 
 
 @dataclass(frozen=True)
 class Row:
-    """
-    One row of a batch.
+    """One row of a batch."""
 
-    :param index: the row's number, from 0.
-    :param line: the line of the file on which it begins, from 1; ``None`` for a row of a list.
-    :param inputs: the inputs of the row's run; ``None`` for a row that has none.
-    :param error: why the row has no inputs; ``None`` for one that has.
-    :param length: characters that it has in its file.
-    """
-
-    index: int
-    line: int | None
-    inputs: dict[str, Any] | None
+    index: int  # from 0
+    line: int | None  # of the file, on which it begins, from 1; None for a row of a list
+    inputs: dict[str, Any] | None  # None for a row with an error
     error: str | None = None
-    length: int = field(default=0, compare=False)
+    length: int = field(default=0, compare=False)  # characters in its file
 
 
 def read_rows(inputs: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
     """
-    Return the rows of a batch, one at a time.
-
-    A file is read as a stream, one row at a time. In JSON Lines, blank lines are skipped. In CSV, the first line names
-    the inputs, each value is text, a quoted value may have several lines, and an empty one is no input.
-
-    :param inputs: a list of dicts, or the path or URL of a file that ends in ``.jsonl``, ``.ndjson`` or ``.csv``.
-    :param json_columns: columns of a CSV file whose values are JSON.
-    :return: the rows in order; what is no object has an error.
-    :raises DifyConfigurationError: if the inputs are neither, or the file isn't there, or its header can't be used.
-    :raises DifyError: if the storage fails.
+    Return the rows of a list of dicts, or of a file that is read as a stream; what is no object has an error. In JSON
+    Lines, blank lines are skipped. In CSV, the first line names the inputs, each value is text (JSON in
+    ``json_columns``), a quoted value may have several lines, and an empty one is no input.
     """
     if not is_file(inputs):
         if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray)):
@@ -65,11 +54,11 @@ def read_rows(inputs: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
                 "inputs must be a list of dicts, or the path or URL of a file of JSON Lines or CSV, but it is "
                 f"{one_line(repr(inputs), 120)} ({type(inputs).__name__})."
             )
-        return _rows_of(enumerate(inputs))
+        return (_row(index, None, value) for index, value in enumerate(inputs))
     suffix = PurePath(str(inputs)).suffix.lower()
-    if suffix in _JSON_LINES:
+    if suffix in (".jsonl", ".ndjson"):
         return _rows_of_json_lines(inputs)
-    if suffix in _CSV:
+    if suffix == ".csv":
         return _rows_of_csv(inputs, json_columns)
     if str(inputs).lstrip()[:1] in ("[", "{"):
         raise DifyConfigurationError(
@@ -82,26 +71,13 @@ def read_rows(inputs: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
 
 
 def load_lazy(inputs: Any) -> Any:
-    """
-    Return inputs that any thread can read.
-
-    The results of mapped tasks are a lazy sequence. On Airflow 2 it belongs to the thread of its database session.
-
-    :param inputs: as for :func:`read_rows`.
-    :return: the same; a list for such a sequence.
-    """
+    """Return inputs that any thread can read: Airflow 2's lazy sequence of mapped results is bound to one thread."""
     is_lazy = isinstance(inputs, Sequence) and not isinstance(inputs, (str, bytes, bytearray, list, tuple))
     return list(inputs) if is_lazy else inputs
 
 
 def count_rows(inputs: Any, json_columns: Sequence[str] = ()) -> int:
-    """
-    Return how many rows a batch has. A file is read once for that, as a stream.
-
-    :param inputs: as for :func:`read_rows`.
-    :param json_columns: as for :func:`read_rows`.
-    :raises DifyError: as :func:`read_rows` does.
-    """
+    """Return how many rows a batch has. A file is read once for that, as a stream."""
     if not is_file(inputs) and isinstance(inputs, Sequence):
         return len(inputs)
     return sum(1 for _ in read_rows(inputs, json_columns))
@@ -112,10 +88,6 @@ def is_file(inputs: Any) -> bool:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
     return isinstance(inputs, (str, os.PathLike, ObjectStoragePath))
-
-
-def _rows_of(items: Iterable[tuple[int, Any]]) -> Iterator[Row]:
-    return (_row(index, None, value) for index, value in items)
 
 
 def _row(index: int, line: int | None, value: Any, length: int = 0) -> Row:
@@ -130,12 +102,9 @@ def _row(index: int, line: int | None, value: Any, length: int = 0) -> Row:
 def _rows_of_json_lines(path: Any) -> Iterator[Row]:
     # Only "\n" ends a line: other separators may stand in a JSON text.
     with open_text(path, newline="\n") as file:
-        index = 0
-        for number, text in _lines(file):
-            if text is not None and not text.strip():
-                continue
+        lines = ((number, text) for number, text in _lines(file) if text is None or text.strip())
+        for index, (number, text) in enumerate(lines):
             yield _parse_json(index, number, text)
-            index += 1
 
 
 def _parse_json(index: int, line: int, text: str | None) -> Row:
@@ -152,15 +121,11 @@ def _parse_json(index: int, line: int, text: str | None) -> Row:
 
 def _lines(file: Any) -> Iterator[tuple[int, str | None]]:
     """Return each line with its number from 1; ``None`` for one that is too long."""
-    number = 0
-    while text := file.readline(MAX_ROW_LENGTH + 1):
-        number += 1
-        if len(text) <= MAX_ROW_LENGTH or text.endswith("\n"):
-            yield number, text
-            continue
-        while (rest := file.readline(MAX_ROW_LENGTH)) and not rest.endswith("\n"):
+    for number, text in enumerate(iter(lambda: file.readline(MAX_ROW_LENGTH + 1), ""), 1):
+        is_too_long = len(text) > MAX_ROW_LENGTH and not text.endswith("\n")
+        while is_too_long and (rest := file.readline(MAX_ROW_LENGTH)) and not rest.endswith("\n"):
             pass
-        yield number, None
+        yield number, None if is_too_long else text
 
 
 def _rows_of_csv(path: Any, json_columns: Sequence[str]) -> Iterator[Row]:
@@ -272,15 +237,11 @@ def _long_fields() -> Iterator[None]:
 
 def _is_utf8(text: str) -> bool:
     """Return whether a text that was read with ``surrogateescape`` was UTF-8."""
-    return not any("\udc80" <= char <= "\udcff" for char in text) if not text.isascii() else True
+    return text.isascii() or not any("\udc80" <= char <= "\udcff" for char in text)
 
 
 class RowsAhead:
-    """
-    The rows of a batch for an event loop, read in a thread: a storage may be slow.
-
-    :param rows: the rows.
-    """
+    """The rows of a batch for an event loop, read in a thread: a storage may be slow."""
 
     def __init__(self, rows: Iterator[Row]) -> None:
         self._rows = rows
@@ -299,3 +260,33 @@ class RowsAhead:
             rows.append(row)
             length += row.length
         return rows
+
+
+# A warning is logged for the first row that it is about; a million rows may have as many.
+_MAX_WARNINGS = 20
+
+
+class FormCheck:
+    """The check of each row's inputs against the app's form, which is read once for all of them."""
+
+    def __init__(self, log: Logger) -> None:
+        self._log = log
+        self._form: InputForm | None = None
+        self._warned: set[str] = set()
+
+    async def read_form(self, client: Client) -> None:
+        """Read the form; a server that refuses it leaves the check out."""
+        with suppress(DifyError):
+            self._form = parse_input_form(await client.perform(calls.parameters()))
+
+    def problem_of(self, inputs: Mapping[str, Any]) -> str | None:
+        """Return why Dify is sure to reject a row's inputs; ``None`` if nothing is known against them."""
+        if self._form is None:
+            return None
+        check = check_inputs(self._form, inputs)
+        for warning in check.warnings:
+            if warning not in self._warned and len(self._warned) < _MAX_WARNINGS:
+                self._warned.add(warning)
+                self._log.warning("%s", warning)
+        rejection = check.rejection()
+        return None if rejection is None else str(rejection)

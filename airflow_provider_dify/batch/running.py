@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
-import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
-from queue import SimpleQueue
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from
 from airflow_provider_dify.api.text import one_line
-from airflow_provider_dify.batch.form_check import FormCheck
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import FoundRun, Resumption, RowAction, read_log
-from airflow_provider_dify.batch.row_run import BatchClient, NoMoreStarts, RowRun, RowSettings
-from airflow_provider_dify.batch.rows import Row, RowsAhead, read_rows
+from airflow_provider_dify.batch.resuming import Resumption
+from airflow_provider_dify.batch.row import NoMoreStarts, RowRun, RowSettings
+from airflow_provider_dify.batch.rows import FormCheck, Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.slots import Places, RunLimit
-from airflow_provider_dify.batch.stops import SECONDS_TO_STOP, stop_runs
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -31,15 +27,18 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.runs.clock import TaskClock
-from airflow_provider_dify.runs.log import RepeatedLook
+from airflow_provider_dify.runs.waiting import Deadline
+from airflow_provider_dify.tasks.loop import TaskLoop
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
 
 # Seconds after which the batch looks at its clock, its parts and its progress, whatever happens.
 _TICK = 0.5
+# Seconds by which a row's deadline comes after the batch's own, which ends all rows at once.
+_SECONDS_AFTER_DEADLINE = 60.0
+# Airflow 3 kills a task's process 5 seconds after on_kill began.
+_SECONDS_TO_STOP = 3.5
 # Starts that get lost one after the other, beside those under way, until nothing more is started.
 _MAX_LOST_IN_A_ROW = 10
 _GOOD = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
@@ -50,9 +49,9 @@ class BatchSettings:
     """What the operator's arguments say about a batch, rendered; times in seconds."""
 
     inputs: Any
-    dify_conn_id: str
     max_active_runs: int
     progress_interval: float
+    timeout: float
     row: RowSettings
     json_columns: tuple[str, ...] = ()
 
@@ -61,153 +60,99 @@ class BatchRun:
     """
     One try of a batch while it runs.
 
-    The event loop has a thread of its own. So what Airflow raises in a task's main thread, when it kills the task or
-    its ``execution_timeout`` is over, ends no callback of the loop, which goes on until all runs are stopped.
-
     :param settings: the operator's arguments.
+    :param client: sends the requests, each once.
+    :param loop: what runs this, and asks the main thread.
     :param users: the users of its runs.
     :param output: its results.
     :param progress: its counts, with those of earlier tries.
-    :param deadline: epoch seconds at which the batch gives up.
+    :param deadline: when the batch gives up.
     :param log: the task's log.
+    :param on_app: called with the app's UUID, in the main thread, once a run has named it.
     :param will_be_retried: whether Airflow starts another try of a task that is killed now.
     """
 
     def __init__(
         self,
         settings: BatchSettings,
+        client: DifyClient,
+        loop: TaskLoop,
         users: RowUsers,
         output: Output,
         progress: BatchProgress,
-        deadline: float,
+        deadline: Deadline,
         log: Logger,
+        on_app: Callable[[str], None],
         *,
         will_be_retried: bool,
     ) -> None:
+        self.client = client
+        self.deadline = replace(deadline, at=deadline.at + _SECONDS_AFTER_DEADLINE)
+        self.users = users
+        self.row_settings = settings.row
+        self.log = log
         self._settings = settings
-        self._users = users
+        self._loop = loop
         self._output = output
         self._progress = progress
-        self._log = log
+        self._deadline = deadline
+        self._on_app = on_app
         self._will_be_retried = will_be_retried
-        self._clock = TaskClock(deadline, math.inf)
-        # A start that gets lost with its connection is looked for in the log, and no row is lost with it.
-        self._hook = DifyAsyncHook(settings.dify_conn_id, keeps_connections=True)
-        self._messages: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run_loop, name="dify-batch", daemon=True)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
         self._stop_reason: DifyError | None = None
         self._failure: BaseException | None = None
         self._tasks: dict[asyncio.Task[None], RowRun] = {}
         self._places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
         self._check = FormCheck(log)
+        self.resumption = Resumption(
+            users,
+            output.earlier,
+            max_active_runs=settings.max_active_runs,
+            run_retries=settings.row.run_retries,
+            on_look=self._changed.set,
+        )
         # Rows whose start got lost; they are looked for once more when no other row is under way.
         self._lost: list[RowRun] = []
         self._lost_in_a_row = 0
         self._last_start = 0.0
-        self._has_link = False
+        self._link: asyncio.Task[None] | None = None
         self._stopped_runs: tuple[str, ...] = ()
 
-    # --- on the main thread
-
-    def run(self, on_app: Callable[[str], None]) -> None:
+    async def run(self) -> None:
         """
         Run the rows that have no result yet, and return when all are over or no more are to be started.
 
-        :param on_app: called with the app's UUID, once a run has named it.
-        :raises DifyError: what ended the batch before its rows were over; what the rows say is in the progress.
+        Raises what ended the batch before its rows were over; what the rows say is in the progress.
         """
-        self._thread.start()
         try:
-            while True:
-                kind, value = self._messages.get()
-                if kind == "app":
-                    on_app(value)
-                    continue
-                if value is not None:
-                    raise value
-                return
-        except BaseException:
-            self.kill()
-            raise
-
-    def kill(self) -> None:
-        """Stop what runs, because Airflow ends the task, and wait some seconds for that."""
-        if not self._thread.is_alive():
-            return
-        self._stop(DifyTaskKilled("Airflow killed the task while its batch was running. A retry continues the batch."))
-        self._thread.join(SECONDS_TO_STOP + 1.0)
-
-    def _stop(self, reason: DifyError) -> None:
-        self._stop_reason = self._stop_reason or reason
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._on_stop)
-
-    def _run_loop(self) -> None:
-        try:
-            asyncio.run(self._run())
-        except BaseException as error:
-            self._messages.put(("end", error))
-        else:
-            self._messages.put(("end", self._stop_reason))
-
-    # --- on the event loop
-
-    def _on_stop(self) -> None:
-        for run in self._tasks.values():
-            run.close_unsent()
-        self._changed.set()
-
-    async def _run(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        async with self._hook:
-            client = await self._prepare()
+            await self._prepare()
             self._progress.begin(time.time())
             try:
-                await self._run_rows(client)
+                await self._run_rows()
             finally:
                 await self._output.flush(self._stopped_runs if self._stop_reason is not None else ())
-        if self._failure is not None and self._stop_reason is None:
+            if self._link is not None:
+                await self._link
+        except asyncio.CancelledError:
+            raise DifyTaskKilled(
+                "Airflow killed the task while its batch was running. A retry continues the batch."
+            ) from None
+        if self._stop_reason is not None:
+            raise self._stop_reason
+        if self._failure is not None:
             raise self._failure
 
-    async def _prepare(self) -> BatchClient:
-        """Read the form, and what earlier tries have started."""
-        settings = self._settings
-        if settings.row.workflow_id is None:
-            await self._hook.run_steps(self._check.read_form())
-        found: dict[int, list[FoundRun]] = {}
-        if self._output.reads_log:
-            self._log.info("Looking into Dify's log for the runs that an earlier try has started.")
-            looks = RepeatedLook(self._clock, self._log, settings.row.poll_interval)
-            # Without the log, runs would be paid twice.
-            steps = looks.through_failures(
-                lambda: read_log(self._users, self._output.since), settings.row.max_consecutive_failures
-            )
-            found = await self._hook.run_steps(steps)
-        if self._hook.server_version and self._hook.connection is not None:
-            self._log.info("Dify %s at %s.", self._hook.server_version, self._hook.connection.base_url)
-        # A row that is written is in nobody's hand, even if its run's record stays `running` for ever.
-        is_fresh = self._output.is_first_try and not found
-        found = {row: runs for row, runs in found.items() if not self._output.has(row)}
-        resumption = Resumption(
-            found,
-            max_active_runs=settings.max_active_runs,
-            run_retries=settings.row.run_retries,
-            checkpoint=self._output.checkpoint,
-            last_written=self._output.last_written,
-            is_fresh=is_fresh,
-            earlier_tries=self._output.earlier_tries,
-        )
-        await self._output.begin(resumption.last_uncertain)
-        # Later than the batch's own, which ends all rows at once.
-        clock = TaskClock(self._clock.deadline + 60.0, math.inf)
-        return BatchClient(
-            self._hook, clock, self._users, resumption, settings.row, self, self._log, self._output.since
-        )
+    async def _prepare(self) -> None:
+        """Read the form, and write the first part."""
+        if self._settings.row.workflow_id is None:
+            await self._check.read_form(self.client)
+        if self.client.address:
+            self.log.info("%s", self.client.address)
+        if self._output.earlier.can_be:
+            self.log.info("Looking into Dify's log for the runs that an earlier try may have started.")
+        await self._output.begin()
 
-    async def _run_rows(self, client: BatchClient) -> None:
+    async def _run_rows(self) -> None:
         settings = self._settings
         rows = RowsAhead(
             row for row in read_rows(settings.inputs, settings.json_columns) if not self._output.has(row.index)
@@ -220,16 +165,16 @@ class BatchRun:
                     self._look_once_more()
                 while self.starts_more and self._places.grant():
                     pass
-                while has_more and self.starts_more and not self._places.waiting and self._places.may_take():
+                while has_more and self.starts_more and self._may_take():
                     row = await self._next_row(rows)
                     has_more = row is not None
                     if row is not None:
-                        self._take(client, row)
+                        self._take(row)
                         # Rows that are never started may be many, and follow each other at once.
                         await self._write()
                 await self._wait_for_change()
-                if self._clock.is_over:
-                    self._stop(self._timed_out())
+                if self._deadline.is_over:
+                    self._stop_reason = self._stop_reason or self._timed_out()
                 if self._stop_reason is not None:
                     break
                 if not self.starts_more:
@@ -238,7 +183,10 @@ class BatchRun:
                 await self._write()
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + settings.progress_interval
-                    self._log.info("%s", self._progress.line(self._places.taken, time.time()))
+                    self.log.info("%s", self._progress.line(self._places.taken, time.time()))
+        except asyncio.CancelledError:
+            self._stop_reason = DifyTaskKilled("Airflow killed the task.")
+            raise
         finally:
             if self._stop_reason is not None:
                 await self._stop_runs()
@@ -248,6 +196,9 @@ class BatchRun:
             for run in lost:
                 # So that no retry pays for it twice.
                 self._on_result(run.lost_result())
+
+    def _may_take(self) -> bool:
+        return not self._places.waiting and self._places.may_take() and self.resumption.may_take
 
     async def _next_row(self, rows: RowsAhead) -> Row | None:
         try:
@@ -268,17 +219,14 @@ class BatchRun:
         for task in list(tasks):
             task.cancel()
 
-    def _take(self, client: BatchClient, row: Row) -> None:
+    def _take(self, row: Row) -> None:
         """Begin with a row: check its inputs, and do what is to be done with it."""
         error = row.error if row.inputs is None else self._check.problem_of(row.inputs)
         if row.inputs is None or error is not None:
             self._on_result(RowResult(row.index, "failed", error=error, attempts=0))
             return
-        plan = client.resumption.plan(row.index)
-        now = time.time()
-        self._output.open(row.index, now if plan.action is RowAction.START else min(now, self._output.since))
-        run = RowRun(client, row.index, row.inputs, plan)
-        if plan.action is not RowAction.LOOK_FOR:
+        run = RowRun(self, row.index, row.inputs, may_be_started=self.resumption.take(row.index))
+        if not run.may_be_started:
             self._places.take(row.index)
         self._begin(run, run.run())
 
@@ -305,13 +253,16 @@ class BatchRun:
         if self._stop_reason is None or result.status in _GOOD or run.lost is not None:
             run.lost = None
             self._on_result(result)
+            if result.workflow_run_id is None:
+                self._output.on_untraced(run.row, is_lost=False)
 
     def _on_lost(self, run: RowRun, error: DifyWorkflowRunUncertain) -> None:
-        self._log.warning(
+        self.log.warning(
             "Row %d: Dify's log shows no run of its start. It is looked for once more when the other rows are over.",
             run.row,
         )
         self._lost.append(run)
+        self._output.on_untraced(run.row, is_lost=True)
         self._lost_in_a_row += 1
         if self._lost_in_a_row > max(_MAX_LOST_IN_A_ROW, self._settings.max_active_runs) and self._failure is None:
             self._failure = DifyConnectionError(
@@ -327,7 +278,7 @@ class BatchRun:
             return
         error = task.exception()
         if isinstance(error, DifyWorkflowRunTimeout):
-            self._stop(self._timed_out())
+            self._stop_reason = self._stop_reason or self._timed_out()
         elif error is not None and self._failure is None:
             # Of the way to Dify, or of this package: no row can go on.
             self._failure = error
@@ -341,7 +292,7 @@ class BatchRun:
             self._failure = self._failure or error
         if is_failure:
             run = f"workflow run {result.workflow_run_id}, status {one_line(result.status, 40)}"
-            self._log.warning(
+            self.log.warning(
                 "Row %d failed: %s (%s)",
                 result.index,
                 one_line(result.error or "Dify gave no error text"),
@@ -359,7 +310,7 @@ class BatchRun:
 
     def _timed_out(self) -> DifyWorkflowRunTimeout:
         return DifyWorkflowRunTimeout(
-            f"The batch's timeout of {self._settings.row.timeout:g} seconds is over. "
+            f"The batch's timeout of {self._settings.timeout:g} seconds is over. "
             f"{self._progress.line(self._places.taken, time.time())}."
         )
 
@@ -372,7 +323,7 @@ class BatchRun:
             self._stop_reason is None
             and self._failure is None
             and not self._progress.has_failed
-            and not self._clock.is_over
+            and not self._deadline.is_over
         )
 
     @property
@@ -392,9 +343,8 @@ class BatchRun:
         """Take note that Dify took a start, and let the main thread push the link to the app."""
         self._places.on_started()
         self._last_start, self._lost_in_a_row = time.monotonic(), 0
-        if app_id is not None and not self._has_link:
-            self._has_link = True
-            self._messages.put(("app", app_id))
+        if app_id is not None and self._link is None:
+            self._link = asyncio.get_running_loop().create_task(self._loop.ask(partial(self._on_app, app_id)))
 
     def has_started_since(self, moment: float) -> bool:
         """Return whether Dify has taken a start of any row since a moment of ``time.monotonic``."""
@@ -404,11 +354,22 @@ class BatchRun:
 
     async def _stop_runs(self) -> None:
         """Ask Dify to stop what runs, unless a retry of this task would wait for a run that was stopped."""
-        runs = list(self._tasks.values())
         is_killed = isinstance(self._stop_reason, DifyTaskKilled)
-        remembers = self._output.remembers_stops or is_server_from(self._hook.server_version, (1, 16))
+        remembers = self._output.remembers_stops or is_server_from(self.client.server_version, (1, 16))
         if is_killed and self._will_be_retried and not remembers:
             # Neither this Airflow nor this Dify would remember the stop.
-            self._log.info("%d workflow runs go on for the retry of this task.", len(runs))
+            self.log.info("%d workflow runs go on for the retry of this task.", len(self._tasks))
             return
-        self._stopped_runs = await stop_runs(self._hook, runs, self._log)
+        stops = [asyncio.get_running_loop().create_task(run.stop()) for run in self._tasks.values()]
+        if not stops:
+            return
+        done, late = await asyncio.wait(stops, timeout=_SECONDS_TO_STOP)
+        for stop in late:
+            stop.cancel()
+        reports = [found for stop in done if not stop.exception() and (found := stop.result())]
+        for _, report in reports:
+            if report.is_warning:
+                self.log.warning("%s", report.message)
+        self._stopped_runs = tuple(run_id for run_id, report in reports if report.was_asked)
+        line = "Asked Dify to stop %d workflow runs, of %d rows that were under way."
+        self.log.info(line, len(self._stopped_runs), len(stops))

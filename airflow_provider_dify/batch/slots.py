@@ -24,13 +24,9 @@ MAX_PAUSE = 60.0
 
 class RunLimit:
     """
-    The number of runs at once: halved when Dify says that there are too many, grown again by one at a time.
-
-    Whoever starts a run asks :meth:`may_start` first, and reports what came of it. A row keeps its place until it is
-    over, through its retries and the pauses between them.
-
-    :param max_active_runs: the most runs at once.
-    :ivar limit: the number of runs at once as it is now.
+    The number of runs at once: halved when Dify says that there are too many, grown again by one at a time. Times are
+    seconds of any clock that doesn't go back. A row keeps its place until it is over, through its retries and the
+    pauses between them.
     """
 
     def __init__(self, max_active_runs: int) -> None:
@@ -41,12 +37,7 @@ class RunLimit:
         self._paused_until = float("-inf")
 
     def may_start(self, active: int, now: float) -> bool:
-        """
-        Return whether a start may be sent now.
-
-        :param active: runs that are under way, the starts among them that have no response yet included.
-        :param now: seconds of any clock that doesn't go back.
-        """
+        """Return whether a start may be sent now; ``active`` counts the starts that have no response yet, too."""
         if now < self._paused_until:
             return False
         # Only when the present number is in use, so that one run more tells something.
@@ -56,13 +47,7 @@ class RunLimit:
         return active < self.limit
 
     def seconds_until_change(self, active: int, now: float) -> float | None:
-        """
-        Return when to ask :meth:`may_start` again, if no run ends before.
-
-        :param active: as for :meth:`may_start`.
-        :param now: as for :meth:`may_start`.
-        :return: seconds, 0 for at once; ``None`` if nothing changes until a run ends.
-        """
+        """Return when to ask :meth:`may_start` again, 0 for at once; ``None`` if nothing changes until a run ends."""
         if now < self._paused_until:
             return self._paused_until - now
         if active == self.limit < self._most:
@@ -71,14 +56,8 @@ class RunLimit:
 
     def on_refused(self, sent_at: float, now: float, retry_after: float | None = None) -> bool:
         """
-        Take note that Dify turned a start away because it has too many.
-
-        Starts that were under way when the number was halved say nothing about the new one.
-
-        :param sent_at: when the start was sent.
-        :param now: the present.
-        :param retry_after: seconds that the server asked to wait.
-        :return: whether the number was halved, for a line in the log.
+        Take note that Dify turned a start away because it has too many; return whether the number was halved. Starts
+        that were under way when it was halved say nothing about the new one. ``retry_after`` is seconds.
         """
         is_new = sent_at >= self._last_change
         if is_new:
@@ -95,13 +74,7 @@ class RunLimit:
 
 
 class Places:
-    """
-    The places of a batch's runs at once.
-
-    :param limit: how many there are.
-    :param log: the task's log.
-    :param on_change: called when a place may have become free.
-    """
+    """The places of a batch's runs at once; ``on_change`` is called when one may have become free."""
 
     def __init__(self, limit: RunLimit, log: Logger, on_change: Callable[[], None]) -> None:
         self._holders: set[int] = set()
@@ -161,13 +134,7 @@ class Places:
         return True
 
     async def after_refusal(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
-        """
-        Give a place back, because Dify turned its start away, and wait for another one.
-
-        :param row: the row.
-        :param sent_at: when the start was sent, by ``time.monotonic``.
-        :param error: what Dify responded.
-        """
+        """Give a place back, as Dify refused its start of ``sent_at`` (``time.monotonic``), and wait for another."""
         if self._limit.on_refused(sent_at, time.monotonic(), error.retry_after):
             self._log.info("Dify has too many active runs; at most %d at once from now on.", self._limit.limit)
         self.give_back(row)

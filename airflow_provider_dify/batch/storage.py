@@ -15,13 +15,7 @@ _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, Permissi
 
 
 def storage_path(path: str | os.PathLike[str]) -> Any:
-    """
-    Return a path on any storage that Airflow reaches.
-
-    :param path: a local path, or a URL such as ``s3://connection@bucket/key``, as Airflow's object storage takes it.
-    :return: Airflow's ``ObjectStoragePath``.
-    :raises DifyConfigurationError: if the storage isn't known, or its package isn't installed.
-    """
+    """Return Airflow's ``ObjectStoragePath`` for a local path, or for a URL such as ``s3://connection@bucket/key``."""
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
     with storage_errors(path, "reached"):
@@ -32,27 +26,14 @@ def storage_path(path: str | os.PathLike[str]) -> Any:
 
 
 def is_same_file(one: Any, other: Any) -> bool:
-    """
-    Return whether two paths of :func:`storage_path` name one file of one storage.
-
-    :param one: a path.
-    :param other: another one.
-    """
+    """Return whether two paths of :func:`storage_path` name one file of one storage."""
     names = {path.fs._strip_protocol(path.path) for path in (one, other)}
     return bool(one.fs == other.fs) and len(names) == 1
 
 
 @contextmanager
 def open_text(path: str | os.PathLike[str], *, newline: str) -> Iterator[Any]:
-    """
-    Open a text file for reading, as a stream.
-
-    :param path: as for :func:`storage_path`.
-    :param newline: as for :func:`open`.
-    :return: the file; what is no UTF-8 in it is escaped as ``surrogateescape`` does, and a byte order mark is skipped.
-    :raises DifyConfigurationError: if the file isn't there, or can't be opened.
-    :raises DifyError: if the storage fails.
-    """
+    """Open a text file as a stream; a byte order mark is skipped, and what is no UTF-8 becomes surrogate escapes."""
     found = storage_path(path)
     with (
         storage_errors(path, "read"),
@@ -62,29 +43,13 @@ def open_text(path: str | os.PathLike[str], *, newline: str) -> Iterator[Any]:
 
 
 def open_stream(path: Any, mode: str, **options: Any) -> Any:
-    """
-    Open a file as a stream.
-
-    Without Airflow's own wrapper, which costs a line as much as parsing it does.
-
-    :param path: what :func:`storage_path` returned.
-    :param mode: as for :func:`open`.
-    :param options: as fsspec takes them.
-    :return: the file.
-    """
+    """Open a path of a storage without Airflow's own wrapper, which costs a line as much as parsing it does."""
     return path.fs.open(path.path, mode, **{"encoding": "utf-8", **options})
 
 
 @contextmanager
 def storage_errors(path: object, verb: str) -> Iterator[None]:
-    """
-    Turn what a storage raises into a DifyError.
-
-    :param path: what was asked for, for the message.
-    :param verb: what was to be done with it, such as ``read``.
-    :raises DifyConfigurationError: for what no retry changes.
-    :raises DifyError: for the rest, which may pass.
-    """
+    """Turn what a storage raises into a DifyError, and what no retry changes into a DifyConfigurationError."""
     try:
         yield
     except DifyError:

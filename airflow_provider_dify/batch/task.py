@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowFailException
 
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
-from airflow_provider_dify.batch.output import EarlierTries, FileOutput, Output, ReturnedOutput
+from airflow_provider_dify.batch.output import FileOutput, Output, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.result_files import ResultFiles
+from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import count_rows, load_lazy
 from airflow_provider_dify.batch.running import BatchRun, BatchSettings
-from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
+from airflow_provider_dify.exceptions import DifyError
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.runs.waiting import Deadline
+from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import first_try_number
 
 if TYPE_CHECKING:
@@ -45,6 +49,7 @@ class BatchTask:
     :param batch: the operator's arguments for the runs.
     :param settings: the others.
     :param context: the running task's context.
+    :param hook: the hook, whose connection counts.
     :param log: the task's log.
     :param push: pushes the XCom ``batch``.
     """
@@ -54,6 +59,7 @@ class BatchTask:
         batch: BatchSettings,
         settings: TaskSettings,
         context: Context,
+        hook: DifyHook,
         log: Logger,
         push: Callable[[dict[str, Any]], None],
     ) -> None:
@@ -61,10 +67,10 @@ class BatchTask:
         self._settings = settings
         self._ti: Any = context["ti"]
         self._dag_run: Any = context.get("dag_run")
+        self._hook = hook
         self._log = log
         self._push = push
-        self._run: BatchRun | None = None
-        self._was_killed = False
+        self._loop = TaskLoop()
 
     def run(self, on_app: Callable[[str], None]) -> Any:
         """
@@ -77,14 +83,14 @@ class BatchTask:
         """
         settings = self._settings
         batch = self._batch = replace(self._batch, inputs=load_lazy(self._batch.inputs))
-        deadline = time.time() + batch.row.timeout
+        deadline = Deadline.after(batch.timeout, "batch's")
         users = RowUsers.of_task(self._ti, settings.user)
         total = count_rows(batch.inputs, batch.json_columns)
         progress = BatchProgress(
             total,
             FailureLimit(settings.max_failed_runs),
             began_at=time.time(),
-            fail_on_partial_success=batch.row.fail_on_partial_success,
+            fail_on_partial_success=batch.row.wait.fail_on_partial_success,
             output_path=settings.output_path,
         )
         output = self._output(total, progress)
@@ -93,12 +99,7 @@ class BatchTask:
             self._log.info("%d of %d rows are over already, by an earlier try.", progress.over, total)
         try:
             if progress.over < total and not output.is_complete:
-                self._run = BatchRun(
-                    batch, users, output, progress, deadline, self._log, will_be_retried=self._will_be_retried
-                )
-                if self._was_killed:
-                    raise DifyTaskKilled("Airflow killed the task before its batch began.")
-                self._run.run(on_app)
+                self._loop.run(self._run_rows(batch, users, output, progress, deadline, on_app))
         except BaseException as error:
             is_last = isinstance(error, AirflowFailException) or not self._will_be_retried
             # No other try comes, so what is there is written all the same.
@@ -119,9 +120,30 @@ class BatchTask:
 
     def kill(self) -> None:
         """Stop what runs, because Airflow ends the task."""
-        self._was_killed = True
-        if self._run is not None:
-            self._run.kill()
+        self._loop.kill()
+
+    async def _run_rows(
+        self,
+        batch: BatchSettings,
+        users: RowUsers,
+        output: Output,
+        progress: BatchProgress,
+        deadline: Deadline,
+        on_app: Callable[[str], None],
+    ) -> None:
+        async with self._hook.client_on(self._loop) as client:
+            await BatchRun(
+                batch,
+                client,
+                self._loop,
+                users,
+                output,
+                progress,
+                deadline,
+                self._log,
+                on_app,
+                will_be_retried=self._will_be_retried,
+            ).run()
 
     @property
     def _will_be_retried(self) -> bool:

@@ -13,14 +13,7 @@ _NAME_LENGTH = 80
 
 
 def describe_test(connection: DifyConnection, app: AppInfo, server_version: str | None) -> tuple[bool, str]:
-    """
-    Return what the Test button shows for a connection whose key was accepted.
-
-    :param connection: the connection's settings.
-    :param app: the app that the key belongs to.
-    :param server_version: Dify's version; ``None`` where it isn't known.
-    :return: whether the connection can be used, and a sentence.
-    """
+    """Return what the Test button shows for an accepted key: whether the connection can be used, and a sentence."""
     name = one_line(app.name, _NAME_LENGTH)
     if not app.has_workflow_runs:
         return False, (

@@ -42,11 +42,11 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
 
     No run is paid for twice. A start that may have arrived is never sent again. Its run is looked for in Dify's log
     during ``not_found_grace``, and once more at the batch's end; a row whose run does not come up has failed. After a
-    crash or an Airflow retry, rows whose results are written are not asked for again, and Dify's log tells which others
-    have runs: their ``user`` names the row and the attempt. What is over is read, what is alive is followed, and the
-    rest is started. Rows that may have been under way at the crash are looked for during ``not_found_grace`` first.
-    What is left is one window: a run that was queued at the crash, and is still queued when the grace is over. Such a
-    row runs, and is paid, twice. A task that is cleared starts from scratch.
+    crash or an Airflow retry, rows whose results are written are not asked for again. For the others that may have been
+    started, Dify's log is asked: the ``user`` of a run names the row and the attempt. What is over is read, what is
+    alive is followed, and the rest is started. Rows that may have been under way at the crash are looked for during
+    ``not_found_grace`` first. What is left is one window: a run that was queued at the crash, and is still queued when
+    the grace is over. Such a row runs, and is paid, twice. A task that is cleared starts from scratch.
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
         object storage takes it. Templated.
@@ -66,7 +66,8 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :param progress_interval: seconds between the lines that say how far the batch is.
     :param poll_interval: seconds between polls of a run whose events broke off.
     :param not_found_grace: seconds for which a run is looked for that may have been started.
-    :param max_consecutive_failures: polls of a run in a row that may fail for a passing reason.
+    :param max_consecutive_failures: polls of a run, or a retry's looks into the log, that may fail in a row for a
+        passing reason.
     :param restart_lost_runs: let ``run_retries`` start another run where a start got lost: no event stream began, and
         Dify's log, which could be read all the time, showed no run during ``not_found_grace``. The first one may still
         be in Dify's queue, and be paid for, too. By default such a row fails.
@@ -147,23 +148,25 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         :return: ``output_path``; without it the results, a list in row order.
         """
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.batch.row_run import RowSettings
+        from airflow_provider_dify.batch.row import RowSettings
         from airflow_provider_dify.batch.running import BatchSettings
         from airflow_provider_dify.batch.task import BatchTask, TaskSettings
+        from airflow_provider_dify.runs.waiting import WaitArguments
 
-        row = RowSettings(
-            workflow_id=self.workflow_id,
-            run_retries=self.run_retries,
-            fail_on_partial_success=self.fail_on_partial_success,
-            timeout=self.timeout,
-            run_timeout=self.run_timeout,
+        wait = WaitArguments(
             poll_interval=self.poll_interval,
+            fail_on_partial_success=self.fail_on_partial_success,
             not_found_grace=self.not_found_grace,
+            run_timeout=self.run_timeout,
             max_consecutive_failures=self.max_consecutive_failures,
-            restart_lost_runs=self.restart_lost_runs,
         )
         batch = BatchSettings(
-            self.inputs, self.dify_conn_id, self.max_active_runs, self.progress_interval, row, self.json_columns
+            inputs=self.inputs,
+            max_active_runs=self.max_active_runs,
+            progress_interval=self.progress_interval,
+            timeout=self.timeout,
+            row=RowSettings(self.workflow_id, self.run_retries, wait, self.restart_lost_runs),
+            json_columns=self.json_columns,
         )
         output_path = None if self.output_path is None else str(self.output_path)
         settings = TaskSettings(self.user, output_path, self.max_failed_runs, self.retries or 0)
@@ -174,7 +177,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             if self.do_xcom_push:
                 ti.xcom_push(key=BATCH, value=summary)
 
-        self._batch = BatchTask(batch, settings, context, self.log, push)
+        self._batch = BatchTask(batch, settings, context, self.hook, self.log, push)
         with self.hook:
             try:
                 return self._batch.run(xcoms.push_link)

@@ -20,12 +20,7 @@ _WHOLE = range(-(2**63), 2**64)
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> dict[str, str]:
-    """
-    Return a fingerprint of the plain values (text, number, true and false) among inputs.
-
-    :param inputs: the inputs as they are sent.
-    :return: 8 hexadecimal digits for the name of each input that can be compared; may be empty.
-    """
+    """Return 8 hexadecimal digits for the name of each input whose value is plain: text, number, true or false."""
     return {
         name: _digest(name, text)
         for name, value in inputs.items()
@@ -36,15 +31,9 @@ def fingerprint(inputs: Mapping[str, Any]) -> dict[str, str]:
 
 def fits(sent: Mapping[str, str], run_inputs: Mapping[str, Any]) -> bool | None:
     """
-    Return whether a run may have been started with the inputs of a fingerprint.
-
-    Only inputs that both sides have are compared: Dify drops what the form doesn't know, adds defaults and ``sys.*``
-    entries, and turns blank numbers into ``null``.
-
-    :param sent: what :func:`fingerprint` returned for the inputs that were sent.
-    :param run_inputs: the inputs in the run's detail, as an object.
-    :return: ``True`` if all that can be compared is equal, ``False`` if something differs, ``None`` if nothing can be
-        compared.
+    Return whether a run may have been started with the inputs of a fingerprint; ``None`` if nothing can be compared.
+    Only what both sides have is compared: Dify drops what the form doesn't know, adds defaults and ``sys.*`` entries,
+    and turns blank numbers into ``null``.
     """
     found = fingerprint(run_inputs)
     common = sent.keys() & found.keys()
@@ -58,27 +47,23 @@ def _digest(name: str, text: str) -> str:
 
 def _normalize(value: Any) -> str | None:
     """
-    Return one text for all that Dify may make of a value, whatever the kind of the field that it is sent to.
-
-    Dify 1.12.1 to 1.16.1, ``base_app_generator``: a number field makes numbers of texts, a checkbox true and false of
-    texts and numbers, and every field removes NUL characters. Which kind the field has is not known here.
-
-    :param value: a value that is sent, or one of a run.
-    :return: the text; ``None`` for ``null``, lists, objects and whatever else is not compared.
+    Return one text for all that Dify may make of a value, whatever the kind of its field; ``None`` if it isn't
+    compared. Dify 1.12.1 to 1.16.1, ``base_app_generator``: a number field makes numbers of texts, a checkbox true and
+    false of texts and numbers, and every field removes NUL characters.
     """
     if isinstance(value, str):
         value = value.replace("\0", "")
         word = value.strip().lower()
         if word in _TRUE | _FALSE:
             return "true" if word in _TRUE else "false"
-        number = _parse_number(value)
+        number = parse_number(value)
         if number is None:
             return f"text {value}"
         value = number
     if not isinstance(value, (int, float)):
         return None
-    if value == 1 or value == 0:
-        return "true" if value == 1 else "false"
+    if value in (0, 1):
+        return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and value in _WHOLE:
@@ -89,8 +74,8 @@ def _normalize(value: Any) -> str | None:
         return None
 
 
-def _parse_number(text: str) -> int | float | None:
-    """Return the number that a text is for Dify's number fields; ``None`` for none."""
+def parse_number(text: str) -> int | float | None:
+    """Return what a text is for Dify's number fields, a ``float`` only with a point; ``None`` for no number."""
     try:
         return float(text) if "." in text else int(text)
     except ValueError:

@@ -18,69 +18,44 @@ from typing import Any
 from uuid import UUID
 
 from airflow_provider_dify.exceptions import DifyInputsRejected
+from airflow_provider_dify.runs.fingerprint import parse_number
 
 
 @dataclass(frozen=True)
 class InputField:
-    """
-    One field of the form: a variable of the workflow's start node.
-
-    :param variable: name of the input.
-    :param type: kind of the field, such as ``text-input``; ``""`` where the form contradicts itself.
-    :param label: what the console shows instead of the name.
-    :param required: whether a start without the input is rejected, default or not.
-    :param default: value that Dify takes for a missing input; ``None`` for none.
-    :param max_length: most characters of a text, or most files of a list; ``None`` for no limit.
-    :param options: the values that a ``select`` takes; empty for not known.
-    :param file_types: the types that a file may have; empty for any.
-    :param file_extensions: the extensions that a file of type ``custom`` may have; empty for none.
-    :param file_transfer_methods: how a file may be handed over; empty for any.
-    """
+    """One field of the form: a variable of the workflow's start node."""
 
     variable: str
-    type: str
-    label: str = ""
-    required: bool = False
-    default: Any = None
-    max_length: int | None = None
-    options: tuple[str, ...] = ()
-    file_types: tuple[str, ...] = ()
-    file_extensions: tuple[str, ...] = ()
-    file_transfer_methods: tuple[str, ...] = ()
+    type: str  # such as "text-input"; "" where the form contradicts itself
+    label: str = ""  # what the console shows instead of the name
+    required: bool = False  # whether a start without it is rejected, default or not
+    default: Any = None  # what Dify takes for a missing input
+    max_length: int | None = None  # characters of a text, or files of a list
+    options: tuple[str, ...] = ()  # of a select; empty for not known
+    file_types: tuple[str, ...] = ()  # empty for any
+    file_extensions: tuple[str, ...] = ()  # of a file of type custom
+    file_transfer_methods: tuple[str, ...] = ()  # empty for any
 
 
 @dataclass(frozen=True)
 class InputForm:
-    """
-    The input form of a workflow.
-
-    :param fields: the fields that could be read, in the form's order.
-    :param complete: whether these are all, so that every other input is known to be dropped.
-    """
+    """The input form of a workflow."""
 
     fields: tuple[InputField, ...] = ()
-    complete: bool = False
+    complete: bool = False  # whether every other input is known to be dropped
 
 
 def parse_input_form(parameters: Any) -> InputForm:
     """
-    Parse the form out of a response of ``GET {base}/parameters``. Never raises.
-
+    Parse the form out of the JSON of ``GET {base}/parameters``. Never raises: what can't be read makes it incomplete.
     Dify 1.12.1 to 1.16.1, ``Workflow.user_input_form``: a list of ``{type: field}``, each field as the graph has it.
-
-    :param parameters: the response's JSON.
-    :return: the form; what can't be read is left out, and makes the form incomplete.
     """
     entries = parameters.get("user_input_form") if isinstance(parameters, dict) else None
     if not isinstance(entries, list):
         return InputForm()
-    fields: list[InputField] = []
-    complete = True
-    for entry in entries:
-        found = [_parse_field(*item) for item in entry.items()] if isinstance(entry, dict) else [None]
-        fields += [field for field in found if field is not None]
-        complete = complete and None not in found
-    return InputForm(tuple(fields), complete)
+    items = (item for entry in entries for item in (entry.items() if isinstance(entry, dict) else [("", None)]))
+    found = [_parse_field(*item) for item in items]
+    return InputForm(tuple(field for field in found if field is not None), complete=None not in found)
 
 
 def _parse_field(field_type: str, data: Any) -> InputField | None:
@@ -104,9 +79,7 @@ def _parse_field(field_type: str, data: Any) -> InputField | None:
 
 
 def _parse_texts(data: Any) -> tuple[str, ...]:
-    if isinstance(data, list) and all(isinstance(text, str) for text in data):
-        return tuple(data)
-    return ()
+    return tuple(data) if isinstance(data, list) and all(isinstance(text, str) for text in data) else ()
 
 
 # More of a name or a value than this never gets into a message.
@@ -128,15 +101,10 @@ _OPAQUE_REFERENCE = "dify-file-ref:"
 
 @dataclass(frozen=True)
 class InputCheck:
-    """
-    What a check of inputs against a form found. Every text is one line, with at most an excerpt of a value.
+    """What a check of inputs against a form found. Every text is one line, with at most an excerpt of a value."""
 
-    :param problems: reasons for which Dify rejects the start, one for each input.
-    :param warnings: what Dify ignores without a word.
-    """
-
-    problems: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # reasons for which Dify rejects the start, one for each input
+    warnings: tuple[str, ...] = ()  # what Dify ignores without a word
 
     def rejection(self, server_version: str | None = None) -> DifyInputsRejected | None:
         """Return the error for inputs that Dify is sure to reject; ``None`` for others."""
@@ -151,15 +119,9 @@ class InputCheck:
 
 def check_inputs(form: InputForm, inputs: Mapping[str, Any]) -> InputCheck:
     """
-    Return what Dify would reject, and what it would ignore.
-
-    Dify 1.12.1 to 1.16.1, ``_validate_inputs``: ``null`` counts as missing, an empty text does not. A missing
-    required input is rejected even if the form has a default; a missing optional one becomes its default, which is
-    then checked as if it had been sent.
-
-    :param form: the form of the workflow that is to be started.
-    :param inputs: the inputs, rendered, as they are about to be sent.
-    :return: problems and warnings; both are empty if nothing is known against the inputs.
+    Return what Dify would reject, and what it would ignore. ``null`` counts as missing, an empty text does not. A
+    missing required input is rejected even if the form has a default; a missing optional one becomes its default, which
+    is then checked as if it had been sent.
     """
     if not all(isinstance(name, str) for name in inputs):
         # How a key of another type is sent depends on the JSON encoder.
@@ -217,12 +179,7 @@ def _nearest(name: str, candidates: Mapping[str, str]) -> str | None:
 
 
 def _text_problem(field: InputField, value: Any) -> str | None:
-    """
-    Check a ``text-input`` or ``paragraph``.
-
-    Dify 1.12.1 to 1.16.1, ``_validate_inputs``: only text is taken, also an empty one where the input is required.
-    Characters are counted as Python does, before NUL characters are removed; exactly ``max_length`` is taken.
-    """
+    """Only text is taken, also an empty one; characters count as in Python, before NUL characters are removed."""
     if not isinstance(value, str):
         return _no_text(value)
     if field.max_length is not None and len(value) > field.max_length:
@@ -236,12 +193,7 @@ def _no_text(value: Any) -> str:
 
 
 def _select_problem(field: InputField, value: Any) -> str | None:
-    """
-    Check a ``select``.
-
-    Dify 1.12.1 to 1.16.1, ``_validate_inputs``: only text is taken, and only one of the options, letter by letter.
-    An empty text is no option, even if the input is optional.
-    """
+    """Only one of the options is taken, letter by letter. An empty text is none, even if the input is optional."""
     if not isinstance(value, str):
         return _no_text(value)
     if not field.options or value in field.options:
@@ -250,32 +202,18 @@ def _select_problem(field: InputField, value: Any) -> str | None:
 
 
 def _number_problem(_field: InputField, value: Any) -> str | None:
-    """
-    Check a ``number``.
-
-    Dify 1.12.1 to 1.16.1, ``_validate_inputs``: numbers, true and false are taken as they are, and a blank text means
-    no value. Another text is read as Python's ``float`` if it has a point and else as ``int``: so ``1.0e3`` is taken
-    and ``1e3`` rejected.
-    """
-    if isinstance(value, (int, float)):
-        return None
+    """Numbers, true and false are taken, blank texts mean no value, and of other texts ``1.0e3`` but not ``1e3``."""
     if isinstance(value, str):
-        if not value.strip():
-            return None
-        try:
-            float(value) if "." in value else int(value)
-        except ValueError:
-            return f"must be a number, not {_describe(value)}"
-        return None
-    return f"must be a number, not {_describe(value)}"
+        is_number = not value.strip() or parse_number(value) is not None
+    else:
+        is_number = isinstance(value, (int, float))
+    return None if is_number else f"must be a number, not {_describe(value)}"
 
 
 def _checkbox_problem(_field: InputField, value: Any) -> str | None:
     """
-    Check a ``checkbox``.
-
-    Dify 1.12.1 to 1.16.1, ``_prepare_user_inputs``: 1, 0 and the texts true, 1, yes, on, false, 0, no, off (upper
-    case and blanks around them too) are converted, and other texts and numbers kept. Objects are rejected.
+    1, 0 and the texts true, 1, yes, on, false, 0, no, off (upper case and blanks around them too) are converted by
+    ``_prepare_user_inputs``, and other texts and numbers kept. Objects are rejected.
     """
     if isinstance(value, dict) or (isinstance(value, (list, tuple)) and any(isinstance(item, dict) for item in value)):
         return f"must be true or false, not {_describe(value)}"
@@ -284,23 +222,14 @@ def _checkbox_problem(_field: InputField, value: Any) -> str | None:
 
 def _json_object_problem(_field: InputField, value: Any) -> str | None:
     """
-    Check a ``json_object``.
-
-    Dify 1.12.1 to 1.16.1, ``_validate_inputs``: anything empty (also ``""``, ``0``, ``[]``) is taken, otherwise only
-    an object; never its JSON text. The field's own schema is applied later, by a run that has started and then fails.
+    Anything empty (also ``""``, ``0``, ``[]``) is taken, otherwise only an object; never its JSON text. The field's own
+    schema is applied later, by a run that has started and then fails.
     """
-    if value and not isinstance(value, dict):
-        return f"must be an object, not {_describe(value)}"
-    return None
+    return f"must be an object, not {_describe(value)}" if value and not isinstance(value, dict) else None
 
 
 def _file_problem(field: InputField, value: Any) -> str | None:
-    """
-    Check a ``file``.
-
-    Dify 1.12.1 to 1.16.1, ``_validate_inputs``: an empty text counts as missing where the file is optional; otherwise
-    only an object is taken, and ``build_from_mapping`` then refuses one without ``transfer_method``.
-    """
+    """Where the file is optional, an empty text is none; ``build_from_mapping`` refuses one without a method."""
     if value == "" and not field.required:
         return None
     if not isinstance(value, dict):
@@ -312,11 +241,8 @@ def _file_problem(field: InputField, value: Any) -> str | None:
 
 def _file_list_problem(field: InputField, value: Any) -> str | None:
     """
-    Check a ``file-list``.
-
-    Dify 1.12.1 to 1.16.1, ``_validate_inputs``: an empty text counts as missing where the list is optional; otherwise
-    only a list of objects is taken, also an empty one. ``max_length`` counts every object, also those that
-    ``build_from_mappings`` drops.
+    An empty text counts as missing where the list is optional; otherwise only a list of objects is taken, also an empty
+    one. ``max_length`` counts every object, also those that ``build_from_mappings`` drops.
     """
     if value == "" and not field.required:
         return None
@@ -335,12 +261,9 @@ def _file_list_problem(field: InputField, value: Any) -> str | None:
 
 def _mapping_problem(field: InputField, file: dict[str, Any]) -> str | None:
     """
-    Check one file that has a transfer method.
-
-    Dify 1.12.1 to 1.16.1, ``build_from_mapping`` and the functions that it calls. Whether the file exists and is of
-    the type that it is said to be is known to the server alone. Up to 1.13 ``reference`` and ``related_id`` are no
-    ids of a file, and from 1.14 on they are. An image may come by any transfer method; files of tools and data
-    sources are not held against the form's settings.
+    What ``build_from_mapping`` refuses; whether the file exists and is of its type is known to the server alone. Up to
+    1.13 ``reference`` and ``related_id`` are no ids of a file, and from 1.14 on they are. An image may come by any
+    transfer method; files of tools and data sources are not held against the form's settings.
     """
     method, file_type, upload_file_id = file["transfer_method"], file.get("type"), file.get("upload_file_id")
     if not isinstance(method, str) or method not in _FILE_SOURCES:
@@ -365,13 +288,10 @@ def _mapping_problem(field: InputField, file: dict[str, Any]) -> str | None:
 
 
 def _may_be_file_id(text: str) -> bool:
-    if text.startswith(_OPAQUE_REFERENCE):
-        return True
     try:
-        UUID(text)
+        return text.startswith(_OPAQUE_REFERENCE) or bool(UUID(text))
     except ValueError:
         return False
-    return True
 
 
 def _dropped_files(files: Sequence[dict[str, Any]]) -> str | None:
@@ -383,11 +303,7 @@ def _dropped_files(files: Sequence[dict[str, Any]]) -> str | None:
 
 
 def _drop_reason(file: dict[str, Any]) -> str | None:
-    """
-    Return what a file of a list lacks so that Dify drops it without a word; ``None`` if Dify takes it or rejects it.
-
-    Dify 1.12.1 to 1.16.1, ``build_from_mappings``.
-    """
+    """Return what a list's file lacks so that ``build_from_mappings`` drops it without a word; ``None`` for nothing."""
     if not file.get("transfer_method"):
         return "'transfer_method'"
     if file["transfer_method"] == "remote_url" and not (file.get("url") or file.get("remote_url")):

@@ -220,7 +220,7 @@ async def find_run(
     that it holds. Raises a DifyWorkflowRunUncertain if several runs fit, one can't be compared, or there are too many.
     """
     others = set() if others is None else others
-    candidates, are_all = await _candidates(client, search, patience_seconds)
+    candidates, are_all = await user_runs(client, search, patience_seconds=patience_seconds)
     fitting = []
     for run in candidates:
         if run.workflow_run_id in others:
@@ -257,10 +257,10 @@ def runs_queue(server_version: str | None) -> bool:
     return is_server_from(server_version, (1, 13)) is not False
 
 
-async def _candidates(
-    client: Client, search: RunSearch, patience_seconds: float
+async def user_runs(
+    client: Client, search: RunSearch, *, patience_seconds: float = 0.0
 ) -> tuple[list[LoggedWorkflowRun], bool]:
-    """Return the runs that may be it, and whether these are all that there are."""
+    """Return the runs of a user that may be the one that is searched, and whether these are all that there are."""
     found: list[LoggedWorkflowRun] = []
     number_of_rows = 0
     pages = read_log(

@@ -14,41 +14,28 @@ _ITERATION_ENDS = {"iteration_completed": "Iteration", "loop_completed": "Loop"}
 
 
 class RunProgress:
-    """
-    The progress of one run, out of its events in turn.
-
-    :ivar failed_node: the node that failed last, with its error; ``None`` where none did.
-    :ivar final_status: the status that the stream ended the run with; ``None`` where it didn't.
-    :ivar final_error: the error that the stream ended the run with.
-    :ivar was_rejected: whether the run is one that Dify rejected, and keeps no record of.
-    """
+    """The progress of one run, out of its events in turn."""
 
     def __init__(self) -> None:
+        # The one that failed last, with its error.
         self.failed_node: str | None = None
+        # What the stream ended the run with.
         self.final_status: str | None = None
         self.final_error: str | None = None
+        # By Dify, which keeps no record of such a run.
         self.was_rejected = False
         self._prices: dict[str, Decimal] = {}
 
     @property
     def price(self) -> dict[str, str]:
-        """
-        What the nodes cost, where the events were followed to the end of the run.
-
-        :return: ``total_price`` as decimal text, and ``currency``; empty where it isn't known, or in two currencies.
-        """
+        """``total_price`` as decimal text, and ``currency``; empty before the run's end, and for two currencies."""
         if self.final_status is None or len(self._prices) != 1:
             return {}
         ((currency, total),) = self._prices.items()
         return {"total_price": format(total, "f"), "currency": currency}
 
     def on_event(self, event: WorkflowEvent) -> str | None:
-        """
-        Note what an event says.
-
-        :param event: the run's next event.
-        :return: a line for the task's log; ``None`` for an event that deserves none.
-        """
+        """Note what the run's next event says; return a line for the task's log, or ``None``."""
         data = event.data
         if event.names_a_rejected_run:
             self.was_rejected = True
@@ -80,20 +67,19 @@ class RunProgress:
 
 
 def _line(name: str, data: dict[str, Any]) -> str | None:
+    error = f": {_error(data)}" if data.get("error") else ""
     if name == "node_started":
         return f"{_node(data)} started."
     if name == "node_finished":
         metadata = data.get("execution_metadata")
         tokens = metadata.get("total_tokens") if isinstance(metadata, dict) else None
         used = f", {tokens} tokens" if isinstance(tokens, int) and tokens else ""
-        error = f": {_error(data)}" if data.get("error") else ""
         return f"{_node(data)} {one_line(data.get('status'), 30)}{_took(data)}{used}{error}."
     if name == "node_retry":
         return f"{_node(data)} failed and runs again, retry {one_line(data.get('retry_index'), 10)}: {_error(data)}."
     if name in _ITERATION_ENDS:
         steps = data.get("steps")
         items = f", {steps} items" if isinstance(steps, int) else ""
-        error = f": {_error(data)}" if data.get("error") else ""
         title = one_line(data.get("title"), _TITLE_LENGTH)
         return f"{_ITERATION_ENDS[name]} {title!r} {one_line(data.get('status'), 30)}{_took(data)}{items}{error}."
     if name == "human_input_required":

@@ -8,11 +8,7 @@ from enum import Enum
 
 from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.api.text import one_line
-from airflow_provider_dify.exceptions import (
-    DifyWorkflowRunCannotSucceed,
-    DifyWorkflowRunFailed,
-    DifyWorkflowRunTimeout,
-)
+from airflow_provider_dify.exceptions import DifyWorkflowRunCannotSucceed, DifyWorkflowRunFailed, DifyWorkflowRunTimeout
 
 # How Dify (1.13 to 1.16) ends a run whose Celery worker is shut down: as `stopped`, though nobody stopped it.
 _WORKER_SHUT_DOWN = "the worker is shutting down"
@@ -33,18 +29,14 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """
-    What one look at a workflow run means for the task that waits on it.
-
-    :param outcome: keep waiting, done, or one of the two ways to fail.
-    :param reason: a sentence for the log or the exception: the cause first, then run, status, seconds and steps.
-    :param is_warning: whether the reason deserves a warning although the task goes on.
-    :param can_be_repeated: whether another run with the same inputs may succeed where this one failed.
-    """
+    """What one look at a workflow run means for the task that waits on it."""
 
     outcome: Outcome
+    # A sentence for the log or the exception: the cause first, then run, status, seconds and steps.
     reason: str
+    # Although the task goes on.
     is_warning: bool = False
+    # Whether another run with the same inputs may succeed where this one failed.
     can_be_repeated: bool = False
 
     @property
@@ -53,15 +45,7 @@ class Verdict:
         return self.outcome in (Outcome.FAILED, Outcome.TIMED_OUT)
 
     def raise_if_failed(self, run: WorkflowRun, *, starts_again: bool = False) -> None:
-        """
-        Raise what the verdict means.
-
-        :param run: the run that was judged; the exception carries it.
-        :param starts_again: whether a retry of the task starts another run.
-        :raises DifyWorkflowRunFailed: if the run failed, and a retry may help.
-        :raises DifyWorkflowRunCannotSucceed: if the run failed, and no retry helps.
-        :raises DifyWorkflowRunTimeout: if it is overdue.
-        """
+        """Raise what the verdict means; ``starts_again`` is whether a retry of the task starts another run."""
         if self.outcome is Outcome.FAILED:
             retryable = starts_again and self.can_be_repeated
             raise (DifyWorkflowRunFailed if retryable else DifyWorkflowRunCannotSucceed)(self.reason, run=run)
@@ -69,12 +53,7 @@ class Verdict:
             raise DifyWorkflowRunTimeout(self.reason, run=run)
 
     def because_of(self, node: str | None) -> Verdict:
-        """
-        Return the verdict with the node that failed, which only the run's events name.
-
-        :param node: such as ``Node 'Ask' (llm) failed: no such model.``; ``None`` where it isn't known.
-        :return: the verdict; unchanged unless the run failed.
-        """
+        """Add the node that failed to a failure's reason, such as ``Node 'Ask' (llm) failed: no such model.``"""
         if node is None or self.outcome is not Outcome.FAILED:
             return self
         name, _, error = node.partition(" failed: ")
@@ -84,21 +63,9 @@ class Verdict:
 
 
 def judge(
-    run: WorkflowRun,
-    *,
-    now: datetime,
-    fail_on_partial_success: bool = False,
-    run_timeout: float | None = None,
+    run: WorkflowRun, *, now: datetime, fail_on_partial_success: bool = False, run_timeout: float | None = None
 ) -> Verdict:
-    """
-    Return what a workflow run's state means for a task that waits on it.
-
-    :param run: the run as Dify described it.
-    :param now: the present, aware.
-    :param fail_on_partial_success: whether ``partial-succeeded`` is a failure; else a success with a warning.
-    :param run_timeout: seconds after the run's own ``created_at`` from which a run that is not over counts as failed.
-    :return: the verdict; the same for the same arguments.
-    """
+    """Return what a run's state means for a task that waits; ``run_timeout`` is seconds after its ``created_at``."""
     if run.status == WorkflowRunStatus.SUCCEEDED:
         return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{_facts(run)}.")
     if run.status == WorkflowRunStatus.PARTIAL_SUCCEEDED:

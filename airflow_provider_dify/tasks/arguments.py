@@ -10,28 +10,14 @@ from airflow_provider_dify.exceptions import DifyConfigurationError
 
 
 def parse_count(name: str, value: Any) -> int:
-    """
-    Parse an argument that counts something.
-
-    :param name: the argument, for the message.
-    :param value: a whole number, not below 0.
-    :return: the number.
-    :raises DifyConfigurationError: if it is anything else.
-    """
+    """Parse an argument that counts something: a whole number, not below 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise DifyConfigurationError(f"{name} must be a whole number, not below 0: {value!r:.100}")
     return value
 
 
 def parse_limit(name: str, value: Any) -> float:
-    """
-    Parse an argument that is a number of rows, or a share of them.
-
-    :param name: the argument, for the message.
-    :param value: a whole number from 0 on, or a share from 0.0 to 1.0.
-    :return: the same.
-    :raises DifyConfigurationError: if it is anything else.
-    """
+    """Parse an argument that is a number of rows, from 0 on, or a share of them, from 0.0 to 1.0."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not (0 <= value <= 1 if isinstance(value, float) else value >= 0):
         raise DifyConfigurationError(
@@ -42,14 +28,7 @@ def parse_limit(name: str, value: Any) -> float:
 
 
 def parse_seconds(name: str, value: Any) -> float:
-    """
-    Parse an argument that is a length of time.
-
-    :param name: the argument, for the message.
-    :param value: seconds, or a ``timedelta``.
-    :return: seconds.
-    :raises DifyConfigurationError: if it is neither, or negative.
-    """
+    """Parse an argument that is a length of time: seconds, or a ``timedelta``."""
     if isinstance(value, timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -58,13 +37,7 @@ def parse_seconds(name: str, value: Any) -> float:
 
 
 def parse_end_from_trigger(value: bool) -> bool:
-    """
-    Check that this Airflow lets a trigger end its task, if that is asked for.
-
-    :param value: the argument.
-    :return: the same.
-    :raises DifyConfigurationError: if it is set on Airflow 2.
-    """
+    """Check that this Airflow lets a trigger end its task, if that is asked for: Airflow 2 doesn't."""
     if value and not CAN_END_FROM_TRIGGER:
         raise DifyConfigurationError("end_from_trigger=True needs Airflow 3.0 or later. Use deferrable=True.")
     return value

@@ -38,14 +38,7 @@ def run_log_url(connection: DifyConnection, app_id: str) -> str:
 
 
 def xcoms_from_run(run: WorkflowRun, *, multiple_outputs: bool, price: dict[str, str] | None = None) -> dict[str, Any]:
-    """
-    Return the XComs of a task whose workflow run is over.
-
-    :param run: the run.
-    :param multiple_outputs: whether each output is an XCom of its own.
-    :param price: ``total_price`` and ``currency``, where they are known.
-    :return: values by key, the return value last. It is the outputs, ``{}`` where there are none.
-    """
+    """Return the XComs of a task whose workflow run is over, the return value last: the outputs, ``{}`` for none."""
     outputs = run.outputs or {}
     names = [key for key in outputs if multiple_outputs and key and key not in RESERVED and is_xcom_key(key)]
     # Airflow 3.0 fails a task that pushes None.
@@ -54,12 +47,7 @@ def xcoms_from_run(run: WorkflowRun, *, multiple_outputs: bool, price: dict[str,
 
 
 def check_outputs(run: WorkflowRun) -> None:
-    """
-    Check that a run's outputs can be XComs on this Airflow.
-
-    :param run: the run.
-    :raises DifyOutputsError: if one can't; names the output and the reason.
-    """
+    """Check that a run's outputs can be XComs on this Airflow; else raise a DifyOutputsError."""
     outputs = run.outputs or {}
     for key, value in outputs.items():
         # With all of the names, because Airflow looks at these together.
@@ -74,12 +62,8 @@ def check_outputs(run: WorkflowRun) -> None:
 
 def xcom_problem(value: Any) -> str | None:
     """
-    Return why a JSON value can't be an XCom.
-
-    Measured on Airflow 2.11 and 3.0 to 3.3. From 3.0 on they send XComs as JSON to a database.
-
-    :param value: as parsed from JSON.
-    :return: what is wrong with it, as the end of a sentence; ``None`` for nothing.
+    Return why a JSON value can't be an XCom, as the end of a sentence; ``None`` if it can. Measured on Airflow 2.11 and
+    3.0 to 3.3. From 3.0 on they send XComs as JSON to a database.
     """
     # Without recursion: it may be nested deeply.
     pending = [(value, 0)]
@@ -131,11 +115,8 @@ def has_link(operator: Any) -> bool:
 
 class TaskXComs:
     """
-    The XComs of one running task.
-
-    :param operator: the operator or sensor; its links are there only while the link is known, because Airflow 3 reads
-        and pushes each link of a task when it ends, and logs an error for one that is missing.
-    :param context: the running task's context.
+    The XComs of one running task. The operator's links are there only while the link is known, because Airflow 3 reads
+    and pushes each link of a task when it ends, and logs an error for one that is missing.
     """
 
     def __init__(self, operator: Any, context: Context) -> None:
@@ -149,11 +130,7 @@ class TaskXComs:
         self.push_link(run.app_id)
 
     def push_link(self, app_id: str | None) -> None:
-        """
-        Push the XCom that the link is read from.
-
-        :param app_id: the app's UUID; ``None`` where it is not known.
-        """
+        """Push the XCom that the link is read from, if the app is known."""
         if app_id is None or not self._pushes:
             return
         url = run_log_url(self._operator.hook.connection, app_id)
@@ -173,15 +150,8 @@ class TaskXComs:
         self, run: WorkflowRun, verdict: Verdict, *, price: dict[str, str] | None = None, starts_again: bool = False
     ) -> dict[str, Any]:
         """
-        Push the XComs of a run that is over, and return the task's return value.
-
-        :param run: the run.
-        :param verdict: what it means.
-        :param price: what the run cost, where that is known.
-        :param starts_again: whether a retry of the task starts another run.
-        :return: the run's outputs.
-        :raises DifyWorkflowRunFailed: if the run failed or is overdue; ``workflow_run`` is pushed then, too.
-        :raises DifyOutputsError: if an output can't be an XCom; the others are pushed.
+        Push the XComs of a run that is over, and return its outputs. Raises what the verdict means after it has pushed
+        ``workflow_run``, and a DifyOutputsError if an output can't be an XCom after it has pushed the others.
         """
         has_succeeded = not verdict.is_failure
         xcoms = xcoms_from_run(run, multiple_outputs=self._multiple_outputs and has_succeeded, price=price)

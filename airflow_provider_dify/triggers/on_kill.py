@@ -18,15 +18,9 @@ _tasks: set[asyncio.Task[None]] = set()
 
 async def run_shielded(work: Coroutine[Any, Any, None], timeout: float) -> None:
     """
-    Run to its end what a trigger does in ``on_kill``.
-
-    Airflow 3.3 cancels a killed trigger again about every second, until it has ended. That ends an ``on_kill`` that
-    takes longer, without a word. Before Python 3.12 the second cancel also ends Airflow's own wait for ``on_kill``;
-    the work goes on then, too.
-
-    :param work: what to do.
-    :param timeout: seconds that it may take.
-    :raises asyncio.TimeoutError: if it takes longer.
+    Run to its end what a trigger does in ``on_kill``; raises an asyncio.TimeoutError after ``timeout`` seconds. Airflow
+    3.3 cancels a killed trigger again about every second, which ends a longer ``on_kill`` without a word. Before Python
+    3.12 the second cancel also ends Airflow's own wait for ``on_kill``; the work goes on then, too.
     """
     task = asyncio.create_task(asyncio.wait_for(work, timeout))
     _tasks.add(task)
@@ -40,14 +34,9 @@ async def run_shielded(work: Coroutine[Any, Any, None], timeout: float) -> None:
 
 async def is_waiting_elsewhere(ti: Any, log: Logger) -> bool:
     """
-    Return whether a task still waits, on another triggerer.
-
-    Airflow 3.3 calls a trigger's ``on_kill`` also on a triggerer that was silent for so long (a minute under load, say)
-    that another one has taken its triggers over.
-
-    :param ti: the trigger's task instance; ``None`` where Airflow gave it none.
-    :param log: the trigger's log.
-    :return: whether it does; ``False`` where Airflow doesn't say.
+    Return whether a task still waits, on another triggerer; ``False`` where Airflow doesn't say. Airflow 3.3 calls a
+    trigger's ``on_kill`` also on a triggerer that was silent for so long (a minute under load, say) that another one
+    has taken its triggers over.
     """
     if ti is None:
         return False

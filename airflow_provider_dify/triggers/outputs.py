@@ -18,15 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TriggerXComs:
-    """
-    The XComs that a trigger pushes for its task.
+    """The XComs that a trigger pushes for its task."""
 
-    :param task_instance: the trigger's; ``None`` where Airflow gave it none.
-    :param wait: the trigger's arguments.
-    :param log: the trigger's log.
-    """
-
-    task_instance: Any
+    task_instance: Any  # None where Airflow gave the trigger none
     wait: TriggerWait
     log: Logger
 
@@ -39,12 +33,9 @@ class TriggerXComs:
 
     async def push_outputs(self, run: WorkflowRun) -> bool:
         """
-        Push the XComs of a run that succeeded.
-
-        Not as part of the event that ends the task: Airflow 3.2 keeps the XComs of that as text within JSON, so that
-        the next task gets a text where it should get a dict.
-
-        :return: whether that worked; else a worker has to end the task.
+        Push the XComs of a run that succeeded; return whether that worked, else a worker has to end the task. Not as
+        part of the event that ends the task: Airflow 3.2 keeps the XComs of that as text within JSON, so that the next
+        task gets a text where it should get a dict.
         """
         if not self.wait.do_xcom_push:
             return True
@@ -63,12 +54,7 @@ class TriggerXComs:
         try:
             for key, value in xcoms.items():
                 await sync_to_async(XCom.set)(
-                    key=key,
-                    value=value,
-                    dag_id=ti.dag_id,
-                    task_id=ti.task_id,
-                    run_id=ti.run_id,
-                    map_index=ti.map_index,
+                    key=key, value=value, dag_id=ti.dag_id, task_id=ti.task_id, run_id=ti.run_id, map_index=ti.map_index
                 )
         except Exception:
             self.log.warning(

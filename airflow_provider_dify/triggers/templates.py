@@ -64,14 +64,7 @@ _OTHER_WAYS = (
 
 
 def argument_for_triggerer(name: str, value: Any) -> str:
-    """
-    Return a templated argument in the form that the triggerer renders.
-
-    :param name: the argument, for messages.
-    :param value: a literal, a template or an upstream task's output.
-    :return: text; an upstream task's output as the template that works.
-    :raises DifyConfigurationError: if it is not known to work there; the message names what to write instead.
-    """
+    """Return a literal, template or upstream task's output as text that the triggerer renders; raise if it can't."""
     from airflow.sdk.definitions.xcom_arg import PlainXComArg, XComArg
 
     if isinstance(value, PlainXComArg):
@@ -100,15 +93,7 @@ def argument_for_triggerer(name: str, value: Any) -> str:
 
 
 def unknown_piece(template: str) -> str | None:
-    """
-    Return the first piece of a template that is not known to work on the triggerer.
-
-    The template is parsed only, never rendered.
-
-    :param template: the template's text.
-    :return: the piece, about as it is written there; ``None`` if all of the template is known to work.
-    :raises DifyConfigurationError: if it is no template.
-    """
+    """Return the first piece of a template that is not known to work on the triggerer; it is parsed, never rendered."""
     try:
         return _unknown(Environment(autoescape=True).parse(template))
     except TemplateSyntaxError as error:

@@ -201,7 +201,7 @@ def run_sensor(**arguments: Any) -> DagRunResult:
 
 def run_operator(**arguments: Any) -> DagRunResult:
     """Run a Dag of one operator ``run`` with these arguments, and a task that uses its outputs."""
-    arguments = {"poll_interval": 0.05, "inputs": {}, **arguments}
+    arguments = {"poll_interval": 0.05, "inputs": {}, "defer_after": 0, **arguments}
     return run_dag(
         f"""
         run = DifyRunWorkflowOperator(

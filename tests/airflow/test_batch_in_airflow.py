@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_ret
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let retries of a run and of a refused start follow each other at once."""
-    monkeypatch.setattr("airflow_provider_dify.batch.row_run.RETRY_DELAY", 0.01)
+    monkeypatch.setattr("airflow_provider_dify.batch.row.RETRY_DELAY", 0.01)
     monkeypatch.setattr("airflow_provider_dify.batch.slots.FIRST_PAUSE", 0.05)
 
 

@@ -322,7 +322,7 @@ STARTED = event("workflow_started", inputs={})
 def test_an_error_before_the_run_has_a_name_is_one_start_that_failed(
     dify: DifyStandIn, run_retries: int, pings: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.api.started_run.SECONDS_AFTER_ERROR", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.api.run_stream.SECONDS_AFTER_ERROR", 0.3)
     said = {"event": "error", "message": "1 validation error for VariableEntity", "status": 500}
     dify.misbehave(stream(said, pings=pings), only="POST .*/run")
     result = run_batch(inputs=numbered(3), max_active_runs=1, max_failed_runs=1, run_retries=run_retries)

@@ -24,6 +24,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
 from tests.airflow.airflow_runs import run_dag, run_operator
@@ -522,16 +523,16 @@ def test_a_task_that_is_killed_after_it_left_the_wait_to_others_does_not_stop_it
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
 ) -> None:
     dify.starts.append(start("running", "succeeded", cut=2000))
-    go_on = DifyRunWorkflowOperator._go_on
+    execute = DifyRunWorkflowOperator.execute
 
-    def go_on_and_be_killed(self: DifyRunWorkflowOperator, task: Any) -> Any:
+    def execute_and_be_killed(self: DifyRunWorkflowOperator, context: Any) -> Any:
         # The process is still there for a moment: it tells Airflow what it returned or deferred to.
         try:
-            return go_on(self, task)
+            return execute(self, context)
         finally:
             self.on_kill()
 
-    monkeypatch.setattr(DifyRunWorkflowOperator, "_go_on", go_on_and_be_killed)
+    monkeypatch.setattr(DifyRunWorkflowOperator, "execute", execute_and_be_killed)
     result = run_operator(**way)
     assert result.states["run"] == "success"
     assert dify.stopped == []
@@ -543,16 +544,18 @@ def test_a_task_that_is_killed_before_it_leaves_the_wait_to_others_is_retried(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
 ) -> None:
     dify.starts.extend([start("running", "succeeded", cut=2000)] * 2)
-    go_on = DifyRunWorkflowOperator._go_on
+    run = TaskLoop.run
     kills = iter(range(1))
 
-    def be_killed_and_go_on(self: DifyRunWorkflowOperator, task: Any) -> Any:
-        # As on Airflow 3, which lets the task go on after its signal.
-        for _ in kills:
-            self.on_kill()
-        return go_on(self, task)
+    def run_and_be_killed(self: TaskLoop, work: Any) -> Any:
+        # As on Airflow 3, which lets the task go on after its signal: it comes when the work is just over.
+        try:
+            return run(self, work)
+        finally:
+            for _ in kills:
+                self.kill()
 
-    monkeypatch.setattr(DifyRunWorkflowOperator, "_go_on", be_killed_and_go_on)
+    monkeypatch.setattr(TaskLoop, "run", run_and_be_killed)
     result = run_operator(retries=1, retry_delay=0, **way)
     assert [type(error) for error in result.raised["run"]] == [DifyTaskKilled]
     assert result.states["run"] == "success"

@@ -158,21 +158,22 @@ def test_the_timeout_is_kept_within_a_second(
     dify: DifyStandIn, way: dict[str, Any], phase: Any, monkeypatch: pytest.MonkeyPatch, standstill: Standstill
 ) -> None:
     from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+    from airflow_provider_dify.tasks.task_try import RunningTask
 
     # Between the start of the task and its failure, however often it was deferred.
     times: list[float] = []
-    execute, fail = DifyRunWorkflowOperator.execute, DifyRunWorkflowOperator._fail
+    execute, fail = DifyRunWorkflowOperator.execute, RunningTask._stop_if_nobody_waits
 
     def timed_execute(self: Any, context: Any) -> Any:
         times.append(time.monotonic())
         return execute(self, context)
 
-    def timed_fail(self: Any, error: Any, task: Any) -> Any:
+    async def timed_fail(self: Any, error: Any) -> None:
         times.append(time.monotonic())
-        return fail(self, error, task)
+        await fail(self, error)
 
     monkeypatch.setattr(DifyRunWorkflowOperator, "execute", timed_execute)
-    monkeypatch.setattr(DifyRunWorkflowOperator, "_fail", timed_fail)
+    monkeypatch.setattr(RunningTask, "_stop_if_nobody_waits", timed_fail)
     phase(dify)
     result = run_operator(timeout=2, retries=2, retry_delay=0, **way)
     assert isinstance(error_of(result), (DifyWorkflowRunTimeout, DifyWorkflowRunUncertain))

@@ -19,7 +19,7 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 @dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
 def quick():
     DifyRunWorkflowOperator.partial(
-        task_id="run", dify_conn_id={conn_id!r}, deferrable=True, poll_interval=1, retries=0
+        task_id="run", dify_conn_id={conn_id!r}, deferrable=True, defer_after=0, poll_interval=1, retries=0
     ).expand(inputs=[{{"item": item}} for item in range({tasks})])
     DifyWorkflowRunSensor.partial(
         task_id="wait", dify_conn_id={conn_id!r}, deferrable=True, poke_interval=1, retries=0

@@ -48,7 +48,7 @@ def limited():
         arguments = {{"retries": 1, "execution_timeout": {seconds}, "timeout": 150, **way}}
         limit = timedelta(seconds=arguments.pop("execution_timeout"))
         DifyRunWorkflowOperator(
-            task_id=name, dify_conn_id={conn_id!r}, inputs={{}}, poll_interval=1,
+            task_id=name, dify_conn_id={conn_id!r}, inputs={{}}, poll_interval=1, defer_after=0,
             execution_timeout=limit, retry_delay=timedelta(seconds=1),
             on_failure_callback=tell, on_retry_callback=tell, **arguments,
         )

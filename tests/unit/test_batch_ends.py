@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from airflow_provider_dify.batch.row_run import RowSettings
+from airflow_provider_dify.batch.row import RowSettings
 from airflow_provider_dify.batch.running import BatchSettings
 from airflow_provider_dify.batch.task import BatchTask, TaskSettings
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
+from airflow_provider_dify.hooks.dify import DifyHook
 from tests.dify_stand_in import DifyStandIn, Start, respond, stall
 from tests.unit.test_batch_resuming import ti_of
-from tests.unit.test_batch_task import ROW, lines_of, numbered
+from tests.unit.test_batch_task import ROW, WAIT, lines_of, numbered
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -46,10 +47,10 @@ class RunningBatch:
         try_number: int = 1,
         max_tries: int = 1,
     ) -> None:
-        batch = BatchSettings(inputs, "dify_default", active, 30.0, row)
+        batch = BatchSettings(inputs, active, 30.0, 60.0, row)
         settings = TaskSettings(None, None if output is None else str(output), max_failed_runs, max_tries)
         context: Any = {"ti": ti_of(try_number=try_number, max_tries=max_tries)}
-        self.task = BatchTask(batch, settings, context, logging.getLogger("batch"), lambda summary: None)
+        self.task = BatchTask(batch, settings, context, DifyHook(), logging.getLogger("batch"), lambda summary: None)
         self.returned: Any = None
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
@@ -122,7 +123,7 @@ def test_a_batch_that_is_killed_starts_nothing_from_any_pause(
     elif pause == "lost":
         dify.misbehave(take, *[respond(502)] * 40, only="POST .*/run")
     away = dify.refusing_connections() if pause == "not reached" else nullcontext()
-    row = replace(ROW, run_retries=3, not_found_grace=PAUSE)
+    row = replace(ROW, run_retries=3, wait=replace(WAIT, not_found_grace=PAUSE))
     with RunningBatch(numbered(41), tmp_path / "results.jsonl", row=row, active=5, max_failed_runs=40) as batch:
         wait_until(lambda: len(dify.started) >= 1)
         with away:
@@ -228,7 +229,7 @@ def test_the_retry_of_a_batch_that_was_killed_sends_no_lost_start_again(
     dify: DifyStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
 ) -> None:
     output = tmp_path / "results.jsonl"
-    row = replace(ROW, not_found_grace=0.1)
+    row = replace(ROW, wait=replace(WAIT, not_found_grace=0.1))
     has_others = when == "other rows go on"
     rows = numbered(4 if has_others else 1)
 

@@ -14,7 +14,7 @@ import pytest
 
 from airflow_provider_dify.batch import result_files
 from airflow_provider_dify.batch.naming import BatchName
-from airflow_provider_dify.batch.output import EarlierTries, FileOutput
+from airflow_provider_dify.batch.output import FileOutput
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
 from airflow_provider_dify.batch.result_files import ResultFiles, merge_parts
 from airflow_provider_dify.batch.results import (
@@ -30,6 +30,7 @@ from airflow_provider_dify.batch.results import (
     RowResult,
     RowSet,
 )
+from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
 from tests.unit.memory_storage import attach_memory
 from tests.unit.test_workflow_run import make_run
@@ -42,12 +43,12 @@ def results_of(rows: list[int]) -> list[RowResult]:
     return [RowResult(row, "succeeded", {"n": row}) for row in rows]
 
 
-def write_parts(files: ResultFiles, *parts: list[int], open_since: float = 0.0) -> None:
+def write_parts(files: ResultFiles, *parts: list[int], since: float = 0.0) -> None:
     for rows in parts:
-        buffer = PartBuffer(8, open_since)
+        buffer = PartBuffer(Checkpoint(8, since=since))
         for result in results_of(rows):
             buffer.add(result, 0)
-        files.write(buffer.take(open_since))
+        files.write(buffer.take())
 
 
 def rows_in(path: str | Path) -> list[int]:
@@ -89,70 +90,52 @@ def test_what_is_no_whole_result_is_none(line: str) -> None:
 
 
 def test_a_part_is_due_when_it_is_full_or_old() -> None:
-    buffer = PartBuffer(8, 0)
+    buffer = PartBuffer(Checkpoint(8))
     assert not buffer.is_due(1e9)
     buffer.add(RESULT, 100)
     assert not buffer.is_due(100 + PART_SECONDS - 1)
     assert buffer.is_due(100 + PART_SECONDS)
-    buffer.take(100)
+    buffer.take()
     assert not buffer.is_due(1e9)
     for result in results_of(list(range(PART_ROWS))):
         buffer.add(result, 100)
     assert buffer.is_due(100)
-    buffer.take(100)
+    buffer.take()
     buffer.add(replace(RESULT, outputs={"text": "x" * PART_BYTES}), 100)
     assert buffer.is_due(100)
 
 
 def test_what_the_log_of_dify_does_not_know_is_written_soon() -> None:
-    buffer = PartBuffer(8, 0)
+    buffer = PartBuffer(Checkpoint(8))
     buffer.add(RESULT, 100)
-    buffer.add(RowResult(9, "failed", error="Line 10 is no JSON.", attempts=0), 100, is_logged=False)
+    buffer.add(RowResult(9, "failed", error="Line 10 is no JSON.", attempts=0), 100)
     assert buffer.is_due(100 + UNLOGGED_SECONDS)
 
 
 def test_a_part_is_sorted_and_named_for_its_first_row_and_never_as_another() -> None:
-    buffer = PartBuffer(8, 0)
+    buffer = PartBuffer(Checkpoint(8))
     for row in (9, 3, 5):
         buffer.add(RowResult(row, "succeeded"), 0)
-    part = buffer.take(1)
+    part = buffer.take()
     assert [row for row, _ in part.lines] == [3, 5, 9]
     assert part.name.startswith("000000003-")
     assert part.name != part.name
 
 
-def test_a_checkpoint_tells_since_when_rows_are_open() -> None:
-    buffer = PartBuffer(8, open_since=100)
-    for row, at in ((0, 101), (1, 102), (2, 103)):
-        buffer.open(row, at)
-    buffer.add(RowResult(0, "succeeded"), 110)
-    buffer.add(RowResult(2, "succeeded"), 110)
-    assert buffer.take(110).checkpoint.open_since == 102
-    # A retry of the row doesn't make it younger.
-    buffer.open(1, 120)
-    buffer.open(3, 121)
-    assert buffer.take(122).checkpoint.open_since == 102
-    buffer.add(RowResult(1, "succeeded"), 123)
-    buffer.add(RowResult(3, "succeeded"), 123)
-    assert buffer.take(130).checkpoint == Checkpoint(130, 8, rows=4)
+def test_a_checkpoint_names_the_runs_that_were_stopped_and_the_last_row_that_got_lost() -> None:
+    buffer = PartBuffer(Checkpoint(8, since=5))
+    for row in (7, 3):
+        buffer.add_lost(row, 100)
+    assert buffer.is_due(100 + UNLOGGED_SECONDS)
+    buffer.add(RESULT, 100)
+    checkpoint = buffer.take(("run-1",)).checkpoint
+    assert Checkpoint.from_line(checkpoint.to_line()) == Checkpoint(8, ("run-1",), 1, 5, 7)
+    assert buffer.take().checkpoint == Checkpoint(8, (), 1, 5, 7)
 
 
-def test_what_an_earlier_try_has_started_is_open_until_its_last_row_is_reached() -> None:
-    buffer = PartBuffer(1, open_since=100)
-    buffer.last_uncertain = 7
-    # Stopped by hand, so it is started again while rows up to 7 wait, whose runs are alive since 100.
-    buffer.open(3, 150)
-    assert buffer.take(200).checkpoint.open_since == 100
-    buffer.add(RowResult(3, "succeeded"), 210)
-    buffer.open(7, 100)
-    assert buffer.take(220).checkpoint.open_since == 100
-    buffer.add(RowResult(7, "succeeded"), 230)
-    assert buffer.take(240).checkpoint.open_since == 240
-
-
-def test_a_checkpoint_names_the_runs_that_were_stopped() -> None:
-    checkpoint = PartBuffer(8, 5).take(9, ["run-1"]).checkpoint
-    assert Checkpoint.from_line(checkpoint.to_line()) == Checkpoint(9, 8, ("run-1",))
+def test_a_checkpoint_of_another_version_is_read() -> None:
+    line = '{"checkpoint": {"open_since": 9.5, "max_active_runs": 8, "stopped_runs": ["run-1"], "rows": 3}}\n'
+    assert Checkpoint.from_line(line) == Checkpoint(8, ("run-1",), 3)
 
 
 @pytest.mark.parametrize("line", ["", '{"checkpoint": {}}\n', '{"checkpoint": 1}\n', RESULT.to_line(), "[]\n", "{"])
@@ -198,7 +181,7 @@ def exists(path: str) -> bool:
 
 def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> None:
     files = ResultFiles(output_path, BATCH)
-    files.begin(Checkpoint(0, 8))
+    files.begin(Checkpoint(8))
     write_parts(files, [0, 2, 3], [1, 9], [4, 5, 6], [7, 8])
     files.merge(0)
     assert read(output_path) == "".join(result.to_line() for result in results_of(list(range(10))))
@@ -209,7 +192,7 @@ def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> No
 
 def test_a_batch_without_rows_has_an_empty_file(output_path: str) -> None:
     files = ResultFiles(output_path, BATCH)
-    files.begin(Checkpoint(0, 8))
+    files.begin(Checkpoint(8))
     files.merge(0)
     assert read(output_path) == ""
 
@@ -217,16 +200,17 @@ def test_a_batch_without_rows_has_an_empty_file(output_path: str) -> None:
 def test_results_that_were_written_are_read_back(output_path: str) -> None:
     files = ResultFiles(output_path, BATCH)
     assert files.read_written().checkpoint is None
-    files.begin(Checkpoint(1, 4, ("a",)))
-    write_parts(files, [0, 2], [1], open_since=5)
-    files.write(Part([], Checkpoint(3, 2, ("b",))))
+    files.begin(Checkpoint(4, ("a",), since=7))
+    write_parts(files, [0, 2], [1], since=5)
+    files.write(Part([], Checkpoint(2, ("b",), since=6, last_lost=4)))
     seen: list[RowResult] = []
     written = ResultFiles(output_path, BATCH).read_written(seen.append)
     assert sorted(result.index for result in seen) == [0, 1, 2]
     assert seen[0] == RowResult(seen[0].index, "succeeded", {"n": seen[0].index})
     assert [row in written.rows for row in range(4)] == [True, True, True, False]
     assert written.checkpoint is not None
-    assert (written.checkpoint.open_since, written.checkpoint.max_active_runs) == (5, 8)
+    assert written.checkpoint.max_active_runs == 8
+    assert (written.checkpoint.since, written.checkpoint.last_lost) == (5, 4)
     assert set(written.checkpoint.stopped_runs) == {"a", "b"}
     assert not written.is_complete
 
@@ -243,15 +227,15 @@ def test_another_batch_with_the_same_path_has_parts_of_its_own(output_path: str)
 
 def test_two_mapped_tasks_with_one_file_are_refused_before_anything_is_started(output_path: str) -> None:
     first, second = (ResultFiles(output_path, replace(BATCH, map_index=index)) for index in (0, 1))
-    first.begin(Checkpoint(0, 8))
+    first.begin(Checkpoint(8))
     with pytest.raises(DifyConfigurationError, match=r"map index 0 of this task, too.*{{ ti.map_index }}"):
-        second.begin(Checkpoint(0, 8))
+        second.begin(Checkpoint(8))
     # Another Dag run's batch may have left its parts: it is no mistake to replace its results.
-    ResultFiles(output_path, BatchName("1" * 16, 0)).begin(Checkpoint(0, 8))
+    ResultFiles(output_path, BatchName("1" * 16, 0)).begin(Checkpoint(8))
     write_parts(first, [0])
     first.merge(1)
     first.remove_parts()
-    second.begin(Checkpoint(0, 8))
+    second.begin(Checkpoint(8))
 
 
 def test_parts_of_before_the_task_was_cleared_are_removed_in_the_end(output_path: str) -> None:
@@ -274,8 +258,8 @@ def test_parts_of_before_the_task_was_cleared_are_removed_in_the_end(output_path
 def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     files = ResultFiles(str(output), BATCH)
-    files.begin(Checkpoint(1, 8))
-    write_parts(files, [0, 1, 2], open_since=99)
+    files.begin(Checkpoint(8, since=1))
+    write_parts(files, [0, 1, 2], since=99)
     folder = tmp_path / "results.jsonl.parts" / BATCH.folder
     (part,) = [path for path in folder.iterdir() if path.stat().st_size > 200]
     whole = part.read_bytes()
@@ -285,29 +269,27 @@ def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) ->
         written = files.read_written()
         assert len(written.rows) == min(lines, 3)
         # What the cut part would have said of the rest isn't true without its rows.
-        assert written.checkpoint == Checkpoint(1, 8)
+        assert written.checkpoint == Checkpoint(8, since=1)
         files.merge(0)
         assert rows_in(output) == list(range(min(lines, 3)))
         (folder / "merged").unlink()
 
 
-@pytest.mark.parametrize(("damaged", "since"), [(False, 300), (True, 100)])
-def test_after_a_part_was_removed_the_log_is_read_from_the_dag_runs_start(
-    output_path: str, damaged: bool, since: float
-) -> None:
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_part_that_was_removed_is_missed(output_path: str, damaged: bool) -> None:
     from airflow.providers.common.compat.sdk import ObjectStoragePath
 
     files = ResultFiles(output_path, BATCH)
-    files.begin(Checkpoint(200, 8))
-    buffer = PartBuffer(8, 200)
+    files.begin(Checkpoint(8, since=200))
+    buffer = PartBuffer(Checkpoint(8, since=200))
     for row in range(4):
         buffer.add(RowResult(row, "succeeded"), 0)
-        files.write(buffer.take(300))
+        files.write(buffer.take())
     if damaged:
         next(ObjectStoragePath(f"{output_path}.parts/{BATCH.folder}").glob("000000002-*")).unlink()
     progress = BatchProgress(4, FailureLimit(0), began_at=0)
     output = FileOutput(ResultFiles(output_path, BATCH), 8, progress, EarlierTries(100, True, 1))
-    assert output.since == since
+    assert (output.earlier.since, output.earlier.has_parts) == (200, not damaged)
     assert [output.has(row) for row in range(4)] == [True, True, not damaged, True]
 
 
@@ -362,7 +344,7 @@ def test_after_the_merge_the_file_counts_and_not_what_is_left_of_the_parts(outpu
 def test_a_storage_that_can_not_be_written_is_a_dify_error(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl.parts").write_text("a file where a folder should be")
     with pytest.raises(DifyError, match="could not be written"):
-        ResultFiles(str(tmp_path / "results.jsonl"), BATCH).begin(Checkpoint(0, 8))
+        ResultFiles(str(tmp_path / "results.jsonl"), BATCH).begin(Checkpoint(8))
 
 
 def test_a_storage_that_is_not_known_fails_without_retry() -> None:
@@ -407,10 +389,10 @@ def test_any_order_of_ends_is_merged_in_row_order() -> None:
 def test_a_merge_holds_no_more_than_a_few_lines_of_each_part(tmp_path: Path) -> None:
     files = ResultFiles(str(tmp_path / "results.jsonl"), BATCH)
     for start in range(0, 20_000, 1000):
-        buffer = PartBuffer(8, 0)
+        buffer = PartBuffer(Checkpoint(8))
         for row in range(start, start + 1000):
             buffer.add(RowResult(row, "succeeded", {"text": "x" * 2000}), 0)
-        files.write(buffer.take(0))
+        files.write(buffer.take())
     tracemalloc.start()
     try:
         files.merge(0)

@@ -7,12 +7,13 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
@@ -20,25 +21,22 @@ from airflow_provider_dify.batch import results
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.result_files import ResultFiles
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult
-from airflow_provider_dify.batch.row_run import RowSettings
+from airflow_provider_dify.batch.row import RowSettings
 from airflow_provider_dify.batch.running import BatchSettings
 from airflow_provider_dify.batch.task import BatchTask, TaskSettings
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError, DifyError, DifyOutputsError
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.runs.waiting import WaitArguments
 from tests.dify_stand_in import DifyStandIn, Start, form_field, respond
+
+if TYPE_CHECKING:
+    from aiohttp import web
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
 
 ROWS = 40
-ROW = RowSettings(
-    workflow_id=None,
-    run_retries=0,
-    fail_on_partial_success=False,
-    timeout=60.0,
-    run_timeout=None,
-    poll_interval=0.05,
-    not_found_grace=0.2,
-    max_consecutive_failures=5,
-)
+WAIT = WaitArguments(poll_interval=0.05, not_found_grace=0.2)
+ROW = RowSettings(workflow_id=None, run_retries=0, wait=WAIT)
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -54,6 +52,7 @@ def run_try(
     max_failed_runs: float = 0,
     try_number: int = 1,
     max_tries: int = 1,
+    max_consecutive_failures: int = 5,
     at_end: Callable[[], object] = lambda: None,
 ) -> Any:
     """Run a try of a task with one retry; when its runs are over, and before their results are merged, do something."""
@@ -66,9 +65,11 @@ def run_try(
         if len(summaries) == 2:
             at_end()
 
-    batch = BatchSettings(inputs, "dify_default", 4, 30.0, replace(ROW, run_retries=run_retries))
+    wait = replace(WAIT, max_consecutive_failures=max_consecutive_failures)
+    batch = BatchSettings(inputs, 4, 30.0, 60.0, replace(ROW, run_retries=run_retries, wait=wait))
     settings = TaskSettings(user, None if output_path is None else str(output_path), max_failed_runs, 1)
-    task = BatchTask(batch, settings, {"ti": ti}, logging.getLogger("batch"), push)  # type: ignore[typeddict-item]
+    context: Any = {"ti": ti}
+    task = BatchTask(batch, settings, context, DifyHook(), logging.getLogger("batch"), push)
     return task.run(lambda app_id: None)
 
 
@@ -117,10 +118,10 @@ def test_rows_that_are_written_hide_no_queued_start_although_their_runs_are_runn
     users = RowUsers.of_task(earlier)
     files = ResultFiles(str(output), BatchName.of_task(earlier))
     began = time.time()
-    files.begin(Checkpoint(began, 4))
+    files.begin(Checkpoint(4, since=began))
     written = [RowResult(row, "failed", workflow_run_id=str(uuid.uuid4())) for row in range(4)]
     lines = [(result.index, result.to_line()) for result in written]
-    files.write(Part(lines, Checkpoint(began, 4, rows=4)))
+    files.write(Part(lines, Checkpoint(4, rows=4, since=began)))
     for result in written:
         user = users.user_of(result.index, 0)
         dify.add_run("running", run_id=result.workflow_run_id, user=user, created_at=int(began))
@@ -132,7 +133,159 @@ def test_rows_that_are_written_hide_no_queued_start_although_their_runs_are_runn
     assert started == [user]
     # It is looked for until the grace is over, and started then.
     assert len(looks) >= 2
-    assert max(looks) - min(looks) > ROW.not_found_grace / 2
+    assert max(looks) - min(looks) > WAIT.not_found_grace / 2
+
+
+# --- what a retry asks Dify's log for
+
+
+class Batch:
+    """A batch of which an earlier try has left parts, and runs at Dify."""
+
+    def __init__(self, output: Path, dify: DifyStandIn) -> None:
+        ti = SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, try_number=1, max_tries=1)
+        self.users = RowUsers.of_task(ti)
+        self.files = ResultFiles(str(output), BatchName.of_task(ti))
+        self._dify = dify
+        self._began = time.time()
+        self.files.begin(Checkpoint(4, since=self._began))
+
+    def write(self, rows: Iterable[int], **checkpoint: Any) -> None:
+        results = [RowResult(row, "succeeded", workflow_run_id=str(uuid.uuid4())) for row in rows]
+        lines = [(result.index, result.to_line()) for result in results]
+        self.files.write(Part(lines, Checkpoint(4, rows=len(lines), since=self._began, **checkpoint)))
+
+    def add_run(self, row: int, *statuses: str, attempt: int = 0) -> None:
+        self._dify.add_run(*statuses, user=self.users.user_of(row, attempt), created_at=int(self._began))
+
+    def looks(self) -> dict[int, int]:
+        """Return how often each row was looked for; no request was for more than one row."""
+        asked = [parse_qs(urlsplit(seen.path).query) for seen in self._dify.requests if "/workflows/logs" in seen.path]
+        users = [query["created_by_end_user_session_id"][0] for query in asked]
+        assert all("created_at__after" in query for query in asked)
+        return Counter(int(user.removeprefix(f"{self.users.prefix}/").partition(".")[0]) for user in users)
+
+    def rows_started(self) -> list[int]:
+        return sorted(started.inputs["n"] for started in self._dify.started)
+
+
+@pytest.fixture
+def batch(dify: DifyStandIn, tmp_path: Path) -> Batch:
+    return Batch(tmp_path / "results.jsonl", dify)
+
+
+def test_a_retry_of_many_rows_asks_only_for_those_that_may_have_been_started(
+    dify: DifyStandIn, tmp_path: Path, batch: Batch
+) -> None:
+    dify.add_logged_runs(2_000, user="someone else")
+    batch.write(row for row in range(900) if row not in (3, 500))
+    batch.add_run(3, "succeeded")
+    batch.add_run(902, "running", "succeeded")
+    run_try(numbered(1_000), tmp_path / "results.jsonl", try_number=2)
+    # Rows 3 and 500 have no result; four rows may be under way, and four have left no trace, from 902 on once more.
+    looks = batch.looks()
+    assert sorted(looks) == [3, 500, *range(900, 911)]
+    assert looks[3] == looks[902] == 1
+    assert min(looks[row] for row in looks if row not in (3, 902)) >= 2
+    assert batch.rows_started() == [500, 900, 901, *range(903, 1_000)]
+    assert [row["index"] for row in lines_of(tmp_path / "results.jsonl")] == list(range(1_000))
+
+
+def test_a_second_earlier_try_widens_what_a_retry_asks_for(dify: DifyStandIn, tmp_path: Path, batch: Batch) -> None:
+    batch.write(range(10))
+    run_try(numbered(60), tmp_path / "results.jsonl", try_number=3)
+    assert sorted(batch.looks()) == list(range(10, 26))
+    assert batch.rows_started() == list(range(10, 60))
+
+
+def test_the_parts_of_an_older_version_are_taken_up(dify: DifyStandIn, tmp_path: Path, batch: Batch) -> None:
+    batch.write(range(3))
+    (folder,) = (tmp_path / "results.jsonl.parts").iterdir()
+    for part in folder.iterdir():
+        part.write_text(part.read_text().replace('"since"', '"open_since"').replace('"last_lost"', '"other"'))
+    batch.add_run(20, "running", "succeeded")
+    run_try(numbered(25), tmp_path / "results.jsonl", try_number=2)
+    assert batch.rows_started() == [*range(3, 20), *range(21, 25)]
+    assert len(lines_of(tmp_path / "results.jsonl")) == 25
+
+
+@pytest.mark.parametrize("has_file", [True, False])
+def test_the_first_try_of_a_batch_looks_into_no_log(dify: DifyStandIn, tmp_path: Path, has_file: bool) -> None:
+    run_try(numbered(20), tmp_path / "results.jsonl" if has_file else None)
+    assert not any("/workflows/logs" in seen.path for seen in dify.requests)
+
+
+def test_rows_that_got_lost_hide_no_row_after_them(dify: DifyStandIn, tmp_path: Path, batch: Batch) -> None:
+    # Twenty starts got lost one after the other, which the checkpoint tells, and the next run is alive.
+    batch.write([], last_lost=19)
+    batch.add_run(20, "running", "succeeded")
+    run_try(numbered(25), tmp_path / "results.jsonl", try_number=2)
+    assert batch.rows_started() == [row for row in range(25) if row != 20]
+
+
+def test_a_log_that_shows_the_runs_of_all_users_is_read_on_for_a_rows_run(
+    dify: DifyStandIn, tmp_path: Path, batch: Batch
+) -> None:
+    batch.add_run(0, "running", "succeeded")
+    dify.logs_ignore_user = True
+    dify.add_logged_runs(150, user="someone else", ending=time.time() + 150)
+    run_try(numbered(3), tmp_path / "results.jsonl", try_number=2)
+    assert batch.rows_started() == [1, 2]
+    dify.add_logged_runs(1_200, user="someone else", ending=time.time() + 1_350)
+    with pytest.raises(DifyError, match="has too many runs of others to find row 0"):
+        run_try(numbered(3), tmp_path / "others.jsonl", try_number=3)
+    assert batch.rows_started() == [1, 2]
+
+
+def test_rows_that_dify_rejected_hide_no_row_after_them_where_nothing_is_written(dify: DifyStandIn) -> None:
+    users = RowUsers.of_task(SimpleNamespace(dag_id="dag", task_id="task", run_id="run", map_index=-1, max_tries=1))
+    alive = dify.add_run("running", "succeeded", user=users.user_of(30, 0), created_at=int(time.time()))
+    returned = run_try(numbered(40), try_number=2)
+    assert returned[30]["workflow_run_id"] == alive
+    assert sorted(started.inputs["n"] for started in dify.started) == [row for row in range(40) if row != 30]
+
+
+def test_a_try_lets_no_more_rows_go_without_a_trace_than_may_run_at_once(
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a retry counts on, if the task is killed at any of these requests.
+    monkeypatch.setattr(results, "UNLOGGED_SECONDS", 60.0)
+    output = tmp_path / "results.jsonl"
+    written: list[tuple[int, int]] = []
+
+    async def reject(request: web.Request) -> web.StreamResponse:
+        row = (await request.json())["inputs"]["n"]
+        written.append((row, sum(path.read_text().count('"index"') for path in parts_with_rows(output))))
+        return await respond(413)(request)
+
+    dify.misbehave_always(reject, only="POST .*/run")
+    run_try(numbered(60), output, max_failed_runs=60)
+    assert len(written) == 60
+    assert all(row - count < 8 for row, count in written)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_log_that_can_not_be_read_ends_the_retry_before_anything_is_paid_twice(
+    dify: DifyStandIn, tmp_path: Path, batch: Batch, failures: int
+) -> None:
+    batch.write(range(3))
+    batch.add_run(3, "running", "succeeded")
+    dify.misbehave(*[respond(503)] * failures, only="GET .*/logs")
+    if failures == 1:
+        run_try(numbered(4), tmp_path / "results.jsonl", try_number=2, max_consecutive_failures=1)
+        assert len(lines_of(tmp_path / "results.jsonl")) == 4
+    else:
+        with pytest.raises(DifyConnectionError):
+            run_try(numbered(4), tmp_path / "results.jsonl", try_number=2, max_consecutive_failures=1)
+    assert dify.started == []
+
+
+def test_a_run_whose_record_is_not_written_yet_is_waited_for(dify: DifyStandIn, tmp_path: Path, batch: Batch) -> None:
+    run_id = dify.add_run("succeeded", user=batch.users.user_of(0, 0), created_at=int(time.time()))
+    dify.runs[run_id].has_no_record = True
+    with pytest.raises(DifyConnectionError, match="no record yet of a run of user"):
+        run_try(numbered(3), tmp_path / "results.jsonl", try_number=2, max_consecutive_failures=1)
+    assert 0 not in batch.rows_started()
 
 
 def test_after_retries_were_lowered_all_tries_before_this_one_may_have_left_queued_starts(dify: DifyStandIn) -> None:

@@ -1,0 +1,375 @@
+"""One row of a batch: its place, its start, its run, and its retries."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.client import DifyClient
+from airflow_provider_dify.api.models import WorkflowRun
+from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.batch.naming import RowUsers
+from airflow_provider_dify.batch.results import RowResult
+from airflow_provider_dify.batch.resuming import Resumption, RowPlan
+from airflow_provider_dify.exceptions import (
+    DifyAuthenticationError,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunFailed,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.runs.log import RunSearch
+from airflow_provider_dify.runs.starting import Starter
+from airflow_provider_dify.runs.stopping import StopReport, stop_run
+from airflow_provider_dify.runs.verdict import Outcome, Verdict
+from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments, delay_after
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+# Seconds before a run that failed is started again; doubled with each further failure.
+RETRY_DELAY = 1.0
+# Longer than for a single run, because a server that is restarted must not end a batch.
+START_RETRIES = 7
+# Seconds without a name after which an accepted start shows that Dify's queue is not empty.
+_SECONDS_BEFORE_QUEUED = 5.0
+# For a start that is under way when the batch is killed.
+_SECONDS_TO_BE_NAMED = 2.0
+# Characters of a warning, which may end with what Dify said.
+_LOG_LENGTH = 1000
+
+
+class NoMoreStarts(Exception):
+    """The batch starts nothing any more: it is killed, its time is over, or too many rows have failed."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What the operator's arguments say about each run; times in seconds."""
+
+    workflow_id: str | None
+    run_retries: int
+    wait: WaitArguments
+    restart_lost_runs: bool = False
+
+
+class Batch(Protocol):
+    """What a row has to know of its batch."""
+
+    client: DifyClient
+    deadline: Deadline
+    users: RowUsers
+    resumption: Resumption
+    row_settings: RowSettings
+    log: Logger
+
+    @property
+    def starts_more(self) -> bool:
+        """Whether runs are still to be started."""
+
+    @property
+    def has_queued_runs(self) -> bool:
+        """Whether a start that Dify has accepted has no run yet."""
+
+    async def take_place(self, row: int) -> None:
+        """Wait for a place among the runs at once; the first row first."""
+
+    async def on_refused(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
+        """Give the place back, because Dify has too many runs, and wait for another one."""
+
+    def on_started(self, app_id: str | None) -> None:
+        """Take note that Dify took a start, for a run of this app."""
+
+    def has_started_since(self, moment: float) -> bool:
+        """Return whether Dify has taken a start of any row since a moment of ``time.monotonic``."""
+
+
+class RowLog:
+    """The log of one row: the warnings of its run, with the row in front. A line for each node would be too many."""
+
+    def __init__(self, row: int, log: Logger) -> None:
+        self._row = row
+        self._log = log
+
+    def info(self, message: str, *args: Any) -> None:
+        """Leave out what a batch has too much of."""
+
+    def warning(self, message: str, *args: Any) -> None:
+        """Log a warning of the row's run."""
+        self._log.warning("%s", one_line(f"Row {self._row}: {message % args}", _LOG_LENGTH))
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of one run of a row, or of a start that has none."""
+
+    status: str
+    error: str | None = None
+    run: WorkflowRun | None = None
+    run_id: str | None = None
+    can_be_repeated: bool = False
+    # Whether it counts among the row's attempts.
+    was_started: bool = True
+
+
+@dataclass(frozen=True)
+class LostStart:
+    """A start that went out, and whose run was not found: it may run, and be paid for. Attempts count from 0."""
+
+    error: DifyWorkflowRunUncertain
+    search: RunSearch
+    attempt: int
+
+
+class RowRun:
+    """
+    One row of a batch.
+
+    :param batch: what all rows share.
+    :param row: the row's number.
+    :param inputs: its inputs, checked.
+    :param may_be_started: whether an earlier try may have started it, so that it is looked for first.
+    :ivar lost: its last start, if that got lost.
+    """
+
+    def __init__(self, batch: Batch, row: int, inputs: Mapping[str, Any], *, may_be_started: bool) -> None:
+        self.row = row
+        self.may_be_started = may_be_started
+        self.lost: LostStart | None = None
+        self._batch = batch
+        self._inputs = inputs
+        self._plan = RowPlan()
+        self._log: Any = RowLog(row, batch.log)
+        self._starter: Starter | None = None
+        self._found_run_id: str | None = None
+        self._sent_at = 0.0
+        self._user = ""
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether Dify has accepted the start some time ago, and named no run yet."""
+        stream = self._starter.stream if self._starter is not None else None
+        is_unnamed = stream is not None and stream.is_accepted and self._run_id is None
+        return is_unnamed and time.monotonic() - self._sent_at > _SECONDS_BEFORE_QUEUED
+
+    async def run(self) -> RowResult:
+        """
+        Run the row to its end, and return the result of its last run.
+
+        Raises NoMoreStarts if the batch ends before its first start; a DifyWorkflowRunUncertain if a start got lost,
+        and its run was not found; a DifyConnectionError, a DifyAuthenticationError or a DifyWorkflowRunTimeout for what
+        ends the batch, and says nothing about the row.
+        """
+        batch = self._batch
+        if self.may_be_started:
+            self._plan = await self._find()
+            self.may_be_started = False
+            await batch.take_place(self.row)
+        outcome: _Outcome | None = None
+        while True:
+            plan = self._plan
+            if plan.workflow_run_id is not None:
+                self._user = batch.users.user_of(self.row, plan.attempt)
+                outcome = await self._follow(self._new_starter(), plan.workflow_run_id)
+            else:
+                try:
+                    outcome = await self._start(plan.attempt)
+                except NoMoreStarts:
+                    if outcome is None:
+                        raise
+                    self._raise_if_lost()
+                    return self._result(outcome, plan.attempt)
+            is_last = plan.failures >= batch.row_settings.run_retries or not batch.starts_more
+            if is_last or not outcome.can_be_repeated:
+                self._raise_if_lost()
+                return self._result(outcome, plan.attempt + 1 if outcome.was_started else plan.attempt)
+            self._plan = RowPlan(plan.attempt + 1, plan.failures + 1)
+            delay = delay_after(DifyConnectionError(), plan.failures + 1, RETRY_DELAY)
+            self._log.warning(
+                "%s failed and is started again in %.1f seconds, retry %d of %d: %s",
+                f"run {outcome.run_id}" if outcome.run_id else "its start",
+                delay,
+                plan.failures + 1,
+                batch.row_settings.run_retries,
+                outcome.error,
+            )
+            await asyncio.sleep(delay)
+
+    async def run_if_found(self) -> RowResult:
+        """Look once more for the run of a start that got lost, and follow it if it came up; return the row's result."""
+        lost = self.lost
+        assert lost is not None  # noqa: S101
+        # Once; only a look that failed is repeated.
+        grace = self._batch.row_settings.wait.not_found_grace
+        try:
+            run_id = await self._new_starter().search_run(lost.search, lost.error, 0.0, grace)
+        except DifyWorkflowRunUncertain as error:
+            run_id, self.lost = None, replace(lost, error=error)
+        if run_id is None:
+            return self.lost_result()
+        self.lost = None
+        self._plan = replace(self._plan, attempt=lost.attempt, workflow_run_id=run_id)
+        return await self.run()
+
+    def lost_result(self) -> RowResult:
+        """Return the result of a row whose run did not come up until the batch's end."""
+        assert self.lost is not None  # noqa: S101
+        error = f"{self.lost.error} Its run did not come up by the end of the batch: it may still run, and be paid for."
+        return RowResult(self.row, "failed", error=error, attempts=self.lost.attempt + 1)
+
+    def close(self) -> None:
+        """Hang up; the run goes on."""
+        if self._starter is not None:
+            self._starter.close()
+
+    async def stop(self) -> tuple[str, StopReport] | None:
+        """Stop the run, if it has a name soon; return its id and what became of the stop."""
+        stream = self._starter.stream if self._starter is not None else None
+        if self._starter is not None and stream is not None and not stream.may_have_been_sent:
+            # No byte of it went out.
+            stream.close()
+            self._starter.stream = None
+        until = time.monotonic() + _SECONDS_TO_BE_NAMED
+        while self._starter is not None and self._starter.stream is not None and self._run_id is None:
+            # Read by the row's own task.
+            if time.monotonic() >= until:
+                break
+            await asyncio.sleep(0.05)
+        run_id = self._run_id
+        if run_id is None:
+            return None
+        named = self._starter.named_stream if self._starter is not None else None
+        task_id = named.task_id if named is not None else None
+        return run_id, await stop_run(self._batch.client, run_id, task_id, self._user)
+
+    @property
+    def _run_id(self) -> str | None:
+        named = self._starter.named_stream if self._starter is not None else None
+        return named.workflow_run_id if named is not None else self._found_run_id
+
+    def _raise_if_lost(self) -> None:
+        if self.lost is not None:
+            raise self.lost.error
+
+    def _new_starter(self) -> Starter:
+        self.close()
+        batch = self._batch
+        self._found_run_id = None
+        self._starter = starter = Starter(
+            batch.client, batch.deadline, self._log, batch.row_settings.wait, reads_success=False
+        )
+        starter.start_retries = START_RETRIES
+        starter.before_send = self._before_send
+        starter.wait_for_room = self._wait_for_room
+        return starter
+
+    async def _before_send(self) -> None:
+        """Let no start out, from whatever pause it comes, once the batch starts nothing any more."""
+        if not self._batch.starts_more:
+            raise NoMoreStarts
+        self._sent_at = time.monotonic()
+
+    async def _wait_for_room(self, error: DifyConnectionError) -> None:
+        await self._batch.on_refused(self.row, self._sent_at, error)
+
+    async def _find(self) -> RowPlan:
+        """Look for a run that an earlier try may have started."""
+        batch, wait = self._batch, self._batch.row_settings.wait
+
+        def on_failure(error: DifyConnectionError, failures: int) -> None:
+            if failures > (wait.max_consecutive_failures or 0):
+                raise error
+            self._log.warning("Dify's log could not be read; looking again: %s", error)
+
+        return await batch.resumption.find(
+            batch.client, self.row, batch.deadline, wait, on_failure, lambda: batch.has_queued_runs
+        )
+
+    async def _start(self, attempt: int) -> _Outcome:
+        """Start a run and follow it."""
+        batch, settings = self._batch, self._batch.row_settings
+        began = time.monotonic()
+        self._user = batch.users.user_of(self.row, attempt)
+        starter = self._new_starter()
+        search = RunSearch(self._user, time.time(), user_is_unique=True)
+        try:
+            run_id = await starter.start_and_name(self._inputs, settings.workflow_id, search)
+        except DifyAuthenticationError:
+            raise
+        except DifyWorkflowRunUncertain as error:
+            self.lost = LostStart(error, search, attempt)
+            shows_no_run = starter.log_shows_no_run and not starter.is_in_queue
+            return _Outcome("failed", str(error), can_be_repeated=settings.restart_lost_runs and shows_no_run)
+        except DifyConnectionError as error:
+            if not batch.has_started_since(began) or not await self._dify_responds():
+                raise
+            # What refuses this start again and again takes those of other rows.
+            outcome = _Outcome("failed", str(error), can_be_repeated=True, was_started=False)
+        except DifyError as error:
+            # Of this row only: Dify rejected it, or failed to start it, or it can't be sent.
+            was_started = isinstance(error, DifyWorkflowRunFailed)
+            outcome = _Outcome("failed", str(error), can_be_repeated=was_started, was_started=was_started)
+        else:
+            batch.on_started(starter.stream.app_id if starter.stream is not None else None)
+            outcome = await self._follow(starter, run_id)
+        self.lost = None
+        return outcome
+
+    async def _follow(self, starter: Starter, run_id: str) -> _Outcome:
+        self._found_run_id = run_id
+        wait = RunWait(run_id, starter.arguments, log=self._log, was_seen=True)
+        try:
+            try:
+                run, verdict = await starter.follow(wait, starter.named_stream)
+            except DifyConnectionError:
+                if not await self._dify_responds():
+                    raise
+                # Once more: Dify may have come back just now.
+                run, verdict = await self._follow_unreadable(starter, wait)
+        except (DifyConnectionError, DifyAuthenticationError, DifyWorkflowRunTimeout):
+            raise
+        except DifyError as error:
+            repeats = isinstance(error, DifyWorkflowRunFailed)
+            return _Outcome("failed", str(error), run_id=run_id, can_be_repeated=repeats)
+        if verdict.outcome is Outcome.TIMED_OUT:
+            await self.stop()
+        return _outcome_of(run, verdict)
+
+    async def _follow_unreadable(self, starter: Starter, wait: RunWait) -> tuple[WorkflowRun, Verdict]:
+        try:
+            return await starter.follow(wait, None)
+        except DifyConnectionError as error:
+            raise DifyError(
+                f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
+                f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
+            ) from None
+
+    async def _dify_responds(self) -> bool:
+        """Return whether Dify responds at all, so that what fails again and again is of one row."""
+        try:
+            await self._batch.client.perform(calls.app_info())
+        except (DifyConnectionError, DifyAuthenticationError):
+            return False
+        except DifyError:
+            # Dify's own word, whatever it is.
+            return True
+        return True
+
+    def _result(self, outcome: _Outcome, attempts: int) -> RowResult:
+        if outcome.run is not None:
+            result = RowResult.of_run(self.row, outcome.run, attempts)
+            return replace(result, status=outcome.status, error=outcome.error)
+        return RowResult(
+            self.row, outcome.status, error=outcome.error, workflow_run_id=outcome.run_id, attempts=attempts
+        )
+
+
+def _outcome_of(run: WorkflowRun, verdict: Verdict) -> _Outcome:
+    error = (run.error or verdict.reason) if verdict.is_failure else run.error
+    status = "failed" if verdict.outcome is Outcome.TIMED_OUT else str(run.status)
+    return _Outcome(status, error, run, run.id, verdict.is_failure and verdict.can_be_repeated)
