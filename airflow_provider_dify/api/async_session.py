@@ -11,7 +11,7 @@ import ssl
 from collections.abc import Awaitable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin, urlsplit
 from weakref import WeakKeyDictionary
 
 import aiohttp
@@ -73,6 +73,7 @@ MAX_REDIRECTS = 5
 # Bytes of a header, as many as http.client takes on a worker: a gateway's Content-Security-Policy may be longer than
 # aiohttp's 8,190.
 MAX_HEADER = 65_536
+_SOCKS_PORT = 1080
 
 
 @dataclass(eq=False)
@@ -232,13 +233,19 @@ async def _note_connection(session: aiohttp.ClientSession, context: Any, params:
 
 
 def _socks_connector(proxy: str, settings: dict[str, Any]) -> aiohttp.BaseConnector:
-    from aiohttp_socks import ProxyConnector  # an extra of this package
+    from aiohttp_socks import ProxyConnector, ProxyType  # an extra of this package
 
-    # As requests reads it: only these two let the proxy look names up.
-    scheme, rest = proxy.split("://", 1)
-    is_remote = scheme.lower() in ("socks5h", "socks4a")
-    connector: aiohttp.BaseConnector = ProxyConnector.from_url(
-        f"{scheme.lower().rstrip('ah')}://{rest}", rdns=is_remote, **settings
+    # As requests reads it, which takes a URL without a port, too.
+    url = urlsplit(proxy)
+    connector: aiohttp.BaseConnector = ProxyConnector(
+        url.hostname or "",
+        url.port or _SOCKS_PORT,
+        ProxyType.SOCKS4 if url.scheme.startswith("socks4") else ProxyType.SOCKS5,
+        unquote(url.username or ""),
+        unquote(url.password or ""),
+        # Only these two let the proxy look names up.
+        rdns=url.scheme in ("socks5h", "socks4a"),
+        **settings,
     )
     return connector
 

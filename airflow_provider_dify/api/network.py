@@ -27,6 +27,7 @@ class Route:
 
 # What the two HTTP clients need for a SOCKS proxy.
 _SOCKS_PACKAGES = {"socks": "pysocks", "aiohttp_socks": "aiohttp-socks"}
+_SOCKS_SCHEMES = ("socks4", "socks4a", "socks5", "socks5h")
 
 
 def route_to(connection: DifyConnection, *, socks_package: str) -> Route:
@@ -73,7 +74,16 @@ def _check_proxy(proxy: str, socks_package: str) -> None:
     if not is_proxy_url(proxy):
         # Not shown: it may hold a password.
         raise DifyConfigurationError(f"The URL of the proxy to Dify is malformed. {source}")
-    if proxy.lower().startswith("socks") and find_spec(socks_package) is None:
+    # Without a scheme it is an HTTP proxy, whatever its host is called.
+    scheme, separator, _ = proxy.lower().partition("://")
+    if not separator or not scheme.startswith("socks"):
+        return
+    if scheme not in _SOCKS_SCHEMES:
+        raise DifyConfigurationError(
+            f"The proxy to Dify is a SOCKS proxy of the kind {one_line(scheme, 50)!r}, which is none of "
+            f"{', '.join(_SOCKS_SCHEMES)}. {source}"
+        )
+    if find_spec(socks_package) is None:
         package = _SOCKS_PACKAGES[socks_package]
         raise DifyConfigurationError(
             f"The proxy to Dify is a SOCKS proxy, which needs the package {package}: pip install "

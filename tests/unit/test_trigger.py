@@ -131,9 +131,13 @@ def test_every_ending_is_one_event(
     run_id = dify.add_run(*statuses, **({"created_at": 1_700_000_000} if "run_timeout" in arguments else {}))
     payload = payload_of(trigger_of(run_id, **arguments))
     assert payload["end"] == end
-    assert re.search(message, payload["message"])
     assert run_id in payload["message"]
     assert (payload["error"] is not None) == (end == "failed")
+    if payload["error"] and dialect == "1.13.0":
+        # It can't say that it knows no such run. Its 500 may pass, and is survived a few times.
+        assert payload["error"]["type"] == "DifyConnectionError"
+        return
+    assert re.search(message, payload["message"])
     if payload["error"]:
         assert payload["error"]["type"] == "DifyWorkflowRunNotFound"
 
