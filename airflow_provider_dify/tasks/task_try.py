@@ -56,6 +56,8 @@ T = TypeVar("T")
 SECONDS_BEFORE_DEFERRAL = 5.0
 # How soon a start counts as queued, and Airflow is to remember that.
 SECONDS_BEFORE_QUEUED = 1.0
+# How long a killed task waits for Airflow, which may be in the middle of another message to it.
+SECONDS_TO_REMEMBER = 2.0
 # How long a killed task waits for a start that is under way, so that it can be stopped.
 SECONDS_AFTER_KILL = 2.0
 
@@ -65,7 +67,7 @@ class TaskDefers(Exception):
 
 
 class RunningTask:
-    """One try of the operator while it runs. Its work is done on an event loop, in a thread that the main one awaits."""
+    """One try of the operator while it runs: its work is done on an event loop, and the main thread waits for it."""
 
     def __init__(
         self,
@@ -390,9 +392,9 @@ class RunningTask:
         await self._ask(partial(self._push, start))
 
     async def _try_to_remember(self, start: TaskStart) -> bool:
-        """Let Airflow keep a start for the retry within a second, and return whether it does."""
+        """Let Airflow keep a start for the retry within seconds, and return whether it does."""
         try:
-            await asyncio.wait_for(self._ask(partial(self._memory.save, start)), 1.0)
+            await asyncio.wait_for(self._ask(partial(self._memory.save, start)), SECONDS_TO_REMEMBER)
         except Exception as error:
             # Of many types: the task's process talks to Airflow's API server, which may be why it is killed.
             self._log.debug("Airflow's task state could not be written: %r", error)
