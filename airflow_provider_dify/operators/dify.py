@@ -161,7 +161,7 @@ class DifyRunWorkflowOperator(BaseOperator):
 
         :return: the run's outputs; its id with ``wait_for_completion=False``.
         """
-        from airflow_provider_dify.tasks.task_try import TaskDefers
+        from airflow_provider_dify.tasks.start import TaskDefers
 
         with self.hook, self._addressed():
             task = self._begin(context, time.time() + self.timeout)

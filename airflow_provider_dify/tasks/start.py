@@ -21,8 +21,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.fingerprint import fingerprint
-from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, RunSearch, find_run, until
+from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, RunSearch, find_run, fingerprint, until
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
 
@@ -36,6 +35,10 @@ T = TypeVar("T")
 STATE_KEY = "dify_workflow_run"
 # What a retry gives Dify's log at least: without it, an earlier try's run would be paid for twice.
 SECONDS_FOR_LOG = 120.0
+
+
+class TaskDefers(Exception):
+    """The wait is to go on on the triggerer."""
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from airflow_provider_dify.tasks.start import (
     SECONDS_FOR_LOG,
     RunArguments,
     StartMemory,
+    TaskDefers,
     TaskStart,
     earliest_start,
     find_earlier_start,
@@ -62,10 +63,6 @@ SECONDS_TO_REMEMBER = 2.0
 SECONDS_AFTER_KILL = 2.0
 
 
-class TaskDefers(Exception):
-    """The wait is to go on on the triggerer."""
-
-
 class RunningTask:
     """One try of the operator while it runs: its work is done on an event loop, and the main thread waits for it."""
 
@@ -89,6 +86,7 @@ class RunningTask:
         self._on_user = on_user
         self._memory = StartMemory(context)
         self._loop = TaskLoop()
+        self._ask = self._loop.ask
         # Read here, in the main thread: on Airflow 2 a task instance is a row of its database.
         self._ti: Any = context["ti"]
         self._try_number = int(self._ti.try_number)
@@ -150,6 +148,7 @@ class RunningTask:
         """End a try that was killed when its work was just over: nobody waits for the run."""
         if self._loop.was_killed:
             self._loop = TaskLoop()
+            self._ask = self._loop.ask
             self._run(self._stop_after_kill)
             raise DifyTaskKilled("Airflow killed the task while it waited for Dify. A retry finds its run again.")
 
@@ -447,6 +446,3 @@ class RunningTask:
             self._stop_was_asked = True
             self._start = replace(start, stop_was_asked=True)
             await self._try_to_remember(self._start)
-
-    async def _ask(self, function: Callable[[], T]) -> T:
-        return await self._loop.ask(function)

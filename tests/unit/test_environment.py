@@ -11,7 +11,7 @@ import certifi
 import pytest
 
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.network import Route, load_bundle, route_to
+from airflow_provider_dify.api.session import Route, load_bundle, route_to
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 

@@ -21,13 +21,13 @@ from airflow_provider_dify.api import responses
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse
-from airflow_provider_dify.api.network import route_to
+from airflow_provider_dify.api.session import route_to
 from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.runs.fingerprint import fingerprint, fits
+from airflow_provider_dify.runs.following import RunProgress
 from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
-from airflow_provider_dify.runs.progress import RunProgress
+from airflow_provider_dify.runs.log import fingerprint, fits
 from airflow_provider_dify.runs.verdict import judge
 from airflow_provider_dify.runs.waiting import error_from_event
 from airflow_provider_dify.tasks.xcoms import check_outputs, xcoms_from_run

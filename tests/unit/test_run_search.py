@@ -12,8 +12,7 @@ import pytest
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.api.models import LoggedWorkflowRun
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunUncertain
-from airflow_provider_dify.runs.fingerprint import fingerprint
-from airflow_provider_dify.runs.log import RunSearch, find_run, known_runs, runs_queue
+from airflow_provider_dify.runs.log import RunSearch, find_run, fingerprint, known_runs, runs_queue
 from tests.unit.scripted_client import ScriptedClient
 from tests.unit.test_workflow_run import make_run
 

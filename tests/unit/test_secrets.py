@@ -199,7 +199,7 @@ def test_a_proxy_that_cannot_be_used_is_named_without_its_password(
 def test_a_socks_proxy_says_what_it_needs(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, ask: Ask, why: str
 ) -> None:
-    monkeypatch.setattr("airflow_provider_dify.api.network.find_spec", lambda name: None)
+    monkeypatch.setattr("airflow_provider_dify.api.session.find_spec", lambda name: None)
     connect("http://dify.example", proxies={"http": "SOCKS5://127.0.0.1:1"})
     error = ask()
     assert isinstance(error, DifyConfigurationError)

@@ -25,7 +25,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.fingerprint import fingerprint
+from airflow_provider_dify.runs.log import fingerprint
 from airflow_provider_dify.runs.waiting import WaitArguments
 from airflow_provider_dify.tasks.start import (
     STATE_KEY,
