@@ -12,7 +12,7 @@ STARTS = 200
 # Half of the tasks share a user: their inputs distinguish their runs.
 WAYS: tuple[dict[str, Any], ...] = (
     {},
-    {"deferrable": True},
+    {"deferrable": True, "defer_after": 0},
     {"user": "soak"},
     {"user": "soak", "deferrable": True},
 )

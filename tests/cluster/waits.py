@@ -22,8 +22,8 @@ SENSORS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 OPERATORS: dict[str, tuple[int, dict[str, Any]]] = {
     "run_on_worker": (10, {}),
-    "run_deferrable": (15, {"deferrable": True}),
-    "run_ended_by_triggerer": (25, ENDED_BY_TRIGGERER),
+    "run_deferrable": (15, {"deferrable": True, "defer_after": 0}),
+    "run_ended_by_triggerer": (25, {**ENDED_BY_TRIGGERER, "defer_after": 0}),
 }
 
 # How many runs in twenty end how, and what becomes of the task.
