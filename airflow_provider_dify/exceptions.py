@@ -25,10 +25,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
-
 from airflow_provider_dify import DOCUMENTATION
 from airflow_provider_dify.api.models import WorkflowRun
+
+try:
+    from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
+except ImportError:
+    # What is in api/ works without Airflow.
+    class AirflowException(Exception):  # type: ignore[no-redef]
+        """Stands in for Airflow's."""
+
+    class AirflowFailException(AirflowException):  # type: ignore[no-redef]
+        """Stands in for Airflow's."""
+
 
 if TYPE_CHECKING:
     from typing_extensions import Self

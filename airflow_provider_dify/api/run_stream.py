@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-    from airflow_provider_dify.api.async_session import SharedSession
 
 MAX_EVENTS = 1_000
 MAX_BYTES = 16 * 1024 * 1024
@@ -58,13 +57,26 @@ class _Backlog:
         return waiting >= MAX_EVENTS or self._bytes >= MAX_BYTES
 
 
+class Session(Protocol):
+    """What a start goes through: a share of a connection's session, which the stream returns at its end."""
+
+    connection: DifyConnection
+    proxy: str | None
+
+    async def open_for_starts(self) -> aiohttp.ClientSession:
+        """Return the client that starts go through."""
+
+    async def leave(self) -> None:
+        """Return the share."""
+
+
 class AsyncWorkflowRunStream:
     """
     A start that was sent on an event loop, the run once Dify names it, and the run's events.
 
     The run goes on without its client. ``async with`` hangs up at its end, and ``async for`` iterates over the events.
 
-    :param session: what the start goes through; the stream takes a share of its own.
+    :param session: what the start goes through: a share that is the stream's own.
     :param path: where to send the start.
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
@@ -76,7 +88,7 @@ class AsyncWorkflowRunStream:
     :ivar error_event: the ``error`` that came before the run had a name; ``None`` where none did.
     """
 
-    def __init__(self, session: SharedSession, path: str, body: bytes, user: str) -> None:
+    def __init__(self, session: Session, path: str, body: bytes, user: str) -> None:
         self._connection: DifyConnection = session.connection
         self._url = f"{session.connection.base_url}{path}"
         self._user = user
@@ -95,8 +107,7 @@ class AsyncWorkflowRunStream:
         self._waiter: asyncio.Future[None] | None = None
         self._was_taken = asyncio.Event()
         self._is_closed = False
-        # A share of its own: whoever sent the start may use another session meanwhile, with a key that was rotated.
-        self._session = session.join(session.connection)
+        self._session = session
         self._reader = asyncio.get_running_loop().create_task(self._read(body))
 
     @property

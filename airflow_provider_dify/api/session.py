@@ -1,27 +1,108 @@
-"""How requests travel on a worker: one connection's settings, the API key to one origin only, and bounded in time."""
+"""The way to Dify (proxies, certificates), and how requests travel on a worker: bounded, and again if that may help."""
 
 from __future__ import annotations
 
+import os
+import ssl
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin
 
 import requests
 from requests.auth import AuthBase
+from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random
 
-from airflow_provider_dify.api.connection import HEADERS, DifyConnection
+from airflow_provider_dify.api.connection import HEADERS, DifyConnection, is_proxy_url
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
-from airflow_provider_dify.api.network import route_to
-from airflow_provider_dify.exceptions import MAX_RETRY_DELAY, DifyConnectionError
+from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.exceptions import MAX_RETRY_DELAY, DifyConfigurationError, DifyConnectionError
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
     from requests.models import PreparedRequest, Response
+
+
+@dataclass(frozen=True)
+class Route:
+    """The way to a connection's server, the same for both HTTP clients."""
+
+    # Its URL may hold a password.
+    proxy: str | None
+    # The path of the CA bundle; False to verify nothing, True where there is no TLS on the way.
+    verify: str | bool
+
+
+# What the two HTTP clients need for a SOCKS proxy.
+_SOCKS_PACKAGES = {"socks": "pysocks", "aiohttp_socks": "aiohttp-socks"}
+_SOCKS_SCHEMES = ("socks4", "socks4a", "socks5", "socks5h")
+
+
+def route_to(connection: DifyConnection, *, socks_package: str) -> Route:
+    """
+    Return the way that ``requests`` would take with the settings of a connection and of the environment. Raises a
+    DifyConfigurationError if a proxy or a CA bundle can't be used; never quotes a proxy's URL.
+    """
+    with requests.Session() as session:
+        verify = None if connection.verify is True else connection.verify
+        settings = session.merge_environment_settings(
+            connection.base_url, dict(connection.proxies), stream=None, verify=verify, cert=None
+        )
+    proxy = select_proxy(connection.base_url, settings["proxies"])
+    if proxy is not None:
+        _check_proxy(proxy, socks_package)
+        # As requests reads it.
+        proxy = proxy if "://" in proxy else f"http://{proxy}"
+    bundle = settings["verify"]
+    if bundle is False:
+        return Route(proxy, verify=False)
+    if not any(url.lower().startswith("https:") for url in (connection.base_url, proxy or "")):
+        return Route(proxy, verify=True)
+    path = str(bundle) if isinstance(bundle, (str, os.PathLike)) else DEFAULT_CA_BUNDLE_PATH
+    if path != DEFAULT_CA_BUNDLE_PATH:
+        load_bundle(path)
+    return Route(proxy, path)
+
+
+def load_bundle(path: str) -> ssl.SSLContext:
+    """Return TLS settings for a CA bundle (a file, or a folder of hashed certificates), or raise what is wrong."""
+    is_folder = os.path.isdir(path)
+    try:
+        return ssl.create_default_context(cafile=None if is_folder else path, capath=path if is_folder else None)
+    except (OSError, ValueError) as error:
+        what = "does not exist on this machine" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise DifyConfigurationError(
+            f"The CA bundle {one_line(path, 200)!r} {what}. It comes from the connection's extra 'verify', or from "
+            "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE in the environment."
+        ) from None
+
+
+def _check_proxy(proxy: str, socks_package: str) -> None:
+    source = "It comes from the connection's extra 'proxies', or from the environment (HTTPS_PROXY and the like)."
+    if not is_proxy_url(proxy):
+        # Not shown: it may hold a password.
+        raise DifyConfigurationError(f"The URL of the proxy to Dify is malformed. {source}")
+    # Without a scheme it is an HTTP proxy, whatever its host is called.
+    scheme, separator, _ = proxy.lower().partition("://")
+    if not separator or not scheme.startswith("socks"):
+        return
+    if scheme not in _SOCKS_SCHEMES:
+        raise DifyConfigurationError(
+            f"The proxy to Dify is a SOCKS proxy of the kind {one_line(scheme, 50)!r}, which is none of "
+            f"{', '.join(_SOCKS_SCHEMES)}. {source}"
+        )
+    if find_spec(socks_package) is None:
+        package = _SOCKS_PACKAGES[socks_package]
+        raise DifyConfigurationError(
+            f"The proxy to Dify is a SOCKS proxy, which needs the package {package}: pip install "
+            f"'airflow-provider-dify[socks]'. {source}"
+        )
+
 
 T = TypeVar("T")
 

@@ -174,7 +174,7 @@ class DifyHook(BaseHook):
         """
         from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
 
-        deadline = self._deadline_after(timeout)
+        inputs, deadline = calls.plain_inputs(inputs), self._deadline_after(timeout)
 
         def start() -> WorkflowRunStream:
             # An attempt that is made at all has a second, as every other request.
@@ -212,7 +212,7 @@ class DifyHook(BaseHook):
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
         """
-        deadline = self._deadline_after(timeout)
+        inputs, deadline = calls.plain_inputs(inputs), self._deadline_after(timeout)
 
         async def work(client: DifyClient) -> WorkflowRun:
             from airflow_provider_dify.runs.starting import Starter

@@ -13,8 +13,8 @@ import math
 import time
 from typing import Any, TypeVar
 
-from airflow_provider_dify.api.async_session import Shared
 from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.api.client import Shared
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 

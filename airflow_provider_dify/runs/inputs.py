@@ -18,7 +18,7 @@ from typing import Any
 from uuid import UUID
 
 from airflow_provider_dify.exceptions import DifyInputsRejected
-from airflow_provider_dify.runs.fingerprint import parse_number
+from airflow_provider_dify.runs.log import parse_number
 
 
 @dataclass(frozen=True)

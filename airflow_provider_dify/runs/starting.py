@@ -18,10 +18,9 @@ from airflow_provider_dify.exceptions import (
     DifyRequestError,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.fingerprint import fingerprint
 from airflow_provider_dify.runs.following import SHORTEST_WAIT, Follower
 from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
-from airflow_provider_dify.runs.log import RETRY_DELAY, RunSearch, find_run, known_runs, runs_queue, until
+from airflow_provider_dify.runs.log import RETRY_DELAY, RunSearch, find_run, fingerprint, known_runs, runs_queue, until
 from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait, delay_after
 
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.

@@ -122,13 +122,7 @@ class WaitEnd(str, Enum):
 
 @dataclass(frozen=True)
 class Deadline:
-    """
-    When a wait gives up.
-
-    :param at: epoch seconds.
-    :param seconds: how long the wait was to be, for messages.
-    :param whose: whose timeout it is, for messages.
-    """
+    """When a wait gives up: in epoch seconds; how long it was to be, and whose timeout it is, is for messages."""
 
     at: float
     seconds: float
@@ -191,12 +185,7 @@ class RunWait:
         return self._first_poll
 
     def on_poll(self, run: WorkflowRun) -> Verdict:
-        """
-        Take the run that a poll brought, and log a change of its status.
-
-        :param run: the run.
-        :return: what it means for the wait.
-        """
+        """Take the run that a poll brought, log a change of its status, and return what it means for the wait."""
         now = max(datetime.now(timezone.utc), self.first_poll)
         self.consecutive_failures = 0
         self.was_seen = True
@@ -219,11 +208,9 @@ class RunWait:
 
     def on_failed_poll(self, error: DifyConnectionError | DifyWorkflowRunNotFound) -> None:
         """
-        Take a poll that failed: return if the wait goes on, raise what ends it.
+        Take a poll that failed: return if the wait goes on, raise the error once it ends.
 
-        :param error: why the poll failed.
-        :raises DifyWorkflowRunNotFound: once ``not_found_grace`` is over.
-        :raises DifyConnectionError: once more than ``max_consecutive_failures`` polls in a row have failed.
+        A run that is not known ends it after ``not_found_grace``, other failures after ``max_consecutive_failures``.
         """
         if isinstance(error, DifyWorkflowRunNotFound):
             self.consecutive_failures = 0
@@ -291,36 +278,27 @@ def _life(run: WorkflowRun, now: datetime) -> str:
 
 def deferral_end(deadline: float, ti: Any, execution_timeout: timedelta | None) -> float:
     """
-    Return when a deferral ends: Airflow 3 does not look at a task's ``execution_timeout`` while it is deferred.
+    Return when a deferral ends, in epoch seconds: by its own deadline, or by the task's ``execution_timeout``.
 
-    :param deadline: epoch seconds at which the task's own timeout is over.
-    :param ti: the task instance, which knows when the try was started first; not in ``dag.test()`` of Airflow 2.
-    :param execution_timeout: the task's.
-    :return: epoch seconds.
+    Airflow 3 does not look at that while a task is deferred.
     """
     if execution_timeout is None:
         return deadline
+    # The start is not known in dag.test() of Airflow 2.
     started: datetime = getattr(ti, "start_date", None) or datetime.now(timezone.utc)
     return min(deadline, (started + execution_timeout).timestamp())
 
 
 def is_limited(execution_timeout: timedelta | None, timeout: float) -> bool:
-    """
-    Return whether a deferral ends by the task's ``execution_timeout``, before the task's own timeout is over.
-
-    :param execution_timeout: the task's.
-    :param timeout: the task's own, in seconds.
-    """
+    """Return whether a deferral ends by the task's ``execution_timeout``, before its own timeout (seconds) is over."""
     return execution_timeout is not None and execution_timeout.total_seconds() < timeout
 
 
 def error_from_event(event: Any, timed_out: Callable[[str], E]) -> E | DifyError | None:
     """
-    Return the error that a trigger's event stands for.
+    Return the error that a trigger's event stands for; ``None`` if the run is over and has to be read again.
 
-    :param event: the trigger's event.
-    :param timed_out: makes the error for a wait whose time was over, out of the run's last status.
-    :return: the error; ``None`` if the run is over and has to be read again.
+    ``timed_out`` makes the error for a wait whose time was over, out of the run's last status.
     """
     # What is no dict is the event that ends a task, which only a test run hands to its task.
     if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
@@ -334,15 +312,7 @@ def error_from_event(event: Any, timed_out: Callable[[str], E]) -> E | DifyError
 def next_interval(
     interval: float, polls: int, *, exponential_backoff: bool = False, max_wait: float | None = None
 ) -> float:
-    """
-    Return how long to wait between two polls.
-
-    :param interval: seconds between polls.
-    :param polls: polls so far.
-    :param exponential_backoff: double the interval with each poll, with jitter, as Airflow's sensors do.
-    :param max_wait: seconds that a doubled interval is cut at.
-    :return: seconds.
-    """
+    """Return the seconds to the next poll; doubled with each, up to ``max_wait``, where Airflow's sensors do that."""
     if not exponential_backoff:
         return interval
     # From half the interval, as Airflow counts; the exponent is bounded only so that it can't overflow.
@@ -352,12 +322,10 @@ def next_interval(
 
 def delay_after(error: Exception, failures: int, retry_delay: float) -> float:
     """
-    Return how long not to ask after a failure, so that short intervals don't use up the allowance at once.
+    Return for how many seconds not to ask after a failure, so that short intervals don't use up the allowance at once.
 
-    :param error: the failure.
-    :param failures: failures in a row, this one included.
-    :param retry_delay: seconds after the first failure; doubled with each further one, with jitter.
-    :return: seconds; at least what the server asked for (``Retry-After``), which is never cut short.
+    From ``retry_delay`` on they double with each failure in a row, with jitter. A server's ``Retry-After`` is never cut
+    short.
     """
     if not isinstance(error, DifyConnectionError):
         return 0.0

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import conf
 
@@ -15,18 +15,30 @@ from airflow_provider_dify.airflow_versions import UI_SECTION
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import MAX_USER_LENGTH
 from airflow_provider_dify.api.models import WorkflowRun, known_fields
-from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunNotFound, DifyWorkflowRunUncertain
-from airflow_provider_dify.runs.fingerprint import fingerprint
-from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, RunSearch, find_run
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunUncertain,
+)
+from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, RunSearch, find_run, fingerprint, until
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
-from airflow_provider_dify.runs.waiting import WaitArguments
+from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
 
 if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
     from airflow_provider_dify.api.client import DifyClient
+
+T = TypeVar("T")
 
 STATE_KEY = "dify_workflow_run"
 # What a retry gives Dify's log at least: without it, an earlier try's run would be paid for twice.
 SECONDS_FOR_LOG = 120.0
+
+
+class TaskDefers(Exception):
+    """The wait is to go on on the triggerer."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,42 @@ async def find_earlier_start(
             found = replace(start, workflow_run_id=run_id, was_accepted=True)
             return await _if_it_can_succeed(client, wait, found)
     return None
+
+
+async def find_through_failures(
+    look: Callable[[], Awaitable[T | None]], wait: WaitArguments, deadline: Deadline, log: Logger
+) -> T | None:
+    """Return what a look for earlier starts finds, again where it fails as a poll may; without it no run is started."""
+
+    async def look_once() -> list[T | None]:
+        # In a list: that there is none is found, too.
+        return [await look()]
+
+    def on_failure(error: DifyConnectionError, failures: int) -> None:
+        allowed = wait.max_consecutive_failures
+        if allowed is None or failures > allowed or deadline.is_over:
+            raise DifyConnectionError(
+                f"{error} So this try can't tell whether a run of an earlier one goes on, and started none."
+            ) from None
+        log.warning(
+            "The runs of earlier tries could not be looked up, %d in a row of at most %d: %s", failures, allowed, error
+        )
+
+    seconds = wait.poll_interval
+    found = await until(look_once, deadline, on_failure, interval_seconds=seconds, first_seconds=seconds)
+    if found is None:
+        raise deadline.error("The runs of earlier tries could not be looked up, and none was started.")
+    return found[0]
+
+
+def lost_start(user: str) -> DifyWorkflowRunUncertain:
+    """Return the error for a start that was under way when an earlier try was killed, and whose run is nowhere."""
+    return DifyWorkflowRunUncertain(
+        f"An earlier try was ended while its start was under way, and Dify's log does not show a run of user "
+        f"{user!r}: it may be queued, and run later. Look for the user in the app's log in Dify's console, then clear "
+        "the task to start a new run.",
+        user=user,
+    )
 
 
 async def _if_it_can_succeed(

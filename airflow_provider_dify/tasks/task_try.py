@@ -25,7 +25,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.log import known_runs, until
+from airflow_provider_dify.runs.log import known_runs
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport
 from airflow_provider_dify.runs.verdict import Outcome, Verdict
@@ -35,9 +35,12 @@ from airflow_provider_dify.tasks.start import (
     SECONDS_FOR_LOG,
     RunArguments,
     StartMemory,
+    TaskDefers,
     TaskStart,
     earliest_start,
     find_earlier_start,
+    find_through_failures,
+    lost_start,
     new_start,
     starts_of_earlier_tries,
     stop_start,
@@ -54,26 +57,14 @@ T = TypeVar("T")
 SECONDS_BEFORE_DEFERRAL = 5.0
 # How soon a start counts as queued, and Airflow is to remember that.
 SECONDS_BEFORE_QUEUED = 1.0
+# How long a killed task waits for Airflow, which may be in the middle of another message to it.
+SECONDS_TO_REMEMBER = 2.0
 # How long a killed task waits for a start that is under way, so that it can be stopped.
 SECONDS_AFTER_KILL = 2.0
 
 
-class TaskDefers(Exception):
-    """The wait is to go on on the triggerer."""
-
-
 class RunningTask:
-    """
-    One try of the operator while it runs. Its work is done on an event loop in a thread; the main thread starts it.
-
-    :param arguments: the operator's arguments.
-    :param context: the running task's context.
-    :param hook: the hook, whose connection counts.
-    :param deadline: when the try gives up.
-    :param log: the task's log.
-    :param xcoms: the task's XComs.
-    :param on_user: gets the ``user`` of the start, in the main thread.
-    """
+    """One try of the operator while it runs: its work is done on an event loop, and the main thread waits for it."""
 
     def __init__(
         self,
@@ -91,9 +82,11 @@ class RunningTask:
         self._hook = hook
         self._log = log
         self._xcoms = xcoms
+        # Gets the `user` of the start, in the main thread.
         self._on_user = on_user
         self._memory = StartMemory(context)
         self._loop = TaskLoop()
+        self._ask = self._loop.ask
         # Read here, in the main thread: on Airflow 2 a task instance is a row of its database.
         self._ti: Any = context["ti"]
         self._try_number = int(self._ti.try_number)
@@ -155,6 +148,7 @@ class RunningTask:
         """End a try that was killed when its work was just over: nobody waits for the run."""
         if self._loop.was_killed:
             self._loop = TaskLoop()
+            self._ask = self._loop.ask
             self._run(self._stop_after_kill)
             raise DifyTaskKilled("Airflow killed the task while it waited for Dify. A retry finds its run again.")
 
@@ -252,9 +246,8 @@ class RunningTask:
             is_kept = await self._try_to_remember(replace(self.task_start, has_ended=True))
             starts_again = is_kept or not self._starter.record_is_open
         price = self._starter.progress.price
-        return await self._ask(
-            lambda: self._xcoms.push_and_return(run, verdict, price=price, starts_again=starts_again)
-        )
+        push = partial(self._xcoms.push_and_return, run, verdict, price=price, starts_again=starts_again)
+        return await self._ask(push)
 
     async def _find_or_start(self) -> None:
         """Start a run, or find the one that an earlier try started. It is named then, unless the task is to defer."""
@@ -269,30 +262,11 @@ class RunningTask:
             await self._start_new_run()
 
     async def _find_earlier_start(self) -> tuple[TaskStart, WorkflowRun | None] | None:
-        arguments, allowed = self._arguments, self._arguments.wait.max_consecutive_failures
         remembered = await self._ask(self._memory.load)
-        searches = await self._ask(lambda: list(starts_of_earlier_tries(self.context, arguments)))
-
-        async def look() -> list[tuple[TaskStart, WorkflowRun | None] | None]:
-            return [await find_earlier_start(self._client, arguments.wait, remembered, searches, self._try_number)]
-
-        def on_failure(error: DifyConnectionError, failures: int) -> None:
-            if allowed is None or failures > allowed or self.deadline.is_over:
-                raise DifyConnectionError(
-                    f"{error} So this try can't tell whether a run of an earlier one goes on, and started none."
-                ) from None
-            self._log.warning(
-                "The runs of earlier tries could not be looked up, %d in a row of at most %d: %s",
-                failures,
-                allowed,
-                error,
-            )
-
-        seconds = arguments.wait.poll_interval
-        found = await until(look, self.deadline, on_failure, interval_seconds=seconds, first_seconds=seconds)
-        if found is None:
-            raise self.deadline.error("The runs of earlier tries could not be looked up, and none was started.")
-        return found[0]
+        searches = await self._ask(lambda: list(starts_of_earlier_tries(self.context, self._arguments)))
+        wait = self._arguments.wait
+        look = partial(find_earlier_start, self._client, wait, remembered, searches, self._try_number)
+        return await find_through_failures(look, wait, self.deadline, self._log)
 
     async def _continue(self, start: TaskStart, run: WorkflowRun) -> None:
         verdict = WaitArguments().judge(run)
@@ -309,12 +283,7 @@ class RunningTask:
         """
         self._log.info("An earlier try was ended while its start was under way; looking for its run.")
         self._start = start
-        error = DifyWorkflowRunUncertain(
-            f"An earlier try was ended while its start was under way, and Dify's log does not show a run of user "
-            f"{start.user!r}: it may be queued, and run later. Look for the user in the app's log in Dify's console, "
-            "then clear the task to start a new run.",
-            user=start.user,
-        )
+        error = lost_start(start.user)
         if self._arguments.deferrable and start.was_accepted:
             return True
         starter = self._starter
@@ -422,9 +391,9 @@ class RunningTask:
         await self._ask(partial(self._push, start))
 
     async def _try_to_remember(self, start: TaskStart) -> bool:
-        """Let Airflow keep a start for the retry within a second, and return whether it does."""
+        """Let Airflow keep a start for the retry within seconds, and return whether it does."""
         try:
-            await asyncio.wait_for(self._ask(partial(self._memory.save, start)), 1.0)
+            await asyncio.wait_for(self._ask(partial(self._memory.save, start)), SECONDS_TO_REMEMBER)
         except Exception as error:
             # Of many types: the task's process talks to Airflow's API server, which may be why it is killed.
             self._log.debug("Airflow's task state could not be written: %r", error)
@@ -477,6 +446,3 @@ class RunningTask:
             self._stop_was_asked = True
             self._start = replace(start, stop_was_asked=True)
             await self._try_to_remember(self._start)
-
-    async def _ask(self, function: Callable[[], T]) -> T:
-        return await self._loop.ask(function)

@@ -34,8 +34,8 @@ from airflow_provider_dify.runs.waiting import (
     delay_after,
     next_interval,
 )
+from airflow_provider_dify.tasks.xcoms import TriggerXComs
 from airflow_provider_dify.triggers.on_kill import is_waiting_elsewhere, run_shielded
-from airflow_provider_dify.triggers.outputs import TriggerXComs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

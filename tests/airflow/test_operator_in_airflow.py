@@ -514,6 +514,68 @@ def test_what_a_deferred_task_leaves_to_the_triggerer(
     assert dify.stopped == ([(started.task_id, started.user)] if stops else [])
 
 
+@pytest.fixture
+def deferrals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The times at which tasks deferred."""
+    times: list[float] = []
+    defer = DifyRunWorkflowOperator.defer
+
+    def defer_and_note(self: Any, **arguments: Any) -> Any:
+        times.append(time.monotonic())
+        return defer(self, **arguments)
+
+    monkeypatch.setattr(DifyRunWorkflowOperator, "defer", defer_and_note)
+    return times
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "worker"], indirect=True)
+def test_a_run_that_is_over_soon_ends_on_the_worker_that_started_it(
+    dify: DifyStandIn, way: dict[str, Any], deferrals: list[float]
+) -> None:
+    dify.starts.append(start("succeeded", duration=1.0))
+    result = run_operator(**{**way, "defer_after": 30})
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    assert deferrals == []
+
+
+@pytest.mark.usefixtures("quick_resumption")
+@pytest.mark.parametrize("seconds", [0, 0.5])
+def test_a_run_that_takes_longer_is_left_to_the_triggerer_after_defer_after(
+    dify: DifyStandIn, deferrals: list[float], seconds: float
+) -> None:
+    dify.starts.append(start("succeeded", duration=2.5))
+    began = time.monotonic()
+    result = run_operator(deferrable=True, defer_after=seconds)
+    assert result.state == "success"
+    assert result.received["outputs"] == OUTPUTS
+    (deferred,) = deferrals
+    assert deferred - began >= seconds
+    assert len(dify.started) == 1
+    assert dify.stopped == []
+
+
+@pytest.mark.parametrize("statuses", [("failed",), ("stopped",)])
+def test_a_run_that_fails_soon_fails_the_task_on_its_worker(
+    dify: DifyStandIn, deferrals: list[float], statuses: tuple[str]
+) -> None:
+    dify.starts.append(start(*statuses, duration=0.5))
+    result = run_operator(deferrable=True, defer_after=30)
+    assert result.states["run"] == "failed"
+    assert deferrals == []
+
+
+def test_a_timeout_that_comes_before_defer_after_is_kept_on_the_worker(
+    dify: DifyStandIn, deferrals: list[float]
+) -> None:
+    dify.starts.append(start("succeeded", duration=30))
+    result = run_operator(deferrable=True, defer_after=30, timeout=1)
+    (error,) = result.raised["run"]
+    assert type(error) is DifyWorkflowRunTimeout
+    assert deferrals == []
+    assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
+
+
 # The ways in which another process waits for the run once the task's own has done its part.
 HANDED_OVER: dict[str, dict[str, Any]] = {"deferrable": {"deferrable": True}, "no wait": {"wait_for_completion": False}}
 

@@ -30,8 +30,8 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 @dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
 def killed():
     DifyRunWorkflowOperator(
-        task_id="run", dify_conn_id={conn_id!r}, inputs={{}}, user={user!r}, deferrable={deferrable}, poll_interval=1, defer_after=0,
-        retries=1, retry_delay=timedelta(0),
+        task_id="run", dify_conn_id={conn_id!r}, inputs={{}}, user={user!r}, deferrable={deferrable}, poll_interval=1,
+        defer_after=0, retries=1, retry_delay=timedelta(0),
     )
 
 killed()

@@ -172,21 +172,41 @@ class TunnelProxy(ForwardProxy):
 
 class SocksProxy(Relay):
     """
-    A proxy for anything: opens a connection as SOCKS 5 describes (RFC 1928), without a password.
+    A proxy for anything: opens a connection as SOCKS 5 describes (RFC 1928).
 
     :param refuses: whether it says that the server can't be reached, instead.
+    :param takes_password: whether it asks for a user and a password (RFC 1929), and takes any.
+    :ivar names: the names of servers that it was asked to look up.
+    :ivar passwords: the users and passwords that came.
     """
 
-    def __init__(self, port: int, change: Change = lambda piece: piece, *, refuses: bool = False) -> None:
+    def __init__(
+        self,
+        port: int,
+        change: Change = lambda piece: piece,
+        *,
+        refuses: bool = False,
+        takes_password: bool = False,
+    ) -> None:
         super().__init__(port, change)
         self._refuses = refuses
+        self._takes_password = takes_password
+        self.names: list[bytes] = []
+        self.passwords: list[tuple[bytes, bytes]] = []
 
     def serve(self, client: socket.socket) -> None:
         self.connections += 1
         # The version and the ways to log in that the client knows; then where it wants to go. Each comes in one piece.
         client.recv(262)
-        client.sendall(b"\x05\x00")
-        client.recv(262)
+        client.sendall(b"\x05\x02" if self._takes_password else b"\x05\x00")
+        if self._takes_password:
+            login = client.recv(513)
+            user, rest = login[2 : 2 + login[1]], login[2 + login[1] :]
+            self.passwords.append((user, rest[1 : 1 + rest[0]]))
+            client.sendall(b"\x01\x00")
+        wanted = client.recv(262)
+        if wanted[3:4] == b"\x03":
+            self.names.append(wanted[5 : 5 + wanted[4]])
         client.sendall(b"\x05%b\x00\x01\x00\x00\x00\x00\x00\x00" % (b"\x05" if self._refuses else b"\x00"))
         if not self._refuses:
             self.pass_on(client, b"")

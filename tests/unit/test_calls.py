@@ -10,7 +10,6 @@ import pytest
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Call
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunNotFound
 
 RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"
 MOMENT = datetime(2026, 11, 21, 22, 20, tzinfo=timezone.utc)
@@ -49,42 +48,3 @@ def test_a_request_says_what_is_asked_for(
 ) -> None:
     call = make()
     assert (call.method, call.path, call.subject, call.params, call.body) == (method, path, subject, params, body)
-
-
-def failed_look_up(**fields: Any) -> Any:
-    """Look a run up whose request fails so, while the app's name can be read; return the error."""
-    steps = calls.look_up_run(RUN_ID)
-    next(steps)
-    error = DifyConnectionError(
-        "failed", **{"status_code": 500, "code": "unknown", "server_version": "1.13.0", **fields}
-    )
-    try:
-        steps.throw(error)
-        steps.send(None)
-    except (DifyConnectionError, DifyWorkflowRunNotFound) as failure:
-        return failure
-    raise AssertionError("the look-up failed without an error")
-
-
-@pytest.mark.parametrize(("message", "start"), [("broken", "broken"), (None, "Internal Server Error")])
-def test_a_1_13_0_that_fails_for_one_run_only_may_not_know_it(message: str | None, start: str) -> None:
-    error = failed_look_up(dify_message=message)
-    assert type(error) is DifyWorkflowRunNotFound
-    assert (error.workflow_run_id, error.is_sure) == (RUN_ID, False)
-    assert str(error).startswith(f"{start} (HTTP 500): Dify 1.13.0 responds so for a run that it does not know, and ")
-    assert f"it does not know workflow run {RUN_ID}, or" in str(error)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"status_code": 502}, {"code": "internal_server_error"}, {"server_version": "1.13.1"}, {"server_version": None}],
-)
-def test_any_other_failure_of_a_look_up_is_one_of_the_server(fields: dict[str, Any]) -> None:
-    assert str(failed_look_up(**fields)) == "failed"
-
-
-@pytest.mark.parametrize(("version", "is_final"), [("1.13.0", True), ("1.12.1", False)])
-def test_what_may_mean_an_unknown_run_is_not_asked_again(version: str, is_final: bool) -> None:
-    error = DifyConnectionError("failed", status_code=500, code="unknown", server_version=version)
-    assert calls.run_detail(RUN_ID).is_final(error) is is_final
-    assert calls.app_info().is_final(error) is False

@@ -11,7 +11,7 @@ import certifi
 import pytest
 
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.network import Route, load_bundle, route_to
+from airflow_provider_dify.api.session import Route, load_bundle, route_to
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 
@@ -24,7 +24,7 @@ def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def way(host: str = "https://dify.example", **settings: Any) -> Route:
     connection = DifyConnection(conn_id="my_dify", base_url=f"{host}/v1", api_key="app-some-key", **settings)
-    return route_to(connection, takes_socks=False)
+    return route_to(connection, socks_package="no_such_package")
 
 
 def test_without_settings_there_is_no_proxy_and_the_usual_certificates() -> None:
@@ -59,6 +59,18 @@ def test_the_proxy_is_that_of_the_hosts_scheme(host: str, proxy: str | None, sho
     proxies = {other: "http://other:1", **({scheme: proxy} if proxy else {})}
     for verify in (False, certifi.where()):
         assert way(host, proxies=proxies, verify=verify).proxy == shown
+
+
+@pytest.mark.parametrize("scheme", ["socks", "socks6", "SOCKS5A"])
+def test_a_socks_proxy_of_an_unknown_kind_is_named_by_its_kind_only(scheme: str) -> None:
+    message = f"is a SOCKS proxy of the kind '{scheme.lower()}', which is none of socks4, socks4a, socks5, socks5h"
+    with pytest.raises(DifyConfigurationError, match=message) as caught:
+        way(proxies={"https": f"{scheme}://bob:secret@proxy:1080"})
+    assert "secret" not in str(caught.value)
+
+
+def test_a_proxy_without_a_scheme_is_no_socks_proxy_whatever_its_host_is_called() -> None:
+    assert way(proxies={"https": "socks.example:3128"}).proxy == "http://socks.example:3128"
 
 
 @pytest.mark.parametrize(

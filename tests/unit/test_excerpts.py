@@ -11,7 +11,7 @@ import pytest
 from airflow_provider_dify.api.text import as_text, one_line, redact
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunFailed
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.waiting import RunWait, WaitPolicy
+from airflow_provider_dify.runs.waiting import RunWait, WaitArguments
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from tests.dify_stand_in import DifyStandIn, gateway, rejects, respond
 
@@ -79,7 +79,7 @@ def test_the_error_of_a_run_is_one_line_in_the_exception_and_whole_in_the_run(
     dify.misbehave_always(failing_run(error=FORGED + "x" * 1000))
     with DifyHook() as hook:
         run = hook.get_workflow_run("2d7a7544-770c-496f-8ef9-4e622682b330")
-    wait = RunWait(run.id, WaitPolicy(), log=logging.getLogger("wait"))  # type: ignore[arg-type]
+    wait = RunWait(run.id, WaitArguments(), log=logging.getLogger("wait"))  # type: ignore[arg-type]
     with pytest.raises(DifyWorkflowRunFailed) as caught:
         wait.on_poll(run).raise_if_failed(run, starts_again=True)
     assert str(caught.value).isprintable()

@@ -21,13 +21,13 @@ from airflow_provider_dify.api import responses
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse
-from airflow_provider_dify.api.network import route_to
+from airflow_provider_dify.api.session import route_to
 from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.runs.fingerprint import fingerprint, fits
+from airflow_provider_dify.runs.following import RunProgress
 from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
-from airflow_provider_dify.runs.progress import RunProgress
+from airflow_provider_dify.runs.log import fingerprint, fits
 from airflow_provider_dify.runs.verdict import judge
 from airflow_provider_dify.runs.waiting import error_from_event
 from airflow_provider_dify.tasks.xcoms import check_outputs, xcoms_from_run
@@ -261,9 +261,11 @@ hosts = (
     )
     | st.text(max_size=30)
 )
-proxy_urls = st.sampled_from(
-    ["http://user:pw@", "http://[::1", "socks5://h:1", "proxy.invalid:3128", "http://p:99999", "//", "x://y"]
-) | st.text(max_size=20)
+proxy_urls = (
+    st.sampled_from(["http://user:pw@", "http://[::1", "proxy.invalid:3128", "http://p:99999", "//", "x://y"])
+    | st.sampled_from(["socks5://h:1", "socks5h://h", "SOCKS4A://u:p@h:1", "socks://h:1", "socks6://h:1"])
+    | st.text(max_size=20)
+)
 extras = st.fixed_dictionaries(
     {},
     optional={
@@ -313,7 +315,7 @@ def test_every_connection_can_be_used_or_is_an_error_of_ours(
     connection = airflow_connection(host=host, schema=schema, port=port, password=password, extra=extra)
     with only_dify_errors():
         settings_of_it = DifyConnection.from_airflow(connection)
-        route_to(settings_of_it, takes_socks=False)
+        route_to(settings_of_it, socks_package="socks")
         for url in (f"{settings_of_it.base_url}/info", settings_of_it.console, host):
             settings_of_it.owns(url)
 

@@ -307,11 +307,10 @@ def test_a_gateway_that_responds_to_a_retrys_look_starts_no_second_run(
 ) -> None:
     with task_of_try(1, has_memory=has_memory) as first:
         dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
-        first.start()
+        first.execute()
     dify.misbehave(GATEWAYS[name], times=2, only=where)
     with task_of_try(2, after=first) as second:
-        second.start()
-    assert second.named_run_id == dify.started[0].workflow_run_id
+        assert second.execute() == dify.started[0].workflow_run_id
     assert (posts(dify), dify.stopped) == (1, [])
 
 
@@ -319,10 +318,10 @@ def test_a_gateway_that_responds_to_a_retrys_look_starts_no_second_run(
 def test_a_gateway_that_stays_ends_the_retry_without_a_second_run(dify: DifyStandIn, has_memory: bool) -> None:
     with task_of_try(1, has_memory=has_memory) as first:
         dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
-        first.start()
+        first.execute()
     dify.misbehave_always(kong_404(), only="GET .*/workflows/run/")
     with task_of_try(2, after=first) as second, pytest.raises(DifyConnectionError, match="in front of Dify"):
-        second.start()
+        second.execute()
     assert posts(dify) == 1
 
 
@@ -333,9 +332,8 @@ def test_a_retry_gives_an_earlier_run_up_when_dify_says_twice_that_it_is_unknown
 ) -> None:
     with task_of_try(1, has_memory=has_memory) as first:
         dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
-        first.start()
+        first.execute()
     dify.misbehave(*[replay("detail_unknown_uuid", "1.16.1")] * unknown, only="GET .*/workflows/run/")
     with task_of_try(2, after=first) as second:
-        second.start()
+        assert second.execute() == dify.started[-1].workflow_run_id
     assert len(dify.started) == runs
-    assert second.named_run_id == dify.started[-1].workflow_run_id

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from airflow_provider_dify.runs.fingerprint import fingerprint, fits
+from airflow_provider_dify.runs.log import fingerprint, fits
 from tests.unit.test_input_form import JSON
 
 SYSTEM = {"sys.user_id": "u1", "sys.files": [], "sys.timestamp": 1795299664, "sys.workflow_run_id": "5c0c"}

@@ -1,4 +1,4 @@
-"""The task's id of a run that was found in Dify's log, over real sockets, with and without an event loop."""
+"""The task's id of a run that was found in Dify's log, over real sockets, by both hooks."""
 
 from __future__ import annotations
 
@@ -48,17 +48,15 @@ def events(*parts: str, pause: float = 0.0, status: int = 200, end: bool = True)
     return fault
 
 
-def stop_in_a_thread(workflow_run_id: str) -> StopReport:
+def stop_on_a_worker(workflow_run_id: str) -> StopReport:
     with DifyHook(retry_limit=0) as hook:
-        report: StopReport = hook.run_steps(stop_run(workflow_run_id, None, "airflow", hook))
-        return report
+        return hook.run_on_loop(lambda client: stop_run(client, workflow_run_id, None, "airflow"))
 
 
-def stop_on_a_loop(workflow_run_id: str) -> StopReport:
+def stop_on_the_triggerer(workflow_run_id: str) -> StopReport:
     async def stop() -> StopReport:
         async with DifyAsyncHook() as hook:
-            report: StopReport = await hook.run_steps(stop_run(workflow_run_id, None, "airflow", hook))
-            return report
+            return await stop_run(hook, workflow_run_id, None, "airflow")
 
     return asyncio.run(stop())
 
@@ -66,7 +64,7 @@ def stop_on_a_loop(workflow_run_id: str) -> StopReport:
 Stop = Callable[[str], StopReport]
 
 
-@pytest.fixture(params=[stop_in_a_thread, stop_on_a_loop], ids=["requests", "aiohttp"])
+@pytest.fixture(params=[stop_on_a_worker, stop_on_the_triggerer], ids=["worker", "triggerer"])
 def stop(request: pytest.FixtureRequest) -> Stop:
     found: Stop = request.param
     return found

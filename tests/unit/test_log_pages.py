@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import zlib
 from typing import Any
 
 import pendulum
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airflow_provider_dify.api.models import LoggedWorkflowRun
-from airflow_provider_dify.runs.log import LogPage
+from airflow_provider_dify.api.calls import Call, Client
+from airflow_provider_dify.api.models import LoggedWorkflowRun, row_key
+from airflow_provider_dify.runs.log import read_log
+from tests.unit.scripted_client import ScriptedClient
 
 NOW = 1_800_000_000
 
@@ -33,8 +37,10 @@ class SortedLog:
         self.filters_by_time = filters_by_time
         self.requests: list[dict[str, Any]] = []
 
-    def page(self, params: dict[str, Any]) -> list[LoggedWorkflowRun]:
+    async def perform(self, call: Call[Any]) -> Any:
+        params: Any = call.params
         self.requests.append(params)
+        assert len(self.requests) < 100
         before = params.get("created_at__before") if self.filters_by_time else None
         found = [row for row in self.rows if before is None or str(row.logged_at.isoformat()) <= before]  # type: ignore[union-attr]
         number, limit = params["page"], params["limit"]
@@ -42,16 +48,13 @@ class SortedLog:
         shuffled.sort(key=lambda row: row.logged_at.timestamp(), reverse=True)  # type: ignore[union-attr]
         return shuffled[(number - 1) * limit : number * limit]
 
-    def read(self, size: int = 20) -> set[str]:
-        """Return the ids of all runs that a reader of the whole log sees."""
-        seen: set[str] = set()
-        page: LogPage | None = LogPage(size)
-        while page is not None:
-            rows = self.page(page.request().params or {})
-            seen |= {row.workflow_run_id for row in rows}
-            page = page.after(rows)
-            assert len(self.requests) < 100
-        return seen
+    def read(self, size: int = 20) -> list[str]:
+        """Return the ids of the rows that a reader of the whole log gets."""
+        return asyncio.run(ids_in(self, size))
+
+
+async def ids_in(client: Client, size: int) -> list[str]:
+    return [row_key(row) async for rows in read_log(client, size=size) for row in rows]
 
 
 @settings(max_examples=200, deadline=None)
@@ -74,12 +77,21 @@ def test_a_server_that_knows_no_filter_by_time_is_read_by_the_pages_numbers() ->
 
 
 def test_rows_that_tell_no_time_are_read_by_the_pages_numbers() -> None:
-    rows = [LoggedWorkflowRun("a", "succeeded", None, None, None, None, None, None, None)]
-    page = LogPage(1).after(rows)
-    assert page is not None
-    assert page.request().params == {"page": 2, "limit": 1}
+    rows = [LoggedWorkflowRun(name, "succeeded", None, None, None, None, None, None, None) for name in "abc"]
+    client = ScriptedClient(lambda call: rows[call.params["page"] - 1 :][:1])  # type: ignore[index]
+    assert asyncio.run(ids_in(client, 1)) == ["a", "b", "c"]
+    assert [call.params for call in client.taken] == [{"page": page, "limit": 1} for page in (1, 2, 3, 4)]
 
 
-def test_a_page_that_is_not_full_is_the_last_one() -> None:
-    assert LogPage(20).after([]) is None
-    assert LogPage(20).after([row(number, number) for number in range(19)]) is None
+@pytest.mark.parametrize("rows", [0, 19])
+def test_a_page_that_is_not_full_is_the_last_one(rows: int) -> None:
+    log = SortedLog(list(range(rows)))
+    assert len(log.read()) == rows
+    assert len(log.requests) == 1
+
+
+def test_a_server_that_shows_the_same_page_for_ever_is_not_read_for_ever() -> None:
+    rows = [row(number, 0) for number in range(100)]
+    client = ScriptedClient(lambda call: rows)
+    assert len(asyncio.run(ids_in(client, 100))) == 100
+    assert len(client.taken) == 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.api.events import EventStreamReader, WorkflowEvent
-from airflow_provider_dify.runs.progress import RunProgress
+from airflow_provider_dify.runs.following import RunProgress
 from tests.dify_stand_in import Recording
 
 

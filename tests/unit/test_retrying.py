@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from tenacity import Future, RetryCallState, Retrying
 
+from airflow_provider_dify.api.session import RequestRetries
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyRequestError
-from airflow_provider_dify.hooks.sending import RequestRetries
 
 
 def state_after(error: Exception | None, attempt: int) -> RetryCallState:

@@ -18,7 +18,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: ("__init__", "airflow_versions", "get_provider_info", "api/models", "api/text"),
     2: ("exceptions",),
     3: ("api", "tasks/arguments"),
-    4: ("runs",),
+    4: ("runs", "tasks/loop"),
     5: ("links", "hooks"),
     6: ("tasks",),
     7: ("triggers", "batch"),

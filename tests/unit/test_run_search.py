@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.api.models import LoggedWorkflowRun
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunUncertain
-from airflow_provider_dify.runs.fingerprint import fingerprint
-from airflow_provider_dify.runs.log import RunSearch, find_run, known_runs, runs_queue
+from airflow_provider_dify.runs.log import RunSearch, find_run, fingerprint, known_runs, runs_queue
+from tests.unit.scripted_client import ScriptedClient
 from tests.unit.test_workflow_run import make_run
 
 SENT_AT = time.time()
@@ -34,22 +35,17 @@ def play(
     others: set[str] | None = None,
 ) -> tuple[Any, list[Call[Any]]]:
     """Run a search over a log that ignores every filter, and over details with the inputs of each run."""
-    steps = find_run(search, others)
-    calls: list[Call[Any]] = []
-    try:
-        step = next(steps)
-        while True:
-            assert isinstance(step, Call)
-            calls.append(step)
-            if step.path == "/workflows/logs":
-                assert step.params is not None
-                page, limit = step.params["page"], step.params["limit"]
-                step = steps.send(log[(page - 1) * limit : page * limit])
-            else:
-                run_id = step.path.rpartition("/")[2]
-                step = steps.send(make_run("running", finished_at=None, inputs=(inputs or {}).get(run_id, {})))
-    except StopIteration as done:
-        return done.value, calls
+
+    def respond(call: Call[Any]) -> Any:
+        if call.path == "/workflows/logs":
+            assert call.params is not None
+            page, limit = call.params["page"], call.params["limit"]
+            return log[(page - 1) * limit : page * limit]
+        run_id = call.path.rpartition("/")[2]
+        return make_run("running", finished_at=None, inputs=(inputs or {}).get(run_id, {}))
+
+    client = ScriptedClient(respond)
+    return asyncio.run(find_run(client, search, others)), client.taken
 
 
 def test_the_one_run_of_a_unique_user_is_ours() -> None:
@@ -146,11 +142,9 @@ def test_a_search_that_another_version_stored_is_read() -> None:
 
 
 def test_a_log_that_cannot_be_read_before_a_start_knows_no_runs() -> None:
-    steps = known_runs("us")
-    next(steps)
-    with pytest.raises(StopIteration) as done:
-        steps.throw(DifyConnectionError("away"))
-    assert done.value.value == ()
+    client = ScriptedClient(lambda call: DifyConnectionError("away"))
+    assert asyncio.run(known_runs(client, "us")) == ()
+    assert len(client.taken) == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
@@ -12,112 +13,116 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.exceptions import DifyConnectionError
+from airflow_provider_dify.exceptions import DifyConnectionError, DifyTaskKilled
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.clock import TaskClock
-from airflow_provider_dify.tasks.start import StartMemory, new_start
+from airflow_provider_dify.runs.waiting import Deadline
+from airflow_provider_dify.tasks.start import STATE_KEY, StartMemory, new_start
 from airflow_provider_dify.tasks.task_try import RunningTask
 from airflow_provider_dify.tasks.xcoms import TaskXComs
 from tests.dify_stand_in import DifyStandIn, Start, respond
-from tests.unit.test_starting import Store, context_of, settings_of
+from tests.unit.test_starting import Store, arguments_of, context_of
 
 pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries")
 
 
-def retry_of_a_killed_start(hook: DifyHook) -> RunningTask:
-    """Return the second try of a task whose first one was killed when it had just sent its start."""
-    store = Store()
-    first = context_of(1, 2)
-    StartMemory({**first, "task_state_store": store}).save(new_start(first["ti"], None, {"q": "1"}, (), time.time()))
-    context: Any = context_of(2, 2, store)
-    operator = SimpleNamespace(multiple_outputs=False, do_xcom_push=False)
+def task_in(context: Any, hook: DifyHook, seconds: float = 10.0, **arguments: Any) -> RunningTask:
+    """Return a try of a task; by default one that does not wait for its run."""
+    short = {"poll_interval": 0.05, "not_found_grace": 0.3, "max_consecutive_failures": 3, "waits": False}
     return RunningTask(
-        settings_of(poll_interval=0.05, not_found_grace=0.2, max_consecutive_failures=2),
+        arguments_of(**{**short, **arguments}),
         context,
         hook,
-        TaskClock(time.time() + 60),
+        Deadline.after(seconds),
         logging.getLogger(__name__),
-        TaskXComs(operator, context),
+        TaskXComs(SimpleNamespace(multiple_outputs=False, do_xcom_push=False), context),
     )
 
 
 @contextlib.contextmanager
 def task_of_try(
-    number: int, *, has_memory: bool = True, after: RunningTask | None = None, age: float = 300.0, **settings: Any
+    number: int, *, has_memory: bool = True, after: RunningTask | None = None, age: float = 300.0, **arguments: Any
 ) -> Iterator[RunningTask]:
     """
-    Make one try of a task, for the test to start.
+    Make one try of a task, for the test to execute. It does not wait for its run.
 
     :param has_memory: whether this Airflow remembers starts.
     :param after: the try before it, with whose memory it works.
     :param age: seconds since its Dag run began.
-    :param settings: the operator's arguments.
+    :param arguments: the operator's.
     """
     store = Store() if has_memory else None
     if after is not None:
         earlier: Any = after.context
         store = earlier.get("task_state_store")
-    context: Any = context_of(number, 2, store)
+    context = context_of(number, 2, store)
     context["dag_run"].start_date = datetime.now(timezone.utc) - timedelta(seconds=age)
-    short = {"poll_interval": 0.05, "not_found_grace": 0.3, "max_consecutive_failures": 3}
     with DifyHook(retry_limit=0) as hook:
-        task = RunningTask(
-            settings_of(**{**short, **settings}),
-            context,
-            hook,
-            TaskClock(time.time() + 10),
-            logging.getLogger(__name__),
-            TaskXComs(SimpleNamespace(multiple_outputs=False, do_xcom_push=False), context),
-        )
-        try:
-            yield task
-        finally:
-            task.close()
+        yield task_in(context, hook, **arguments)
 
 
-class FailingStore(Store):
-    """Airflow's memory of a task while its API server is away: it refuses, or says nothing for a while."""
+@contextlib.contextmanager
+def retry_of_a_killed_start(store: Store | None = None) -> Iterator[RunningTask]:
+    """Make the second try of a task whose first one was killed when it had just sent its start."""
+    store = Store() if store is None else store
+    first = context_of(1, 2, store)
+    StartMemory(first).save(new_start(first["ti"], None, {"q": "1"}, (), time.time()))
+    with DifyHook(retry_limit=0) as hook:
+        yield task_in(context_of(2, 2, store), hook, not_found_grace=0.2, max_consecutive_failures=2)
 
-    def __init__(self, failure: Callable[[], None]) -> None:
+
+class WatchedStore(Store):
+    """Airflow's memory of a task, which lets something happen while it is written."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.failure: Callable[[], None] = failure
-        self.is_away = False
+        self.during_message: Callable[[Any], None] = lambda value: None
 
     def set(self, key: str, value: Any) -> None:
-        if self.is_away:
-            self.failure()
+        self.during_message(value)
         super().set(key, value)
 
+    @property
+    def names_run(self) -> bool:
+        """Whether the start that it keeps has a run."""
+        return bool(self.get(STATE_KEY, {}).get("workflow_run_id"))
 
-def refuse() -> None:
+
+def refuse(value: Any) -> None:
     raise RuntimeError("no Airflow")
 
 
-FAILURES: dict[str, Callable[[], None]] = {"refuses": refuse, "says_nothing": lambda: time.sleep(3)}
+# What Airflow's API server does while it is away.
+FAILURES: dict[str, Callable[[Any], None]] = {"refuses": refuse, "says_nothing": lambda value: time.sleep(3)}
 
 
-def kill_while_airflow_is_away(dify: DifyStandIn, failure: str, *, max_tries: int) -> RunningTask:
-    """Kill a task's first try, whose run is running, while Airflow's API server is away."""
-    dify.starts.append(Start(statuses=("running",)))
-    store = FailingStore(FAILURES[failure])
-    context: Any = context_of(1, max_tries, store)
+def start_and_kill(dify: DifyStandIn, store: WatchedStore, prepare: Callable[[RunningTask], None], **ti: Any) -> None:
+    """Execute a task's first try, whose run is running, until it is killed."""
+    dify.starts.append(Start(statuses=("running",), cut="workflow_started", then="pings"))
     with DifyHook(retry_limit=0) as hook:
-        task = RunningTask(
-            settings_of(poll_interval=0.05),
-            context,
-            hook,
-            TaskClock(time.time() + 60),
-            logging.getLogger(__name__),
-            TaskXComs(SimpleNamespace(multiple_outputs=False, do_xcom_push=False), context),
-        )
-        task.start()
-        store.is_away = True
-        began = time.monotonic()
-        task.stop_after_kill()
-        # Airflow kills the process 5 seconds after it has asked it to end.
-        assert time.monotonic() - began < 5
-        task.close()
-    return task
+        task = task_in(context_of(1, ti["max_tries"], store), hook, 60.0, waits=True)
+        prepare(task)
+        with pytest.raises(DifyTaskKilled):
+            task.execute()
+
+
+def kill_while_airflow_is_away(dify: DifyStandIn, failure: str, *, max_tries: int) -> None:
+    """Kill a task's first try, whose run is running, while Airflow's API server is away."""
+    store = WatchedStore()
+    killed_at: list[float] = []
+
+    def kill(task: RunningTask) -> None:
+        while not store.names_run:
+            time.sleep(0.01)
+        store.during_message = FAILURES[failure]
+        killed_at.append(time.monotonic())
+        task.kill()
+
+    def prepare(task: RunningTask) -> None:
+        threading.Thread(target=kill, args=(task,), daemon=True).start()
+
+    start_and_kill(dify, store, prepare, max_tries=max_tries)
+    # Airflow kills the process 5 seconds after it has asked it to end.
+    assert time.monotonic() - killed_at[0] < 5
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -136,13 +141,20 @@ def test_a_run_whose_stop_nobody_would_remember_is_left_to_the_retry(
 def test_a_kill_in_the_middle_of_a_message_to_airflow_stops_the_run_after_the_message(
     dify: DifyStandIn, dialect: str
 ) -> None:
-    task = kill_while_airflow_is_away(dify, "says_nothing", max_tries=1)
-    assert dify.stopped == []
-    store: Any = task.context["task_state_store"]  # type: ignore[typeddict-item]
-    store.is_away = False
-    task.stop_after_message()
+    store = WatchedStore()
+
+    def prepare(task: RunningTask) -> None:
+        def be_killed(value: Any) -> None:
+            # A signal's handler runs in the thread that sends the message.
+            if value["workflow_run_id"] and not value["stop_was_asked"] and not store.names_run:
+                task.kill()
+                time.sleep(0.5)
+
+        store.during_message = be_killed
+
+    start_and_kill(dify, store, prepare, max_tries=1)
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
-    assert store["dify_workflow_run"]["stop_was_asked"]
+    assert store[STATE_KEY]["stop_was_asked"]
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -163,18 +175,32 @@ def test_a_retry_starts_nothing_as_long_as_the_log_can_not_say_what_the_killed_t
         return await dify.respond_to(request) if next(looks) == 0 else await respond(503)(request)
 
     dify.misbehave_always(fail_after_the_first_look, only="GET .*/logs")
-    with DifyHook(retry_limit=0) as hook, pytest.raises(DifyConnectionError):
-        retry_of_a_killed_start(hook).start()
+    with retry_of_a_killed_start() as task, pytest.raises(DifyConnectionError):
+        task.execute()
     assert dify.started == []
 
 
 def test_a_retry_starts_a_run_once_the_log_has_shown_none_for_the_grace(dify: DifyStandIn) -> None:
     dify.misbehave(respond(503), times=3, only="GET .*/logs")
-    with DifyHook(retry_limit=0) as hook:
-        task = retry_of_a_killed_start(hook)
-        with pytest.raises(DifyConnectionError):
-            task.start()
-        assert dify.started == []
-        task.start()
-        task.close()
+    store = Store()
+    with retry_of_a_killed_start(store) as task, pytest.raises(DifyConnectionError):
+        task.execute()
+    assert dify.started == []
+    with retry_of_a_killed_start(store) as task:
+        task.execute()
     assert len(dify.started) == 1
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(0, 1), (2, 1), (3, 0)])
+def test_a_try_looks_for_earlier_runs_through_as_many_failures_as_it_may_have(
+    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, failures: int, starts: int
+) -> None:
+    # Each look asks for this try's run, too: Airflow may run a try twice.
+    dify.misbehave(respond(503), times=2 * failures, only="GET .*/logs")
+    # With a memory it would have to look for nothing, or for a start that it knows.
+    with task_of_try(2, has_memory=False, max_consecutive_failures=2) as task, contextlib.ExitStack() as stack:
+        if not starts:
+            stack.enter_context(pytest.raises(DifyConnectionError, match="can't tell whether a run of an earlier"))
+        task.execute()
+    assert caplog.text.count("could not be looked up") == min(failures, 2)
+    assert len(dify.started) == starts

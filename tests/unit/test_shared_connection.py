@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyConfigurationError
-from airflow_provider_dify.hooks import shared_connection
+from airflow_provider_dify.hooks import dify_async
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import API_KEY, DifyStandIn
 from tests.unit.test_trigger import run as run_on_loop
@@ -22,14 +22,14 @@ pytestmark = pytest.mark.usefixtures("dify_connection")
 def readings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The connections that Airflow was asked for; each takes a moment, as from a triggerer."""
     asked: list[str] = []
-    real = shared_connection.get_async_connection
+    real = dify_async.get_async_connection
 
     async def counted(conn_id: str) -> Any:
         asked.append(conn_id)
         await asyncio.sleep(0.1)
         return await real(conn_id)
 
-    monkeypatch.setattr(shared_connection, "get_async_connection", counted)
+    monkeypatch.setattr(dify_async, "get_async_connection", counted)
     return asked
 
 
@@ -54,7 +54,7 @@ def test_each_connection_is_read(dify: DifyStandIn, readings: list[str], monkeyp
     monkeypatch.setenv("AIRFLOW_CONN_OTHER", json.dumps({"conn_type": "dify", "host": dify.base_url, "password": "x"}))
 
     async def both() -> list[Any]:
-        return [await shared_connection.read_connection(name) for name in ("dify_default", "other", "dify_default")]
+        return [await dify_async._read_connection(name, None) for name in ("dify_default", "other", "dify_default")]
 
     first, other, again = run_on_loop(both())
     assert first is again
@@ -93,11 +93,11 @@ def test_all_may_be_cancelled(dify: DifyStandIn, readings: list[str], caplog: py
 
 
 def test_a_reading_counts_for_a_while(readings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_connection, "FRESH_SECONDS", 0.3)
+    monkeypatch.setattr(dify_async, "FRESH_SECONDS", 0.3)
 
     async def three_times() -> None:
         for pause in (0.0, 0.3, 0.0):
-            await shared_connection.read_connection("dify_default")
+            await dify_async._read_connection("dify_default", None)
             await asyncio.sleep(pause)
 
     run_on_loop(three_times())
@@ -108,12 +108,12 @@ def test_a_reading_that_failed_does_not_count(readings: list[str], monkeypatch: 
     async def fail_then_work() -> Any:
         monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps({"conn_type": "dify", "host": "http://x"}))
         failed = await asyncio.gather(
-            *(shared_connection.read_connection("dify_default") for _ in range(5)), return_exceptions=True
+            *(dify_async._read_connection("dify_default", None) for _ in range(5)), return_exceptions=True
         )
         monkeypatch.setenv(
             "AIRFLOW_CONN_DIFY_DEFAULT", json.dumps({"conn_type": "dify", "host": "http://x", "password": API_KEY})
         )
-        return failed, await shared_connection.read_connection("dify_default")
+        return failed, await dify_async._read_connection("dify_default", None)
 
     failed, connection = run_on_loop(fail_then_work())
     assert [type(error) for error in failed] == [DifyConfigurationError] * 5

@@ -148,11 +148,6 @@ def test_a_start_that_a_proxy_opened_no_tunnel_for_may_be_sent_again(
     assert secure_dify.started == []
 
 
-# The HTTP client of the triggerer takes no SOCKS proxy.
-on_a_worker = pytest.mark.parametrize("connect", [WorkerHook], indirect=True)
-
-
-@on_a_worker
 @pytest.mark.parametrize("scheme", ["socks5", "SOCKS5H"])
 def test_a_start_goes_through_a_socks_proxy(dify: DifyStandIn, connect: Connect, scheme: str) -> None:
     with SocksProxy(dify.port) as proxy:
@@ -162,7 +157,25 @@ def test_a_start_goes_through_a_socks_proxy(dify: DifyStandIn, connect: Connect,
     assert proxy.connections >= 1
 
 
-@on_a_worker
+def test_only_a_socks_proxy_that_may_looks_the_servers_name_up(dify: DifyStandIn, connect: Connect) -> None:
+    with SocksProxy(dify.port) as proxy:
+        url = f"127.0.0.1:{proxy.port}"
+        connect("http://dify.invalid/v1", proxies={"http": f"socks5h://{url}"}).start_workflow_run({}, "airflow")
+        hook = connect("http://dify.invalid/v1", proxies={"http": f"socks5://{url}"})
+        with pytest.raises(DifyConnectionError, match="could not be reached"):
+            hook.start_workflow_run({}, "airflow")
+    assert proxy.names == [b"dify.invalid"]
+    assert len(dify.started) == 1
+
+
+def test_a_socks_proxy_gets_its_password(dify: DifyStandIn, connect: Connect) -> None:
+    with SocksProxy(dify.port, takes_password=True) as proxy:
+        url = f"socks5://bob:p%40ss@127.0.0.1:{proxy.port}"
+        connect(dify.base_url, proxies={"http": url}).start_workflow_run({}, "airflow")
+    assert proxy.passwords == [(b"bob", b"p@ss")]
+    assert len(dify.started) == 1
+
+
 @pytest.mark.parametrize("scheme", ["socks5", "SOCKS5H"])
 def test_a_socks_proxy_that_cuts_after_the_start_leaves_it_uncertain(
     dify: DifyStandIn, connect: Connect, scheme: str
@@ -172,7 +185,6 @@ def test_a_socks_proxy_that_cuts_after_the_start_leaves_it_uncertain(
         assert_one_uncertain_start(hook, dify)
 
 
-@on_a_worker
 @pytest.mark.parametrize("change", [cut, damage])
 def test_tls_through_a_socks_proxy_that_breaks_after_the_start_leaves_it_uncertain(
     secure_dify: DifyStandIn, certificate: tuple[ssl.SSLContext, Path], connect: Connect, change: Change
@@ -183,7 +195,6 @@ def test_tls_through_a_socks_proxy_that_breaks_after_the_start_leaves_it_uncerta
         assert_one_uncertain_start(hook, secure_dify)
 
 
-@on_a_worker
 def test_a_start_that_a_socks_proxy_found_no_way_for_may_be_sent_again(dify: DifyStandIn, connect: Connect) -> None:
     with SocksProxy(dify.port, refuses=True) as proxy:
         hook = connect(dify.base_url, proxies={"http": f"socks5://127.0.0.1:{proxy.port}"})

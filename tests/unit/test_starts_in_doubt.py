@@ -236,7 +236,7 @@ def test_a_start_that_was_accepted_waits_in_difys_queue_and_the_log_names_both_r
     dify: DifyStandIn, then: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("airflow_provider_dify.runs.following.QUEUE_INTERVAL", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.runs.starting.QUEUE_INTERVAL", 0.3)
     dify.starts.append(Start(raw=(PING, 60.0) if then == "stall" else (PING,), statuses=(None,), then=then))
     with pytest.raises(DifyWorkflowRunUncertain):
         on_an_event_loop({}, "me", timeout=2)
@@ -259,10 +259,10 @@ def test_a_retry_sends_the_start_of_a_killed_try_again_only_where_runs_do_not_qu
 ) -> None:
     with task_of_try(2, after=killed_while_it_started()) as task:
         if starts_again:
-            task.start()
+            task.execute()
         else:
             with pytest.raises(DifyWorkflowRunUncertain, match=r"earlier try"):
-                task.start()
+                task.execute()
     assert posts(dify) == len(dify.started) == int(starts_again)
     assert looks(dify) > 1
 
@@ -270,14 +270,14 @@ def test_a_retry_sends_the_start_of_a_killed_try_again_only_where_runs_do_not_qu
 def test_nor_where_the_version_is_not_known(dify: DifyStandIn) -> None:
     dify.misbehave_always(without_version())
     with task_of_try(2, after=killed_while_it_started()) as task, pytest.raises(DifyWorkflowRunUncertain):
-        task.start()
+        task.execute()
     assert posts(dify) == 0
 
 
 @pytest.mark.parametrize("dialect", ["1.13.0", "1.16.1"], indirect=True)
 def test_a_retry_starts_again_where_that_was_asked_for(dify: DifyStandIn, dialect: str) -> None:
     with task_of_try(2, after=killed_while_it_started(), restart_lost_runs=True) as task:
-        task.start()
+        task.execute()
     assert (posts(dify), len(dify.started)) == (1, 1)
 
 
@@ -286,12 +286,13 @@ def test_but_not_if_a_look_into_the_log_has_failed(dify: DifyStandIn, fault: Fau
     with task_of_try(2, after=killed_while_it_started(), restart_lost_runs=True) as task:
         served = iter(range(1000))
 
-        async def fail_once(request: Any) -> Any:
-            return await (fault(request) if next(served) == 1 else dify.respond_to(request))
+        async def fail_for_a_while(request: Any) -> Any:
+            # More than once: what a reset connection was asked is asked again at once.
+            return await (fault(request) if 1 <= next(served) <= 4 else dify.respond_to(request))
 
-        dify.misbehave_always(fail_once, only=LOG)
+        dify.misbehave_always(fail_for_a_while, only=LOG)
         with pytest.raises(DifyError):
-            task.start()
+            task.execute()
     assert posts(dify) == 0
 
 
@@ -300,9 +301,9 @@ def test_the_run_of_a_killed_try_that_comes_up_within_the_grace_is_taken(dify: D
     with task_of_try(2, after=first, not_found_grace=20.0) as task:
         appear = threading.Timer(0.5, dify.add_run, ("running",), {"user": first.task_start.user})
         appear.start()
-        task.start()
+        run_id = task.execute()
         appear.join()
-    assert (task.named_run_id, posts(dify)) == (next(iter(dify.runs)), 0)
+    assert (run_id, posts(dify)) == (next(iter(dify.runs)), 0)
 
 
 def killed_while_it_started() -> Any:
@@ -327,11 +328,10 @@ def test_a_row_whose_run_is_gone_for_five_minutes_blocks_no_retry(
         dify.runs[gone].has_no_record = True
     with task_of_try(2, after=first, age=3600.0, max_consecutive_failures=1) as task:
         if is_deleted:
-            task.start()
-            assert task.named_run_id == dify.started[0].workflow_run_id
+            assert task.execute() == dify.started[0].workflow_run_id
         else:
             with pytest.raises(DifyConnectionError, match="no record"):
-                task.start()
+                task.execute()
     assert len(dify.started) == int(is_deleted)
 
 
@@ -356,10 +356,9 @@ def test_a_retry_has_time_for_a_slow_log(dify: DifyStandIn) -> None:
     with task_of_try(1, has_memory=False) as first:
         dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
         # The first try's own look doesn't have to succeed.
-        first.start()
+        first.execute()
     with task_of_try(2, after=first) as second:
-        second.start()
-    assert second.named_run_id == dify.started[0].workflow_run_id
+        assert second.execute() == dify.started[0].workflow_run_id
     assert len(dify.started) == 1
 
 
@@ -368,11 +367,11 @@ def test_but_no_time_without_end(dify: DifyStandIn, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("airflow_provider_dify.tasks.start.SECONDS_FOR_LOG", 0.6)
     with task_of_try(1, has_memory=False) as first:
         dify.starts.append(Start(statuses=("running",), cut="workflow_started"))
-        first.start()
+        first.execute()
     began = time.monotonic()
     with task_of_try(2, after=first, max_consecutive_failures=1) as second:
         with pytest.raises(DifyConnectionError, match="can't tell whether a run of an earlier one goes on") as caught:
-            second.start()
+            second.execute()
         # The next try looks again.
         assert type(caught.value) is DifyConnectionError
     assert time.monotonic() - began < 10
@@ -385,5 +384,5 @@ def test_a_retry_of_a_start_that_was_under_way_has_it_too(dify: DifyStandIn) -> 
         task_of_try(2, after=killed_while_it_started()) as task,
         pytest.raises(DifyWorkflowRunUncertain, match="earlier try"),
     ):
-        task.start()
+        task.execute()
     assert posts(dify) == 0

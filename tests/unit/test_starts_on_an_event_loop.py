@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from airflow_provider_dify.api.async_run_stream import AsyncWorkflowRunStream
+from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -322,69 +322,3 @@ def test_many_runs_at_once_share_the_loop(dify: DifyStandIn) -> None:
     began = time.monotonic()
     assert len(set(asyncio.run(run()))) == 40
     assert time.monotonic() - began < 10
-
-
-# --- starts that share connections
-
-
-def start_many(count: int, **settings: Any) -> list[str | DifyError]:
-    """Start runs one after another by one hook, and return the id of each, or its error."""
-
-    async def run() -> list[str | DifyError]:
-        ids: list[str | DifyError] = []
-        async with DifyAsyncHook(**settings) as hook:
-            for number in range(count):
-                try:
-                    stream = await hook.start_workflow_run({}, f"user {number}")
-                except DifyError as error:
-                    ids.append(error)
-                    continue
-                assert [event.name async for event in stream][-1] == "workflow_finished"
-                ids.append(stream.workflow_run_id)
-        return ids
-
-    return asyncio.run(run())
-
-
-def connections_of_starts(dify: DifyStandIn) -> list[int]:
-    return [request.connection for request in dify.requests if request.method == "POST"]
-
-
-@pytest.mark.usefixtures("dialect")
-def test_starts_that_keep_connections_share_them(dify: DifyStandIn) -> None:
-    ids = start_many(10, keeps_connections=True)
-    assert ids == [started.workflow_run_id for started in dify.started]
-    # A start may come before the end of the last one's response has, above all on a busy machine.
-    assert len(set(connections_of_starts(dify))) < 10
-
-
-def test_other_starts_have_a_connection_each(dify: DifyStandIn) -> None:
-    start_many(3)
-    assert len(set(connections_of_starts(dify))) == 3
-
-
-def test_a_start_on_a_kept_connection_that_breaks_is_not_sent_again_and_the_next_ones_keep_none(
-    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # However busy this machine is.
-    monkeypatch.setattr("airflow_provider_dify.api.async_session.KEEPALIVE_OF_STARTS", 60.0)
-    dify.starts.extend([Start()] * 10)
-
-    async def run() -> None:
-        async with DifyAsyncHook(keeps_connections=True) as hook:
-            async with await hook.start_workflow_run({}, "first") as stream:
-                assert [event.name async for event in stream][-1] == "workflow_finished"
-                # The end of the response comes after the last event.
-                await asyncio.sleep(0.5)
-            dify.misbehave(reset(), only="POST")
-            with pytest.raises(DifyWorkflowRunUncertain):
-                await hook.start_workflow_run({}, "second")
-            for name in ("third", "fourth"):
-                async with await hook.start_workflow_run({}, name) as stream:
-                    assert [event.name async for event in stream][-1] == "workflow_finished"
-
-    asyncio.run(run())
-    assert [started.user for started in dify.started] == ["first", "third", "fourth"]
-    first, second, third, fourth = connections_of_starts(dify)
-    assert first == second
-    assert len({first, third, fourth}) == 3

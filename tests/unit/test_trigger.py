@@ -23,18 +23,16 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
-from airflow_provider_dify.api import async_session
+from airflow_provider_dify.api.client import SharedSession
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.runs.fingerprint import fingerprint
-from airflow_provider_dify.runs.log import RunSearch
+from airflow_provider_dify.runs.log import RunSearch, fingerprint
 from airflow_provider_dify.runs.waiting import delay_after, next_interval
 from airflow_provider_dify.runs.wanted import LatestRunSearch
-from airflow_provider_dify.tasks.xcoms import RUN_LOG
+from airflow_provider_dify.tasks.xcoms import RUN_LOG, TriggerXComs
 from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
 from airflow_provider_dify.triggers.dify_latest import DifyLatestWorkflowRunTrigger
-from airflow_provider_dify.triggers.outputs import TriggerXComs
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
@@ -64,7 +62,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
         await asyncio.sleep(0.05)
         left = asyncio.all_tasks() - {asyncio.current_task()}
         assert not left, left
-        assert not async_session.SharedSession.on_loops.get(asyncio.get_running_loop())
+        assert not SharedSession.on_loops.get(asyncio.get_running_loop())
         return result
 
     with warnings.catch_warnings():
@@ -131,9 +129,13 @@ def test_every_ending_is_one_event(
     run_id = dify.add_run(*statuses, **({"created_at": 1_700_000_000} if "run_timeout" in arguments else {}))
     payload = payload_of(trigger_of(run_id, **arguments))
     assert payload["end"] == end
-    assert re.search(message, payload["message"])
     assert run_id in payload["message"]
     assert (payload["error"] is not None) == (end == "failed")
+    if payload["error"] and dialect == "1.13.0":
+        # It can't say that it knows no such run. Its 500 may pass, and is survived a few times.
+        assert payload["error"]["type"] == "DifyConnectionError"
+        return
+    assert re.search(message, payload["message"])
     if payload["error"]:
         assert payload["error"]["type"] == "DifyWorkflowRunNotFound"
 
@@ -308,7 +310,7 @@ def test_a_kept_alive_connection_that_the_server_closed_is_no_failed_poll(
 def test_a_connection_is_kept_for_as_long_as_is_said(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, keepalive: float, is_kept: bool
 ) -> None:
-    monkeypatch.setattr(async_session, "KEEPALIVE_SECONDS", keepalive)
+    monkeypatch.setattr("airflow_provider_dify.api.client.KEEPALIVE_SECONDS", keepalive)
     payload_of(trigger_of(dify.add_run("running", "running", "succeeded"), poll_interval=0.5))
     assert (len({request.connection for request in dify.requests}) == 1) == is_kept
 
@@ -346,9 +348,9 @@ def test_the_session_lives_as_long_as_someone_uses_it(dify: DifyStandIn) -> None
             await first.get_workflow_run(run_id)
             async with DifyAsyncHook() as second:
                 await second.get_workflow_run(run_id)
-                assert len(async_session.SharedSession.on_loops[loop]) == 1
+                assert len(SharedSession.on_loops[loop]) == 1
             await first.get_workflow_run(run_id)
-        assert not async_session.SharedSession.on_loops[loop]
+        assert not SharedSession.on_loops[loop]
 
     run(work())
     assert dify.connections_opened == 1
@@ -462,7 +464,7 @@ def test_a_wait_that_is_cancelled_while_it_closes_the_session_leaves_no_socket_o
 
     async def work() -> None:
         connection = DifyConnection("dify_default", dify.base_url, API_KEY)
-        shared = async_session.SharedSession.join(connection)
+        shared = SharedSession.join(connection)
         shared.client = client = SlowToClose()  # type: ignore[assignment]
         leaving = asyncio.create_task(shared.leave())
         await asyncio.sleep(0)

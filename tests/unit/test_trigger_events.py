@@ -16,7 +16,7 @@ import requests
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.exceptions import DifyConfigurationError
-from airflow_provider_dify.hooks import shared_connection
+from airflow_provider_dify.hooks import dify_async, shared_reading
 from tests.dify_stand_in import API_KEY, DifyStandIn, rejects, respond
 from tests.unit.test_trigger import run as run_on_loop
 from tests.unit.test_trigger import until
@@ -24,7 +24,7 @@ from tests.unit.test_trigger import until
 if not CAN_END_FROM_TRIGGER:
     pytest.skip("this Airflow has no event triggers", allow_module_level=True)
 
-from airflow_provider_dify.triggers import dify_events, shared_reading
+from airflow_provider_dify.triggers import dify_events
 from airflow_provider_dify.triggers.dify_events import DifyWorkflowRunsTrigger
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
@@ -37,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 0.0)
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "_until_next_look", lambda self, now: 0.05)
     monkeypatch.setattr(shared_reading, "SHARED_SECONDS", 0.02)
-    monkeypatch.setattr(shared_connection, "FRESH_SECONDS", 0.2)
+    monkeypatch.setattr(dify_async, "FRESH_SECONDS", 0.2)
     monkeypatch.setattr(dify_events, "_windows", {})
 
 

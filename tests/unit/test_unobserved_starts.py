@@ -1,62 +1,71 @@
-"""Whether a start may have arrived where nothing shows if a byte of it went out: over a SOCKS proxy."""
+"""Whether a start may have arrived: only one that never had a connection is sure to have started nothing."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import aiohttp
 import pytest
-import requests
-from urllib3 import HTTPConnectionPool
-from urllib3.connection import HTTPConnection
-from urllib3.exceptions import MaxRetryError, NewConnectionError, ProtocolError
+from aiohttp.client_reqrep import ConnectionKey
 
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.run_stream import WorkflowRunStream
+from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 
-URL = "http://dify.example/v1/workflows/run"
-POOL = HTTPConnectionPool("dify.example")
-REFUSED = NewConnectionError(HTTPConnection("dify.example"), "refused")
+KEY = ConnectionKey("dify.example", 80, False, True, None, None, None)
 
 
 class Session:
-    """What a session is to a start, where a request fails and nothing was observed of it."""
+    """What a session is to a start whose request fails, with or without a connection."""
 
-    was_sent = None
+    connection = DifyConnection(conn_id="dify_default", base_url="http://dify.example/v1", api_key="app-some-key")
+    proxy = None
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, *, had_connection: bool) -> None:
         self._error = error
+        self._had_connection = had_connection
 
-    def post(self, *args: Any, **kwargs: Any) -> Any:
+    def join(self, connection: DifyConnection) -> Session:
+        return self
+
+    async def leave(self) -> None: ...
+
+    async def open_for_starts(self) -> Session:
+        return self
+
+    def post(self, url: str, **request: Any) -> Any:
+        request["trace_request_ctx"].may_have_been_sent = self._had_connection
         raise self._error
-
-    def abort(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @pytest.mark.parametrize(
-    ("error", "expected"),
+    "error",
     [
-        (requests.ConnectTimeout("no connection"), DifyConnectionError),
-        (requests.ConnectionError(MaxRetryError(POOL, URL, REFUSED)), DifyConnectionError),
-        (requests.exceptions.InvalidURL("no host"), DifyConnectionError),
-        (requests.ConnectionError(MaxRetryError(POOL, URL, ProtocolError("reset"))), DifyWorkflowRunUncertain),
-        (requests.ConnectionError("reset"), DifyWorkflowRunUncertain),
-        (requests.ConnectionError(), DifyWorkflowRunUncertain),
-        (requests.ReadTimeout("no response"), DifyWorkflowRunUncertain),
-        (requests.exceptions.SSLError("a damaged record"), DifyWorkflowRunUncertain),
+        aiohttp.ClientConnectorError(KEY, OSError("refused")),
+        aiohttp.ConnectionTimeoutError("no connection"),
+        aiohttp.ServerDisconnectedError(),
+        aiohttp.ClientOSError("reset"),
+        aiohttp.ClientPayloadError("cut"),
+        aiohttp.InvalidURL("no host"),
+        OSError("a damaged record"),
+        RuntimeError("whatever else"),
     ],
 )
+@pytest.mark.parametrize(
+    ("had_connection", "expected"), [(False, DifyConnectionError), (True, DifyWorkflowRunUncertain)]
+)
 def test_only_a_start_that_got_no_connection_is_sure_to_have_started_nothing(
-    error: Exception, expected: type[DifyError]
+    error: Exception, had_connection: bool, expected: type[DifyError]
 ) -> None:
-    connection = DifyConnection(conn_id="dify_default", base_url="http://dify.example/v1", api_key="app-some-key")
-    session: Any = Session(error)
-    stream = WorkflowRunStream(connection, session, URL, b"{}", "airflow")
-    with pytest.raises(expected) as caught:
-        stream.next_event(5)
-    assert type(caught.value) is expected
-    # However often it is asked.
-    with pytest.raises(expected):
-        stream.next_event(0)
+    async def start() -> None:
+        session: Any = Session(error, had_connection=had_connection)
+        stream = AsyncWorkflowRunStream(session, "/workflows/run", b"{}", "airflow")
+        with pytest.raises(expected) as caught:
+            await stream.next_event(5)
+        assert type(caught.value) is expected
+        # However often it is asked.
+        with pytest.raises(expected):
+            await stream.next_event(0)
+
+    asyncio.run(start())

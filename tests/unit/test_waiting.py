@@ -14,7 +14,7 @@ from airflow_provider_dify.runs.verdict import Outcome
 from airflow_provider_dify.runs.waiting import (
     RunWait,
     TriggerWait,
-    WaitPolicy,
+    WaitArguments,
     delay_after,
     error_from_event,
     next_interval,
@@ -30,8 +30,8 @@ def all_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "waiting")
 
 
-def wait_of(*, first_poll: datetime | None = None, on_first_run: Any = None, **policy: Any) -> RunWait:
-    return RunWait(RUN_ID, WaitPolicy(**policy), log=LOG, first_poll=first_poll, on_first_run=on_first_run)
+def wait_of(*, first_poll: datetime | None = None, on_first_run: Any = None, **arguments: Any) -> RunWait:
+    return RunWait(RUN_ID, WaitArguments(**arguments), log=LOG, first_poll=first_poll, on_first_run=on_first_run)
 
 
 def ago(seconds: float) -> datetime:
@@ -163,19 +163,6 @@ def test_an_answer_that_the_run_is_unknown_is_no_failure_of_the_server() -> None
     for _ in range(3):
         wait.on_failed_poll(DifyConnectionError("away"))
         wait.on_failed_poll(DifyWorkflowRunNotFound("not known"))
-
-
-def test_a_server_that_cannot_say_unknown_is_only_broken_once_it_has_shown_the_run() -> None:
-    unsure = DifyWorkflowRunNotFound("HTTP 500", is_sure=False)
-    with pytest.raises(DifyWorkflowRunNotFound):
-        wait_of(max_consecutive_failures=1).on_failed_poll(unsure)
-    wait = wait_of(max_consecutive_failures=1)
-    wait.on_poll(RUNNING)
-    wait.on_failed_poll(unsure)
-    assert wait.consecutive_failures == 1
-    wait.on_failed_poll(DifyWorkflowRunNotFound("gone", is_sure=True))
-    with pytest.raises(DifyWorkflowRunNotFound):
-        wait.on_failed_poll(DifyWorkflowRunNotFound("gone", is_sure=True))
 
 
 def test_a_wait_that_ends_says_how_the_run_stood() -> None:
