@@ -54,34 +54,17 @@ def events_path(workflow_run_id: str) -> str:
 
 def parse_workflow_run_id(workflow_run_id: object) -> str:
     """
-    Parse a workflow run id before any request is made with it.
-
-    Dify returns a 500 for an id that is no UUID, and an HTML 404 for an empty one, which both look like a fault of the
-    server that may pass.
-
-    :param workflow_run_id: any spelling that ``uuid.UUID`` takes.
-    :return: the id in lower case with hyphens.
-    :raises DifyConfigurationError: if it is anything else; the message shows what it was.
+    Parse a workflow run id before any request is made with it. Dify returns a 500 for an id that is no UUID, and an
+    HTML 404 for an empty one, which both look like a fault of the server that may pass.
     """
     return parse_uuid("workflow_run_id", workflow_run_id)
 
 
 def parse_uuid(name: str, value: object) -> str:
-    """
-    Parse an id that becomes part of a path.
-
-    :param name: the argument, for the message.
-    :param value: any spelling that ``uuid.UUID`` takes.
-    :return: the id in lower case with hyphens.
-    :raises DifyConfigurationError: if it is anything else; the message shows what it was.
-    """
-    if isinstance(value, uuid.UUID):
-        return str(value)
-    if isinstance(value, str):
-        try:
-            return str(uuid.UUID(value))
-        except ValueError:
-            pass
+    """Return an id that becomes part of a path in lower case with hyphens, from any spelling of a UUID."""
+    if isinstance(value, (str, uuid.UUID)):
+        with contextlib.suppress(ValueError):
+            return str(uuid.UUID(str(value)))
     raise DifyConfigurationError(
         f"{name} must be the UUID that Dify returned, but it is {one_line(repr(value), 120)} ({type(value).__name__}). "
         "If it is a template or comes from an upstream task, check what that task returned."
@@ -89,12 +72,7 @@ def parse_uuid(name: str, value: object) -> str:
 
 
 def check_user(user: object) -> None:
-    """
-    Check the ``user`` of a request.
-
-    :param user: text of 1 to 255 characters.
-    :raises DifyConfigurationError: if it is anything else.
-    """
+    """Check that the ``user`` of a request is text of 1 to 255 characters."""
     if not isinstance(user, str) or not user or len(user) > MAX_USER_LENGTH:
         raise DifyConfigurationError(
             f"user must be text of 1 to {MAX_USER_LENGTH} characters, but it is {one_line(repr(user), 300)}."
@@ -103,9 +81,8 @@ def check_user(user: object) -> None:
 
 def plain_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Return inputs as JSON has them: sequences of any kind become lists, such as the outputs of a mapped task.
-
-    Airflow 2 lets only the task's own thread read those. Raises a DifyConfigurationError for what is no JSON.
+    Return inputs as JSON has them: any sequence becomes a list, such as a mapped task's outputs. Airflow 2 lets only
+    the task's own thread read those. Raises a DifyConfigurationError for what is no JSON.
     """
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(inputs), allow_nan=False, default=_as_list))
@@ -131,13 +108,8 @@ def open_upload(
     file: str | os.PathLike[str] | IO[bytes], file_name: str | None, mime_type: str | None
 ) -> Iterator[tuple[str, IO[bytes], str]]:
     """
-    Open a file to upload.
-
-    :param file: a path, or a file that is open for reading bytes, which stays open.
-    :param file_name: its name; that of the file by default.
-    :param mime_type: its type, without which Dify refuses the upload (415); guessed from the name by default.
-    :return: name, open file and type, as ``requests`` takes them.
-    :raises DifyConfigurationError: if the file can't be read.
+    Return name, open file and type of a file to upload, as ``requests`` takes them. A file that is open already stays
+    open. Without a type, which is guessed from the name by default, Dify refuses the upload (415).
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -175,12 +147,8 @@ class Client(Protocol):
 
 def run_detail(workflow_run_id: str) -> Call[WorkflowRun]:
     """Return the request for a run's detail; the id is parsed already."""
-    return Call(
-        "GET",
-        run_path(workflow_run_id),
-        f"workflow run {workflow_run_id}",
-        lambda response: responses.parse_workflow_run(response, workflow_run_id),
-    )
+    path, subject = run_path(workflow_run_id), f"workflow run {workflow_run_id}"
+    return Call("GET", path, subject, lambda response: responses.parse_workflow_run(response, workflow_run_id))
 
 
 def app_info() -> Call[AppInfo]:
@@ -219,11 +187,6 @@ def logged_runs(
         "page": page,
         "limit": limit,
     }
-    return Call(
-        "GET",
-        LOGS,
-        responses.LOG_SUBJECT,
-        responses.parse_log,
-        params={name: value for name, value in params.items() if value is not None},
-        patience_seconds=patience_seconds,
-    )
+    given = {name: value for name, value in params.items() if value is not None}
+    parse, subject = responses.parse_log, responses.LOG_SUBJECT
+    return Call("GET", LOGS, subject, parse, given, patience_seconds=patience_seconds)

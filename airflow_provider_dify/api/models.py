@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from datetime import datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,23 +41,13 @@ _STOP_REQUESTED = "requested stop"
 
 
 def status_of(status: WorkflowRunStatus | str, error: str | None) -> WorkflowRunStatus | str:
-    """
-    Return what a run's status means: ``stopped`` for one that failed because somebody stopped it.
-
-    :param status: the status that Dify names.
-    :param error: Dify's own words on it.
-    """
+    """Return what a status means, with Dify's words on it: ``stopped`` for a run that failed as it was stopped."""
     is_stop = status == WorkflowRunStatus.FAILED and _STOP_REQUESTED in (error or "").lower()
     return WorkflowRunStatus.STOPPED if is_stop else status
 
 
 def is_over(status: WorkflowRunStatus | str, finished_at: DateTime | None) -> bool:
-    """
-    Return whether a run has ended.
-
-    :param status: the run's status; one that this version does not know may mean either.
-    :param finished_at: when it ended, where Dify says so.
-    """
+    """Return whether a run has ended. A status that this version does not know may mean either."""
     return status in ENDED_STATUSES or (status not in WAITING_STATUSES and finished_at is not None)
 
 
@@ -107,18 +98,7 @@ class WorkflowRun:
         :return: ``id, workflow_id, status, error, total_steps, total_tokens, created_at, finished_at, elapsed_time``;
             times as ISO 8601 text.
         """
-        values = {
-            "id": self.id,
-            "workflow_id": self.workflow_id,
-            "status": str(self.status),
-            "error": self.error,
-            "total_steps": self.total_steps,
-            "total_tokens": self.total_tokens,
-            "created_at": self.created_at.isoformat() if self.created_at else None,
-            "finished_at": self.finished_at.isoformat() if self.finished_at else None,
-            "elapsed_time": self.elapsed_time,
-        }
-        return {name: storable(value) for name, value in values.items()}
+        return {name: storable(value) for name, value in vars(self).items() if name not in ("inputs", "outputs")}
 
 
 @dataclass(frozen=True)
@@ -184,11 +164,8 @@ class LoggedWorkflowRun:
 @dataclass(frozen=True)
 class RowWithoutRun:
     """
-    A row of ``GET /workflows/logs`` whose run has no record: not yet, or no longer, because it was deleted.
-
-    :param row_id: the row's UUID.
-    :param user: as in :class:`LoggedWorkflowRun`.
-    :param logged_at: as there.
+    A row of ``GET /workflows/logs`` whose run has no record: not yet, or no longer, because it was deleted. Its fields
+    are as in :class:`LoggedWorkflowRun`.
     """
 
     row_id: str
@@ -197,12 +174,7 @@ class RowWithoutRun:
 
 
 def is_deleted(row: RowWithoutRun, now: float) -> bool:
-    """
-    Return whether the run of a row was deleted: its record would be there by now.
-
-    :param row: the row.
-    :param now: epoch seconds.
-    """
+    """Return whether the run of a row was deleted: its record would be there by ``now`` (epoch seconds)."""
     return row.logged_at is None or now - row.logged_at.timestamp() > RECORD_DELAY
 
 
@@ -225,30 +197,25 @@ def runs_of(rows: Iterable[LogRow]) -> list[LoggedWorkflowRun]:
 
 
 def known_fields(kind: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """
-    Return what a dataclass has fields for, out of data that another version of this package may have stored.
-
-    :param kind: the dataclass.
-    :param data: values by name.
-    """
+    """Return what a dataclass has fields for, out of data that another version of this package may have stored."""
     names = {known.name for known in fields(kind)}
     return {name: value for name, value in data.items() if name in names}
 
 
 def storable(value: Any) -> Any:
-    """Return a value as every database takes it: text without NUL and lone surrogates, whole numbers of 64 bits."""
+    """
+    Return a value as every database takes it: text without NUL and lone surrogates, whole numbers of 64 bits, times as
+    ISO 8601 text.
+    """
+    if isinstance(value, datetime):
+        return value.isoformat()
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
     return None if isinstance(value, int) and not -(2**63) <= value < 2**63 else value
 
 
 def app_id_from(inputs: object) -> str | None:
-    """
-    Return a run's app, which is part of what the run was started with.
-
-    :param inputs: the run's inputs, Dify's ``sys.*`` entries included.
-    :return: the app's UUID; ``None`` where they don't name it.
-    """
+    """Return the UUID of a run's app, out of the run's inputs; ``None`` where Dify's ``sys.*`` doesn't name it."""
     try:
         return str(uuid.UUID(inputs["sys.app_id"])) if isinstance(inputs, dict) else None
     except (KeyError, ValueError, AttributeError, TypeError):
@@ -257,11 +224,8 @@ def app_id_from(inputs: object) -> str | None:
 
 def is_server_from(version: str | None, first: tuple[int, int]) -> bool | None:
     """
-    Compare a server's version, which each response names in ``X-Version``.
-
-    :param version: such as ``1.16.1``; ``None`` where no response named it.
-    :param first: major and minor number to compare with.
-    :return: whether the server is of that version or later; ``None`` where that can't be known.
+    Return whether a server is of that version (major, minor) or later; ``None`` where that can't be known. Each
+    response names its version in ``X-Version``, such as ``1.16.1``.
     """
     try:
         major, minor = (version or "").split(".")[:2]

@@ -37,11 +37,7 @@ class SharedReading(Shared):
         self._responses: dict[tuple[Any, ...], tuple[float, asyncio.Task[Any]]] = {}
 
     async def perform(self, call: Call[T]) -> T:
-        """
-        Send a request, unless another watcher has sent it at this moment, and return what its response means.
-
-        :raises DifyError: what the response means.
-        """
+        """Send a request, unless another watcher has sent it at this moment, and return what its response means."""
         now = time.monotonic()
         self._responses = {
             key: (at, task)
@@ -58,9 +54,7 @@ class SharedReading(Shared):
     async def _send(self, call: Call[T]) -> T:
         async with self._lock:
             if self._hook is None or time.monotonic() - self._opened_at > CONNECTION_SECONDS:
-                hook, self._hook = self._hook, None
-                if hook is not None:
-                    await hook.close()
+                await self._hang_up()
                 self._hook = await DifyAsyncHook(self.dify_conn_id).__aenter__()
                 self._opened_at = time.monotonic()
             try:
@@ -75,6 +69,9 @@ class SharedReading(Shared):
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
         hook, self._hook = self._hook, None
         if hook is not None:
             await hook.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -57,52 +57,33 @@ class FinishedRun:
 
     def as_event(self) -> dict[str, Any]:
         """Return the fields as JSON-ready values; times as ISO 8601 text."""
-        event = {
-            "workflow_run_id": self.workflow_run_id,
-            "status": self.status,
-            "user": self.user,
-            "triggered_from": self.triggered_from,
-            "total_tokens": self.total_tokens,
-            "elapsed_time": self.elapsed_time,
-            "created_at": self.created_at.isoformat() if self.created_at else None,
-            "finished_at": self.finished_at.isoformat() if self.finished_at else None,
-        }
-        return {name: storable(value) for name, value in event.items()}
+        return {name: storable(value) for name, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """
-    A run that was not over when it was last seen.
+    """A run that was not over when it was last seen. Times are epoch seconds, by Dify's clock but for ``due``."""
 
-    :param logged_at: epoch seconds of its row, by Dify's clock.
-    :param created_at: epoch seconds of the run itself, by Dify's clock.
-    :param due: epoch seconds at which it is to be looked at again, by this machine's clock.
-    :param user: who started it; the run's detail doesn't say.
-    :param triggered_from: what started it; the run's detail doesn't say.
-    """
-
+    # When its row was written, and when the run itself was created.
     logged_at: float
     created_at: float
+    # When it is to be looked at again, by this machine's clock.
     due: float
+    # Who and what started it, which the run's detail doesn't say.
     user: str | None
     triggered_from: str | None
 
 
 @dataclass(frozen=True)
 class WindowPolicy:
-    """
-    How a window moves.
-
-    :param poll_interval: seconds between looks.
-    :param run_timeout: seconds after a run's creation from which it is no longer watched.
-    :param lookback: seconds before the first look from which runs that have ended count, too.
-    :param user: the ``user`` whose runs are read; ``None`` for all.
-    """
+    """How a window moves; times in seconds."""
 
     poll_interval: float = 30.0
+    # Since a run's creation; after it the run is no longer watched.
     run_timeout: float = 604_800.0
+    # Before the first look: runs that have ended since then count, too.
     lookback: float = 0.0
+    # Whose runs are read; None for all.
     user: str | None = None
 
     def next_look(self, run_created_at: float, now: float) -> float:
@@ -115,17 +96,13 @@ class WindowPolicy:
 
 @dataclass(frozen=True)
 class RunWindow:
-    """
-    What is known of an app's runs between two looks. It holds the runs of every user, so that two watchers of an app
-    ask the same.
+    """What is known of an app's runs between two looks: of every user, so that two watchers of an app ask the same."""
 
-    :param read_until: epoch seconds of the newest row that was seen, by Dify's clock; ``None`` before the first look.
-    :param seen: rows that will be read again, by the run's id, and the epoch seconds of each.
-    :param open: runs that were not over.
-    """
-
+    # Epoch seconds of the newest row that was seen, by Dify's clock; None before the first look.
     read_until: float | None = None
+    # Rows that will be read again, by the run's id, and the epoch seconds of each.
     seen: Mapping[str, float] = field(default_factory=dict)
+    # Runs that were not over, by id.
     open: Mapping[str, OpenRun] = field(default_factory=dict)
 
     @classmethod
@@ -139,19 +116,12 @@ class RunWindow:
             "version": 1,
             "read_until": self.read_until,
             "seen": dict(self.seen),
-            "open": {
-                run_id: [run.logged_at, run.created_at, run.due, run.user, run.triggered_from]
-                for run_id, run in self.open.items()
-            },
+            "open": {run_id: list(vars(run).values()) for run_id, run in self.open.items()},
         }
 
     @classmethod
     def deserialize(cls, data: object) -> RunWindow:
-        """
-        Return the window that :meth:`serialize` described; a new one for anything else.
-
-        :param data: what was stored, maybe by another version of this package.
-        """
+        """Return the window that :meth:`serialize` described, maybe in another version; a new one for anything else."""
         if not isinstance(data, dict) or data.get("version") != 1:
             return cls()
         try:
@@ -171,18 +141,14 @@ class RunWindow:
 
 @dataclass(frozen=True)
 class Look:
-    """
-    What one look at an app's runs brought.
-
-    :param window: the window after it.
-    :param finished: runs that have ended since the last look, the first to end first.
-    :param overdue: ids of runs that are no longer watched, because ``run_timeout`` is over.
-    :param error: why not every run could be asked for; what the look brought counts all the same.
-    """
+    """What one look at an app's runs brought, and the window after it."""
 
     window: RunWindow
+    # Those that have ended since the last look, the first to end first.
     finished: tuple[FinishedRun, ...] = ()
+    # Ids of those that are no longer watched, because run_timeout is over.
     overdue: tuple[str, ...] = ()
+    # Why not every run could be asked for; what the look brought counts all the same.
     error: DifyConnectionError | None = None
 
 
@@ -301,27 +267,19 @@ class _Reader:
         """Take the detail of a run that was asked for."""
         known = self._open.get(run.id)
         if known is not None and run.is_over:
-            self._finish(run.id, run, known.user, known.triggered_from)
+            self._finish(run.id, run, known)
 
     def look(self, error: DifyConnectionError | None) -> Look:
         """Return what the look brought."""
-        overdue = {
-            run_id for run_id, run in self._open.items() if self._now - run.created_at > self._policy.run_timeout
-        }
+        oldest = self._now - self._policy.run_timeout
+        overdue = {run_id for run_id, run in self._open.items() if run.created_at < oldest}
         watched = {run_id: run for run_id, run in self._open.items() if run_id not in overdue}
         # Of an app without runs, everything that comes is new.
         read_until = min(self._read_until or 0.0, self._awaited)
         bound = self._bound if self._read_until is None else read_until - OVERLAP
-        return Look(
-            RunWindow(
-                read_until=read_until,
-                seen={run_id: at for run_id, at in self._seen.items() if at >= bound},
-                open=watched,
-            ),
-            tuple(sorted(self._finished.values(), key=_end)),
-            tuple(sorted(overdue)),
-            error,
-        )
+        seen = {run_id: at for run_id, at in self._seen.items() if at >= bound}
+        finished = tuple(sorted(self._finished.values(), key=_end))
+        return Look(RunWindow(read_until, seen, watched), finished, tuple(sorted(overdue)), error)
 
     def _due(self) -> dict[str, OpenRun]:
         return {run_id: run for run_id, run in self._open.items() if run.due <= self._now and run_id not in self._met}
@@ -343,7 +301,7 @@ class _Reader:
         self._seen[run_id] = logged_at
         if row.is_over:
             if known is not None or is_new:
-                self._finish(run_id, row, row.user, row.triggered_from)
+                self._finish(run_id, row, row)
         elif known is not None:
             self._postpone(run_id, known)
         elif is_new or self._is_first:
@@ -351,18 +309,15 @@ class _Reader:
             self._postpone(run_id, OpenRun(logged_at, created_at, self._now, row.user, row.triggered_from))
 
     def _postpone(self, run_id: str, run: OpenRun) -> None:
-        due = self._policy.next_look(run.created_at, self._now)
-        self._open[run_id] = OpenRun(run.logged_at, run.created_at, due, run.user, run.triggered_from)
+        self._open[run_id] = replace(run, due=self._policy.next_look(run.created_at, self._now))
 
-    def _finish(
-        self, run_id: str, run: LoggedWorkflowRun | WorkflowRun, user: str | None, triggered_from: str | None
-    ) -> None:
+    def _finish(self, run_id: str, run: LoggedWorkflowRun | WorkflowRun, start: OpenRun | LoggedWorkflowRun) -> None:
         self._open.pop(run_id, None)
         self._finished[run_id] = FinishedRun(
             run_id,
             str(run.status),
-            user,
-            triggered_from,
+            start.user,
+            start.triggered_from,
             run.total_tokens,
             run.elapsed_time,
             run.created_at,

@@ -19,28 +19,18 @@ _PREFIX_MARK = "*"
 
 @dataclass(frozen=True)
 class RunFilter:
-    """
-    Which runs are wanted.
+    """Which runs are wanted: any, where a field is empty or ``None``."""
 
-    :param statuses: how they ended; any end if empty.
-    :param triggered_from: what started them: ``app-run``, ``webhook``, ``schedule``, ...; anything if empty.
-    :param user: the ``user`` of the start; one that ends with ``*`` is a prefix. ``None`` for any.
-    """
-
+    # How they ended.
     statuses: tuple[str, ...] = ()
+    # What started them: app-run, webhook, schedule, ...
     triggered_from: tuple[str, ...] = ()
+    # The user of the start; one that ends with * is a prefix.
     user: str | None = None
 
     @classmethod
     def parse(cls, *, statuses: Any, triggered_from: Any, user: Any) -> RunFilter:
-        """
-        Parse the arguments of a sensor or trigger.
-
-        :param statuses: texts, or one text; ``None`` for any.
-        :param triggered_from: texts, or one text; ``None`` for any.
-        :param user: a text, or ``None``.
-        :raises DifyConfigurationError: if an argument is anything else, or a status is not one that a run ends with.
-        """
+        """Parse a sensor's or trigger's arguments: each ``None`` or a text, the first two also several texts."""
         wanted = _texts("statuses", statuses)
         known = sorted(str(status) for status in ENDED_STATUSES)
         for status in wanted:
@@ -55,19 +45,15 @@ class RunFilter:
         """The user, if it is one that Dify can filter by."""
         return None if self.user is None or self.user.endswith(_PREFIX_MARK) else self.user
 
-    def fits(self, status: str, user: str | None, triggered_from: str | None) -> bool:
-        """Return whether a run that ended is wanted."""
-        return (not self.statuses or str(status) in self.statuses) and self.fits_start(user, triggered_from)
-
-    def fits_start(self, user: str | None, triggered_from: str | None) -> bool:
-        """Return whether a run is wanted, however it ends."""
-        if self.triggered_from and triggered_from not in self.triggered_from:
+    def fits(self, run: FinishedRun) -> bool:
+        """Return whether a run is wanted."""
+        if self.statuses and run.status not in self.statuses:
             return False
-        if self.user is None:
-            return True
-        if self.exact_user is not None:
-            return user == self.user
-        return user is not None and user.startswith(self.user[: -len(_PREFIX_MARK)])
+        if self.triggered_from and run.triggered_from not in self.triggered_from:
+            return False
+        if self.user is None or self.exact_user is not None:
+            return self.user in (None, run.user)
+        return run.user is not None and run.user.startswith(self.user.removesuffix(_PREFIX_MARK))
 
     def serialize(self) -> dict[str, Any]:
         """Return the arguments of :meth:`parse`: JSON-ready, and the same for the same filter."""
@@ -82,9 +68,8 @@ def _texts(name: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, Iterable) or isinstance(texts, (dict, bytes)):
-        raise DifyConfigurationError(f"{name} must be a list of texts, or None: {value!r:.100}")
-    found = list(texts)
+    is_list = isinstance(texts, Iterable) and not isinstance(texts, (dict, bytes))
+    found = list(texts) if is_list else []
     if not found or not all(isinstance(text, str) and text for text in found):
         raise DifyConfigurationError(f"{name} must be a list of texts, or None: {value!r:.100}")
     # str() for the members of an enum.
@@ -98,14 +83,7 @@ def _moments(run: FinishedRun) -> tuple[float, float]:
 
 
 def parse_time(name: str, value: Any) -> float:
-    """
-    Parse an argument that is a moment.
-
-    :param name: the argument, for the message.
-    :param value: a ``datetime``, or the ISO 8601 text of one; without a time zone it is UTC.
-    :return: epoch seconds.
-    :raises DifyConfigurationError: if it is anything else.
-    """
+    """Return the epoch seconds of an argument: a ``datetime`` or its ISO 8601 text, UTC without a time zone."""
     import pendulum  # not for a Dag file that only names the sensor
 
     moment = value
@@ -121,27 +99,20 @@ def parse_time(name: str, value: Any) -> float:
 
 @dataclass
 class LatestRunSearch:
-    """
-    A search for the latest run that has ended, over a wait. What one look has read, the next one does not read again.
+    """A search for the latest run that has ended. What one look has read, the next one does not read again."""
 
-    :param created_after: epoch seconds, by Dify's clock.
-    :param filter: which runs fit.
-    :param poll_interval: seconds between looks.
-    :param run_timeout: seconds after its creation from which a run is no longer watched; ``None`` for no limit.
-    """
-
+    # Epoch seconds, by Dify's clock.
     created_after: float
     filter: RunFilter = field(default_factory=RunFilter)
+    # Seconds between looks.
     poll_interval: float = 10.0
+    # Seconds after its creation from which a run is no longer watched; None for no limit.
     run_timeout: float | None = None
 
     def __post_init__(self) -> None:
         self._window = RunWindow.read_before(self.created_after)
-        self._policy = WindowPolicy(
-            poll_interval=self.poll_interval,
-            run_timeout=math.inf if self.run_timeout is None else self.run_timeout,
-            user=self.filter.exact_user,
-        )
+        run_timeout = math.inf if self.run_timeout is None else self.run_timeout
+        self._policy = WindowPolicy(self.poll_interval, run_timeout, user=self.filter.exact_user)
 
     def serialize(self) -> dict[str, Any]:
         """Return the search as JSON-ready values, for :meth:`deserialize`; without what was read."""
@@ -165,7 +136,7 @@ class LatestRunSearch:
         fitting = [
             run
             for run in look.finished
-            if self.filter.fits(run.status, run.user, run.triggered_from)
+            if self.filter.fits(run)
             # Dify before 1.9 writes the row at the run's end.
             and (run.created_at is None or run.created_at.timestamp() >= int(self.created_after))
         ]

@@ -150,7 +150,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
                 else:
                     delay = self._on_look(look)
                     window = look.window
-                    sent = [run for run in look.finished if self._is_wanted(run)]
+                    sent = [run for run in look.finished if self.filter.fits(run)]
                     for number, run in enumerate(sent, start=1):
                         if number == len(sent):
                             await asyncio.sleep(self._delay_of_last_event(number))
@@ -171,11 +171,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         return await look_at_runs(reading, window, self.policy, time.time())
 
     async def _check_app(self, reading: SharedReading) -> None:
-        """
-        Check that the app has a log.
-
-        :raises DifyConfigurationError: if it is of another kind: the log of a chatflow is empty, whatever runs.
-        """
+        """Check that the app is of a kind that has a log: that of a chatflow is empty, whatever runs."""
         try:
             app = await reading.perform(calls.app_info())
         except DifyAuthenticationError:
@@ -190,21 +186,14 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
             )
 
     def _delay_of_last_event(self, count: int) -> float:
-        """
-        Return the seconds before the last event of a look may be sent.
-
-        A Dag run takes events up to the moment at which Airflow queued it, which is that of the first event. One that
-        comes after, and before the scheduler has made the Dag run, waits until another one comes (Airflow 3.0 to
-        3.3.2). So the last one must come when the scheduler is done with the first, and takes the others along.
-
-        :param count: events of the look; Airflow stores some 50 a second.
-        """
+        """Return the seconds before the last of so many events of a look may be sent."""
+        # A Dag run takes events up to the moment at which Airflow queued it, which is that of the first event. One that
+        # comes after, and before the scheduler has made the Dag run, waits until another one comes (Airflow 3.0 to
+        # 3.3.2). So the last one must come when the scheduler is done with the first, and takes the others along.
         if self._last_event is None:
             return 0.0
+        # Airflow stores some 50 events a second.
         return max(0.0, self._last_event + self.scheduler_delay + count / 50 - time.monotonic())
-
-    def _is_wanted(self, run: Any) -> bool:
-        return self.filter.fits(run.status, run.user, run.triggered_from)
 
     def _on_look(self, look: Look) -> float:
         """Log what a look brought beside events, and return the seconds before which none may follow."""
@@ -253,10 +242,8 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
 
     def _until_next_look(self, now: float) -> float:
         """
-        Return the seconds until the next look.
-
-        The moments are the same for all who watch an app with the same interval, so that they share what they read; and
-        others than those of another app.
+        Return the seconds until the next look. The moments are the same for all who watch an app with the same
+        interval, so that they share what they read, and others than those of another app.
         """
         interval = self.policy.poll_interval
         offset = zlib.crc32(self.dify_conn_id.encode()) / 2**32 * interval

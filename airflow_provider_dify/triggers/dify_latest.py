@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 class DifyLatestWorkflowRunTrigger(DifyWorkflowRunTrigger):
     """
-    Look until a run that fits has ended, and send one small event, as its base class does.
-
-    :param arguments: as for :class:`~airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger`; ``search`` is what
-        :meth:`~airflow_provider_dify.runs.wanted.LatestRunSearch.serialize` returns.
+    Look until a run that fits has ended, and send one small event, as its base class does. The ``search`` of its
+    arguments is what :meth:`~airflow_provider_dify.runs.wanted.LatestRunSearch.serialize` returns.
     """
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
