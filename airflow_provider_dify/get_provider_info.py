@@ -59,7 +59,7 @@ def get_provider_info() -> dict[str, Any]:
         "hooks": _modules("hooks", "dify", "dify_async"),
         "operators": _modules("operators", "dify", "dify_batch"),
         "sensors": _modules("sensors", "dify", "dify_latest"),
-        "triggers": _modules("triggers", "dify", "dify_events", "dify_latest"),
+        "triggers": _modules("triggers", "dify", "dify_events"),
         "extra-links": ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"],
         "connection-types": [
             {

@@ -109,7 +109,7 @@ class DifyLatestWorkflowRunSensor(DifyWorkflowRunSensor):
         return super()._read_run()
 
     def _trigger(self, wait: TriggerWait) -> DifyWorkflowRunTrigger:
-        from airflow_provider_dify.triggers.dify_latest import DifyLatestWorkflowRunTrigger
+        from airflow_provider_dify.triggers.dify import DifyLatestWorkflowRunTrigger
 
         if self.workflow_run_id:
             return super()._trigger(wait)

@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -34,13 +35,14 @@ from airflow_provider_dify.runs.waiting import (
     delay_after,
     next_interval,
 )
+from airflow_provider_dify.runs.wanted import LatestRunSearch
 from airflow_provider_dify.tasks.xcoms import TriggerXComs
-from airflow_provider_dify.triggers.on_kill import is_waiting_elsewhere, run_shielded
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 
     from airflow.providers.common.compat.sdk import Context
+    from airflow.sdk.types import Logger
 
     from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 
@@ -85,7 +87,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the class and its arguments: JSON-ready values only, and no secret."""
         return (
-            "airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger",
+            f"{type(self).__module__}.{type(self).__name__}",
             {"workflow_run_id": self.workflow_run_id, "dify_conn_id": self.dify_conn_id, **self.wait.serialize()},
         )
 
@@ -330,3 +332,63 @@ def load_client() -> Any:
     from airflow_provider_dify.hooks import dify_async
 
     return dify_async
+
+
+# An event loop keeps only weak references to its tasks.
+_tasks: set[asyncio.Task[None]] = set()
+
+
+async def run_shielded(work: Coroutine[Any, Any, None], timeout: float) -> None:
+    """
+    Run to its end what a trigger does in ``on_kill``; raises an asyncio.TimeoutError after ``timeout`` seconds. Airflow
+    3.3 cancels a killed trigger again about every second, which ends a longer ``on_kill`` without a word. Before Python
+    3.12 the second cancel also ends Airflow's own wait for ``on_kill``; the work goes on then, too.
+    """
+    task = asyncio.create_task(asyncio.wait_for(work, timeout))
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    while not task.done():
+        # The caller is cancelled; or the loop comes to its end, which has cancelled the task, too.
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
+
+
+async def is_waiting_elsewhere(ti: Any, log: Logger) -> bool:
+    """
+    Return whether a task still waits, on another triggerer; ``False`` where Airflow doesn't say. Airflow 3.3 calls a
+    trigger's ``on_kill`` also on a triggerer that was silent for so long (a minute under load, say) that another one
+    has taken its triggers over.
+    """
+    if ti is None:
+        return False
+    from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
+    from asgiref.sync import sync_to_async
+
+    task = {"dag_id": ti.dag_id, "task_ids": [ti.task_id], "run_ids": [ti.run_id], "map_index": ti.map_index}
+    try:
+        states = await sync_to_async(RuntimeTaskInstance.get_task_states)(**task)
+    except Exception:
+        log.warning("Airflow did not say whether the task still waits; its run is stopped.", exc_info=True)
+        return False
+    return "deferred" in states.get(ti.run_id, {}).values()
+
+
+class DifyLatestWorkflowRunTrigger(DifyWorkflowRunTrigger):
+    """
+    Look until a run that fits has ended, and send one small event, as its base class does. The ``search`` of its
+    arguments is what :meth:`~airflow_provider_dify.runs.wanted.LatestRunSearch.serialize` returns.
+    """
+
+    async def _wait(self) -> TriggerEvent:
+        search = LatestRunSearch.deserialize(self.wait.search or {})
+        deadline = self._deadline()
+        client = await asyncio.to_thread(load_client)
+        async with client.DifyAsyncHook(self.dify_conn_id) as hook:
+            run_id = await self._search(
+                lambda: search.look(hook, time.time()), deadline, f"Waiting for {search.describe()}"
+            )
+            if run_id is None:
+                return self._event(WaitEnd.TIMED_OUT, f"There was not {search.describe()}.")
+            self.workflow_run_id = run_id
+            return await self._poll_until_over(hook, run_id, deadline, at_once=True)

@@ -569,7 +569,7 @@ def test_a_timeout_that_comes_before_defer_after_is_kept_on_the_worker(
     dify: DifyStandIn, deferrals: list[float]
 ) -> None:
     dify.starts.append(start("succeeded", duration=30))
-    result = run_operator(deferrable=True, defer_after=30, timeout=1)
+    result = run_operator(deferrable=True, defer_after=30, timeout=4)
     (error,) = result.raised["run"]
     assert type(error) is DifyWorkflowRunTimeout
     assert deferrals == []

@@ -110,8 +110,6 @@ def test_a_registry_names_every_operator_and_sensor_and_the_hooks_and_triggers_f
     info = get_provider_info()
     for kind in ("operators", "sensors", "triggers", "hooks"):
         modules = {module for entry in info[kind] for module in entry["python-modules"]}
-        # A task uses it by itself; nobody writes it into a Dag.
-        modules -= {"airflow_provider_dify.triggers.dify_latest"}
         assert {entry["module"].rpartition(".")[0] for entry in registry[kind]} == modules
 
 

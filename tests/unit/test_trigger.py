@@ -31,8 +31,7 @@ from airflow_provider_dify.runs.log import RunSearch, fingerprint
 from airflow_provider_dify.runs.waiting import delay_after, next_interval
 from airflow_provider_dify.runs.wanted import LatestRunSearch
 from airflow_provider_dify.tasks.xcoms import RUN_LOG, TriggerXComs
-from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
-from airflow_provider_dify.triggers.dify_latest import DifyLatestWorkflowRunTrigger
+from airflow_provider_dify.triggers.dify import DifyLatestWorkflowRunTrigger, DifyWorkflowRunTrigger
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
