@@ -24,37 +24,24 @@ MAX_RETURNED_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class RowResult:
-    """
-    What became of a row.
-
-    :param index: the row's number, from 0.
-    :param status: the run's status; ``failed`` for a row that has no run.
-    :param outputs: the run's outputs.
-    :param error: why it failed, in Dify's words where a run failed.
-    :param workflow_run_id: the last run's UUID; ``None`` for a row that has none.
-    :param total_tokens: language model tokens of the last run.
-    :param elapsed_time: seconds that the last run took.
-    :param attempts: runs that were started for the row.
-    """
+    """What became of a row, which counts from 0; of several runs it is the last one's."""
 
     index: int
+    # Of the run; "failed" for a row that has no run.
     status: str
     outputs: dict[str, Any] | None = None
+    # Why it failed, in Dify's words where a run failed.
     error: str | None = None
+    # None for a row that has no run.
     workflow_run_id: str | None = None
     total_tokens: int | None = None
     elapsed_time: float | None = None
+    # Runs that were started for the row.
     attempts: int = 1
 
     @classmethod
     def of_run(cls, index: int, run: WorkflowRun, attempts: int) -> RowResult:
-        """
-        Return the result of a run that is over.
-
-        :param index: the row.
-        :param run: its last run.
-        :param attempts: runs that were started for the row.
-        """
+        """Return the result of a row by its last run, which is over."""
         return cls(
             index,
             str(run.status),
@@ -133,11 +120,7 @@ class RowSet:
         self._count = 0
 
     def add(self, index: int) -> bool:
-        """
-        Add a row.
-
-        :return: whether it is new.
-        """
+        """Add a row; return whether it is new."""
         if index in self:
             return False
         if index >= len(self._bytes):
@@ -160,13 +143,9 @@ class RowSet:
 
 @dataclass(frozen=True)
 class Part:
-    """
-    Results that are to be written together.
+    """Results that are to be written together, and what the part says about the rest."""
 
-    :param lines: the results' lines by row, sorted.
-    :param checkpoint: what the part says about the rest.
-    """
-
+    # By row, sorted.
     lines: list[tuple[int, str]]
     checkpoint: Checkpoint
 
@@ -225,12 +204,7 @@ class PartBuffer:
 
 
 class ReturnedResults:
-    """
-    The results of a batch that returns them as its XCom, within bounds.
-
-    :param total: rows of the batch.
-    :raises DifyConfigurationError: if they are too many, before anything is started.
-    """
+    """The results of a batch that returns them as its XCom, within bounds; too many rows fail before any start."""
 
     def __init__(self, total: int) -> None:
         if total > MAX_RETURNED_ROWS:
@@ -243,10 +217,8 @@ class ReturnedResults:
 
     def add(self, result: RowResult) -> None:
         """
-        Take a row's result.
-
-        :raises DifyOutputsError: if Airflow can't store the result, or if the results are more than a return value may
-            have. What runs return can't be known before they do; so the batch ends as soon as it is known.
+        Take a row's result. Raise a DifyOutputsError if Airflow can't store it, or the results are too much for a
+        return value. What runs return can't be known before they do; so the batch ends as soon as it is known.
         """
         problem = xcom_problem(result.to_dict())
         if problem:

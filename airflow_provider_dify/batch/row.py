@@ -15,6 +15,7 @@ from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan
+from airflow_provider_dify.batch.slots import Places
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,
@@ -49,13 +50,23 @@ class NoMoreStarts(Exception):
 
 
 @dataclass(frozen=True)
-class RowSettings:
-    """What the operator's arguments say about each run; times in seconds."""
+class BatchSettings:
+    """What the operator's arguments say, rendered; each as there, times in seconds."""
 
-    workflow_id: str | None
-    run_retries: int
+    inputs: Any
     wait: WaitArguments
+    max_active_runs: int
+    timeout: float
+    output_path: str | None = None
+    max_failed_runs: float = 0
+    run_retries: int = 0
+    json_columns: tuple[str, ...] = ()
+    user: str | None = None
+    workflow_id: str | None = None
+    progress_interval: float = 30.0
     restart_lost_runs: bool = False
+    # Airflow's, of the task.
+    retries: int = 0
 
 
 class Batch(Protocol):
@@ -65,8 +76,11 @@ class Batch(Protocol):
     deadline: Deadline
     users: RowUsers
     resumption: Resumption
-    row_settings: RowSettings
+    places: Places
+    settings: BatchSettings
     log: Logger
+    # By time.monotonic: when Dify took the last start of any row.
+    last_start: float
 
     @property
     def starts_more(self) -> bool:
@@ -76,17 +90,8 @@ class Batch(Protocol):
     def has_queued_runs(self) -> bool:
         """Whether a start that Dify has accepted has no run yet."""
 
-    async def take_place(self, row: int) -> None:
-        """Wait for a place among the runs at once; the first row first."""
-
-    async def on_refused(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
-        """Give the place back, because Dify has too many runs, and wait for another one."""
-
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, for a run of this app."""
-
-    def has_started_since(self, moment: float) -> bool:
-        """Return whether Dify has taken a start of any row since a moment of ``time.monotonic``."""
 
 
 class RowLog:
@@ -127,33 +132,27 @@ class LostStart:
 
 
 class RowRun:
-    """
-    One row of a batch.
-
-    :param batch: what all rows share.
-    :param row: the row's number.
-    :param inputs: its inputs, checked.
-    :param may_be_started: whether an earlier try may have started it, so that it is looked for first.
-    :ivar lost: its last start, if that got lost.
-    """
+    """One row of a batch, with its inputs, which were checked."""
 
     def __init__(self, batch: Batch, row: int, inputs: Mapping[str, Any], *, may_be_started: bool) -> None:
         self.row = row
+        # By an earlier try, so that it is looked for first.
         self.may_be_started = may_be_started
+        # The last start, if it got lost.
         self.lost: LostStart | None = None
         self._batch = batch
         self._inputs = inputs
         self._plan = RowPlan()
         self._log: Any = RowLog(row, batch.log)
-        self._starter: Starter | None = None
         self._found_run_id: str | None = None
         self._sent_at = 0.0
         self._user = ""
+        self._starter = self._new_starter()
 
     @property
     def is_queued(self) -> bool:
         """Whether Dify has accepted the start some time ago, and named no run yet."""
-        stream = self._starter.stream if self._starter is not None else None
+        stream = self._starter.stream
         is_unnamed = stream is not None and stream.is_accepted and self._run_id is None
         return is_unnamed and time.monotonic() - self._sent_at > _SECONDS_BEFORE_QUEUED
 
@@ -169,13 +168,14 @@ class RowRun:
         if self.may_be_started:
             self._plan = await self._find()
             self.may_be_started = False
-            await batch.take_place(self.row)
+            await batch.places.wait(self.row)
         outcome: _Outcome | None = None
         while True:
             plan = self._plan
             if plan.workflow_run_id is not None:
                 self._user = batch.users.user_of(self.row, plan.attempt)
-                outcome = await self._follow(self._new_starter(), plan.workflow_run_id)
+                self._renew_starter()
+                outcome = await self._follow(plan.workflow_run_id)
             else:
                 try:
                     outcome = await self._start(plan.attempt)
@@ -184,7 +184,7 @@ class RowRun:
                         raise
                     self._raise_if_lost()
                     return self._result(outcome, plan.attempt)
-            is_last = plan.failures >= batch.row_settings.run_retries or not batch.starts_more
+            is_last = plan.failures >= batch.settings.run_retries or not batch.starts_more
             if is_last or not outcome.can_be_repeated:
                 self._raise_if_lost()
                 return self._result(outcome, plan.attempt + 1 if outcome.was_started else plan.attempt)
@@ -195,7 +195,7 @@ class RowRun:
                 f"run {outcome.run_id}" if outcome.run_id else "its start",
                 delay,
                 plan.failures + 1,
-                batch.row_settings.run_retries,
+                batch.settings.run_retries,
                 outcome.error,
             )
             await asyncio.sleep(delay)
@@ -205,9 +205,10 @@ class RowRun:
         lost = self.lost
         assert lost is not None  # noqa: S101
         # Once; only a look that failed is repeated.
-        grace = self._batch.row_settings.wait.not_found_grace
+        grace = self._batch.settings.wait.not_found_grace
+        self._renew_starter()
         try:
-            run_id = await self._new_starter().search_run(lost.search, lost.error, 0.0, grace)
+            run_id = await self._starter.search_run(lost.search, lost.error, 0.0, grace)
         except DifyWorkflowRunUncertain as error:
             run_id, self.lost = None, replace(lost, error=error)
         if run_id is None:
@@ -224,45 +225,43 @@ class RowRun:
 
     def close(self) -> None:
         """Hang up; the run goes on."""
-        if self._starter is not None:
-            self._starter.close()
+        self._starter.close()
 
     async def stop(self) -> tuple[str, StopReport] | None:
         """Stop the run, if it has a name soon; return its id and what became of the stop."""
-        stream = self._starter.stream if self._starter is not None else None
-        if self._starter is not None and stream is not None and not stream.may_have_been_sent:
+        stream = self._starter.stream
+        if stream is not None and not stream.may_have_been_sent:
             # No byte of it went out.
             stream.close()
             self._starter.stream = None
         until = time.monotonic() + _SECONDS_TO_BE_NAMED
-        while self._starter is not None and self._starter.stream is not None and self._run_id is None:
+        while self._starter.stream is not None and self._run_id is None and time.monotonic() < until:  # noqa: ASYNC110
             # Read by the row's own task.
-            if time.monotonic() >= until:
-                break
             await asyncio.sleep(0.05)
         run_id = self._run_id
         if run_id is None:
             return None
-        named = self._starter.named_stream if self._starter is not None else None
+        named = self._starter.named_stream
         task_id = named.task_id if named is not None else None
         return run_id, await stop_run(self._batch.client, run_id, task_id, self._user)
 
     @property
     def _run_id(self) -> str | None:
-        named = self._starter.named_stream if self._starter is not None else None
+        named = self._starter.named_stream
         return named.workflow_run_id if named is not None else self._found_run_id
 
     def _raise_if_lost(self) -> None:
         if self.lost is not None:
             raise self.lost.error
 
-    def _new_starter(self) -> Starter:
+    def _renew_starter(self) -> None:
         self.close()
-        batch = self._batch
         self._found_run_id = None
-        self._starter = starter = Starter(
-            batch.client, batch.deadline, self._log, batch.row_settings.wait, reads_success=False
-        )
+        self._starter = self._new_starter()
+
+    def _new_starter(self) -> Starter:
+        batch = self._batch
+        starter = Starter(batch.client, batch.deadline, self._log, batch.settings.wait, reads_success=False)
         starter.start_retries = START_RETRIES
         starter.before_send = self._before_send
         starter.wait_for_room = self._wait_for_room
@@ -275,11 +274,11 @@ class RowRun:
         self._sent_at = time.monotonic()
 
     async def _wait_for_room(self, error: DifyConnectionError) -> None:
-        await self._batch.on_refused(self.row, self._sent_at, error)
+        await self._batch.places.after_refusal(self.row, self._sent_at, error)
 
     async def _find(self) -> RowPlan:
         """Look for a run that an earlier try may have started."""
-        batch, wait = self._batch, self._batch.row_settings.wait
+        batch, wait = self._batch, self._batch.settings.wait
 
         def on_failure(error: DifyConnectionError, failures: int) -> None:
             if failures > (wait.max_consecutive_failures or 0):
@@ -292,10 +291,11 @@ class RowRun:
 
     async def _start(self, attempt: int) -> _Outcome:
         """Start a run and follow it."""
-        batch, settings = self._batch, self._batch.row_settings
+        batch, settings = self._batch, self._batch.settings
         began = time.monotonic()
         self._user = batch.users.user_of(self.row, attempt)
-        starter = self._new_starter()
+        self._renew_starter()
+        starter = self._starter
         search = RunSearch(self._user, time.time(), user_is_unique=True)
         try:
             run_id = await starter.start_and_name(self._inputs, settings.workflow_id, search)
@@ -306,7 +306,7 @@ class RowRun:
             shows_no_run = starter.log_shows_no_run and not starter.is_in_queue
             return _Outcome("failed", str(error), can_be_repeated=settings.restart_lost_runs and shows_no_run)
         except DifyConnectionError as error:
-            if not batch.has_started_since(began) or not await self._dify_responds():
+            if batch.last_start <= began or not await self._dify_responds():
                 raise
             # What refuses this start again and again takes those of other rows.
             outcome = _Outcome("failed", str(error), can_be_repeated=True, was_started=False)
@@ -316,12 +316,13 @@ class RowRun:
             outcome = _Outcome("failed", str(error), can_be_repeated=was_started, was_started=was_started)
         else:
             batch.on_started(starter.stream.app_id if starter.stream is not None else None)
-            outcome = await self._follow(starter, run_id)
+            outcome = await self._follow(run_id)
         self.lost = None
         return outcome
 
-    async def _follow(self, starter: Starter, run_id: str) -> _Outcome:
+    async def _follow(self, run_id: str) -> _Outcome:
         self._found_run_id = run_id
+        starter = self._starter
         wait = RunWait(run_id, starter.arguments, log=self._log, was_seen=True)
         try:
             try:
@@ -330,7 +331,7 @@ class RowRun:
                 if not await self._dify_responds():
                     raise
                 # Once more: Dify may have come back just now.
-                run, verdict = await self._follow_unreadable(starter, wait)
+                run, verdict = await self._follow_unreadable(wait)
         except (DifyConnectionError, DifyAuthenticationError, DifyWorkflowRunTimeout):
             raise
         except DifyError as error:
@@ -340,9 +341,9 @@ class RowRun:
             await self.stop()
         return _outcome_of(run, verdict)
 
-    async def _follow_unreadable(self, starter: Starter, wait: RunWait) -> tuple[WorkflowRun, Verdict]:
+    async def _follow_unreadable(self, wait: RunWait) -> tuple[WorkflowRun, Verdict]:
         try:
-            return await starter.follow(wait, None)
+            return await self._starter.follow(wait, None)
         except DifyConnectionError as error:
             raise DifyError(
                 f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
@@ -353,11 +354,9 @@ class RowRun:
         """Return whether Dify responds at all, so that what fails again and again is of one row."""
         try:
             await self._batch.client.perform(calls.app_info())
-        except (DifyConnectionError, DifyAuthenticationError):
-            return False
-        except DifyError:
-            # Dify's own word, whatever it is.
-            return True
+        except DifyError as error:
+            # Any other is Dify's own word, whatever it is.
+            return not isinstance(error, (DifyConnectionError, DifyAuthenticationError))
         return True
 
     def _result(self, outcome: _Outcome, attempts: int) -> RowResult:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption
-from airflow_provider_dify.batch.row import NoMoreStarts, RowRun, RowSettings
+from airflow_provider_dify.batch.row import BatchSettings, NoMoreStarts, RowRun
 from airflow_provider_dify.batch.rows import FormCheck, Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.slots import Places, RunLimit
 from airflow_provider_dify.exceptions import (
@@ -44,32 +45,10 @@ _MAX_LOST_IN_A_ROW = 10
 _GOOD = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
 
 
-@dataclass(frozen=True)
-class BatchSettings:
-    """What the operator's arguments say about a batch, rendered; times in seconds."""
-
-    inputs: Any
-    max_active_runs: int
-    progress_interval: float
-    timeout: float
-    row: RowSettings
-    json_columns: tuple[str, ...] = ()
-
-
 class BatchRun:
     """
-    One try of a batch while it runs.
-
-    :param settings: the operator's arguments.
-    :param client: sends the requests, each once.
-    :param loop: what runs this, and asks the main thread.
-    :param users: the users of its runs.
-    :param output: its results.
-    :param progress: its counts, with those of earlier tries.
-    :param deadline: when the batch gives up.
-    :param log: the task's log.
-    :param on_app: called with the app's UUID, in the main thread, once a run has named it.
-    :param will_be_retried: whether Airflow starts another try of a task that is killed now.
+    One try of a batch while it runs. ``on_app`` gets the app's UUID, in the main thread, once a run has named it.
+    ``will_be_retried`` says whether Airflow starts another try of a task that is killed now.
     """
 
     def __init__(
@@ -89,9 +68,8 @@ class BatchRun:
         self.client = client
         self.deadline = replace(deadline, at=deadline.at + _SECONDS_AFTER_DEADLINE)
         self.users = users
-        self.row_settings = settings.row
+        self.settings = settings
         self.log = log
-        self._settings = settings
         self._loop = loop
         self._output = output
         self._progress = progress
@@ -102,19 +80,19 @@ class BatchRun:
         self._stop_reason: DifyError | None = None
         self._failure: BaseException | None = None
         self._tasks: dict[asyncio.Task[None], RowRun] = {}
-        self._places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
+        self.places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
         self._check = FormCheck(log)
         self.resumption = Resumption(
             users,
             output.earlier,
             max_active_runs=settings.max_active_runs,
-            run_retries=settings.row.run_retries,
+            run_retries=settings.run_retries,
             on_look=self._changed.set,
         )
         # Rows whose start got lost; they are looked for once more when no other row is under way.
         self._lost: list[RowRun] = []
         self._lost_in_a_row = 0
-        self._last_start = 0.0
+        self.last_start = 0.0
         self._link: asyncio.Task[None] | None = None
         self._stopped_runs: tuple[str, ...] = ()
 
@@ -134,9 +112,7 @@ class BatchRun:
             if self._link is not None:
                 await self._link
         except asyncio.CancelledError:
-            raise DifyTaskKilled(
-                "Airflow killed the task while its batch was running. A retry continues the batch."
-            ) from None
+            raise _killed() from None
         if self._stop_reason is not None:
             raise self._stop_reason
         if self._failure is not None:
@@ -144,7 +120,7 @@ class BatchRun:
 
     async def _prepare(self) -> None:
         """Read the form, and write the first part."""
-        if self._settings.row.workflow_id is None:
+        if self.settings.workflow_id is None:
             await self._check.read_form(self.client)
         if self.client.address:
             self.log.info("%s", self.client.address)
@@ -153,25 +129,32 @@ class BatchRun:
         await self._output.begin()
 
     async def _run_rows(self) -> None:
-        settings = self._settings
+        settings = self.settings
         rows = RowsAhead(
             row for row in read_rows(settings.inputs, settings.json_columns) if not self._output.has(row.index)
         )
         next_line = time.monotonic() + settings.progress_interval
         has_more = True
+
+        async def write() -> None:
+            with self._failing_later():
+                await self._output.write_if_due()
+
         try:
             while self._tasks or self._lost or (has_more and self.starts_more):
                 if not self._tasks and not (has_more and self.starts_more):
                     self._look_once_more()
-                while self.starts_more and self._places.grant():
+                while self.starts_more and self.places.grant():
                     pass
                 while has_more and self.starts_more and self._may_take():
-                    row = await self._next_row(rows)
+                    row = None
+                    with self._failing_later():
+                        row = await rows.next()
                     has_more = row is not None
                     if row is not None:
                         self._take(row)
                         # Rows that are never started may be many, and follow each other at once.
-                        await self._write()
+                        await write()
                 await self._wait_for_change()
                 if self._deadline.is_over:
                     self._stop_reason = self._stop_reason or self._timed_out()
@@ -179,13 +162,13 @@ class BatchRun:
                     break
                 if not self.starts_more:
                     # Who waits for a place gets none any more.
-                    self._cancel([task for task, run in self._tasks.items() if not self._places.holds(run.row)])
-                await self._write()
+                    self._cancel([task for task, run in self._tasks.items() if not self.places.holds(run.row)])
+                await write()
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + settings.progress_interval
-                    self.log.info("%s", self._progress.line(self._places.taken, time.time()))
+                    self.log.info("%s", self._progress.line(self.places.taken, time.time()))
         except asyncio.CancelledError:
-            self._stop_reason = DifyTaskKilled("Airflow killed the task.")
+            self._stop_reason = _killed()
             raise
         finally:
             if self._stop_reason is not None:
@@ -198,19 +181,13 @@ class BatchRun:
                 self._on_result(run.lost_result())
 
     def _may_take(self) -> bool:
-        return not self._places.waiting and self._places.may_take() and self.resumption.may_take
+        return not self.places.waiting and self.places.may_take() and self.resumption.may_take
 
-    async def _next_row(self, rows: RowsAhead) -> Row | None:
+    @contextmanager
+    def _failing_later(self) -> Iterator[None]:
+        """Let a DifyError end the batch, once what runs was followed to its end."""
         try:
-            return await rows.next()
-        except DifyError as error:
-            # Of the storage. What runs is followed to its end.
-            self._failure = self._failure or error
-            return None
-
-    async def _write(self) -> None:
-        try:
-            await self._output.write_if_due()
+            yield
         except DifyError as error:
             self._failure = self._failure or error
 
@@ -227,18 +204,18 @@ class BatchRun:
             return
         run = RowRun(self, row.index, row.inputs, may_be_started=self.resumption.take(row.index))
         if not run.may_be_started:
-            self._places.take(row.index)
+            self.places.take(row.index)
         self._begin(run, run.run())
 
     def _look_once_more(self) -> None:
         """Look for the runs of lost starts, now that no other row is under way."""
         lost, self._lost = self._lost, []
         for run in lost:
-            self._places.take(run.row)
+            self.places.take(run.row)
             self._begin(run, run.run_if_found())
 
     def _begin(self, run: RowRun, work: Coroutine[Any, Any, RowResult]) -> None:
-        task = asyncio.get_running_loop().create_task(self._run_row(run, work))
+        task = asyncio.create_task(self._run_row(run, work))
         self._tasks[task] = run
         task.add_done_callback(self._on_done)
 
@@ -264,7 +241,7 @@ class BatchRun:
         self._lost.append(run)
         self._output.on_untraced(run.row, is_lost=True)
         self._lost_in_a_row += 1
-        if self._lost_in_a_row > max(_MAX_LOST_IN_A_ROW, self._settings.max_active_runs) and self._failure is None:
+        if self._lost_in_a_row > max(_MAX_LOST_IN_A_ROW, self.settings.max_active_runs) and self._failure is None:
             self._failure = DifyConnectionError(
                 f"{error} The last {self._lost_in_a_row:,} starts got lost like this, so no more are sent. A retry "
                 "goes on with the other rows."
@@ -273,7 +250,7 @@ class BatchRun:
     def _on_done(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
         run.close()
-        self._places.give_back(run.row)
+        self.places.give_back(run.row)
         if task.cancelled():
             return
         error = task.exception()
@@ -285,11 +262,8 @@ class BatchRun:
 
     def _on_result(self, result: RowResult) -> None:
         is_failure = self._progress.add(result)
-        try:
+        with self._failing_later():
             self._output.add(result)
-        except DifyError as error:
-            # Too much for a return value. What runs is followed to its end.
-            self._failure = self._failure or error
         if is_failure:
             run = f"workflow run {result.workflow_run_id}, status {one_line(result.status, 40)}"
             self.log.warning(
@@ -300,7 +274,7 @@ class BatchRun:
             )
 
     async def _wait_for_change(self) -> None:
-        until_place = self._places.seconds_until_change() if self._places.waiting or self.starts_more else None
+        until_place = self.places.seconds_until_change() if self.places.waiting or self.starts_more else None
         timer = asyncio.get_running_loop().call_later(
             _TICK if not until_place else min(_TICK, until_place), self._changed.set
         )
@@ -310,8 +284,8 @@ class BatchRun:
 
     def _timed_out(self) -> DifyWorkflowRunTimeout:
         return DifyWorkflowRunTimeout(
-            f"The batch's timeout of {self._settings.timeout:g} seconds is over. "
-            f"{self._progress.line(self._places.taken, time.time())}."
+            f"The batch's timeout of {self.settings.timeout:g} seconds is over. "
+            f"{self._progress.line(self.places.taken, time.time())}."
         )
 
     # --- what the rows ask for
@@ -331,24 +305,12 @@ class BatchRun:
         """Whether a start that Dify has accepted has no run yet."""
         return any(run.is_queued for run in self._tasks.values())
 
-    async def take_place(self, row: int) -> None:
-        """Wait for a place; the first row first."""
-        await self._places.wait(row)
-
-    async def on_refused(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
-        """Give the place back, because Dify has too many runs, and wait for another one."""
-        await self._places.after_refusal(row, sent_at, error)
-
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, and let the main thread push the link to the app."""
-        self._places.on_started()
-        self._last_start, self._lost_in_a_row = time.monotonic(), 0
+        self.places.on_started()
+        self.last_start, self._lost_in_a_row = time.monotonic(), 0
         if app_id is not None and self._link is None:
-            self._link = asyncio.get_running_loop().create_task(self._loop.ask(partial(self._on_app, app_id)))
-
-    def has_started_since(self, moment: float) -> bool:
-        """Return whether Dify has taken a start of any row since a moment of ``time.monotonic``."""
-        return self._last_start > moment
+            self._link = asyncio.create_task(self._loop.ask(partial(self._on_app, app_id)))
 
     # --- the end
 
@@ -360,7 +322,7 @@ class BatchRun:
             # Neither this Airflow nor this Dify would remember the stop.
             self.log.info("%d workflow runs go on for the retry of this task.", len(self._tasks))
             return
-        stops = [asyncio.get_running_loop().create_task(run.stop()) for run in self._tasks.values()]
+        stops = [asyncio.create_task(run.stop()) for run in self._tasks.values()]
         if not stops:
             return
         done, late = await asyncio.wait(stops, timeout=_SECONDS_TO_STOP)
@@ -373,3 +335,7 @@ class BatchRun:
         self._stopped_runs = tuple(run_id for run_id, report in reports if report.was_asked)
         line = "Asked Dify to stop %d workflow runs, of %d rows that were under way."
         self.log.info(line, len(self._stopped_runs), len(stops))
+
+
+def _killed() -> DifyTaskKilled:
+    return DifyTaskKilled("Airflow killed the task while its batch was running. A retry continues the batch.")

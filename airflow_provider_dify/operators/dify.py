@@ -17,12 +17,7 @@ from airflow_provider_dify.airflow_versions import (
     context_of_ended_deferral,
     is_deferral_timeout,
 )
-from airflow_provider_dify.exceptions import (
-    DifyError,
-    DifyTaskKilled,
-    DifyWorkflowRunTimeout,
-    DifyWorkflowRunUncertain,
-)
+from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled, DifyWorkflowRunTimeout, DifyWorkflowRunUncertain
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.runs.waiting import (
     Deadline,
@@ -230,7 +225,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             user=None if self.user == self._default_user else self.user,
             workflow_id=self.workflow_id,
             retries=self.retries or 0,
-            wait=self._wait_arguments(),
+            wait=WaitArguments.of_task(self),
             waits=self.wait_for_completion,
             deferrable=self.deferrable and self.wait_for_completion,
             defer_after=self.defer_after,
@@ -252,7 +247,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         start = task.task_start
         deadline = deferral_end(task.deadline.at, task.context["ti"], self.execution_timeout)
         wait = TriggerWait.of(
-            self._wait_arguments(),
+            WaitArguments.of_task(self),
             deadline=deadline,
             end_from_trigger=self.end_from_trigger,
             do_xcom_push=self.do_xcom_push,
@@ -266,21 +261,8 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.defer(
             trigger=DifyWorkflowRunTrigger(start.workflow_run_id, self.dify_conn_id, **wait.serialize()),
             method_name="execute_complete",
-            kwargs={
-                "start": start.serialize(),
-                "deadline": deadline,
-                "server_version": self.hook.server_version,
-            },
+            kwargs={"start": start.serialize(), "deadline": deadline, "server_version": self.hook.server_version},
             timeout=timedelta(seconds=max(0.0, deadline - time.time()) + TRIGGER_TIMEOUT_MARGIN),
-        )
-
-    def _wait_arguments(self) -> WaitArguments:
-        return WaitArguments(
-            poll_interval=self.poll_interval,
-            fail_on_partial_success=self.fail_on_partial_success,
-            not_found_grace=self.not_found_grace,
-            run_timeout=self.run_timeout,
-            max_consecutive_failures=self.max_consecutive_failures,
         )
 
     def _error_from_event(self, event: Any, deadline: float, context: Context) -> DifyError | None:

@@ -148,28 +148,25 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         :return: ``output_path``; without it the results, a list in row order.
         """
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.batch.row import RowSettings
-        from airflow_provider_dify.batch.running import BatchSettings
-        from airflow_provider_dify.batch.task import BatchTask, TaskSettings
+        from airflow_provider_dify.batch.row import BatchSettings
+        from airflow_provider_dify.batch.task import BatchTask
         from airflow_provider_dify.runs.waiting import WaitArguments
 
-        wait = WaitArguments(
-            poll_interval=self.poll_interval,
-            fail_on_partial_success=self.fail_on_partial_success,
-            not_found_grace=self.not_found_grace,
-            run_timeout=self.run_timeout,
-            max_consecutive_failures=self.max_consecutive_failures,
-        )
-        batch = BatchSettings(
+        settings = BatchSettings(
             inputs=self.inputs,
+            wait=WaitArguments.of_task(self),
             max_active_runs=self.max_active_runs,
-            progress_interval=self.progress_interval,
             timeout=self.timeout,
-            row=RowSettings(self.workflow_id, self.run_retries, wait, self.restart_lost_runs),
+            output_path=None if self.output_path is None else str(self.output_path),
+            max_failed_runs=self.max_failed_runs,
+            run_retries=self.run_retries,
             json_columns=self.json_columns,
+            user=self.user,
+            workflow_id=self.workflow_id,
+            progress_interval=self.progress_interval,
+            restart_lost_runs=self.restart_lost_runs,
+            retries=self.retries or 0,
         )
-        output_path = None if self.output_path is None else str(self.output_path)
-        settings = TaskSettings(self.user, output_path, self.max_failed_runs, self.retries or 0)
         ti: Any = context["ti"]
         xcoms = TaskXComs(self, context)
 
@@ -177,7 +174,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             if self.do_xcom_push:
                 ti.xcom_push(key=BATCH, value=summary)
 
-        self._batch = BatchTask(batch, settings, context, self.hook, self.log, push)
+        self._batch = BatchTask(settings, context, self.hook, self.log, push)
         with self.hook:
             try:
                 return self._batch.run(xcoms.push_link)

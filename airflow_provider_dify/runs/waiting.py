@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,6 +52,12 @@ class WaitArguments:
     not_found_grace: float = 0.0
     run_timeout: float | None = None
     max_consecutive_failures: int | None = 5
+
+    @classmethod
+    def of_task(cls, task: Any, **given: Any) -> WaitArguments:
+        """Return how an operator or sensor waits, by its attributes of the same names, but for what is given."""
+        names = {known.name for known in fields(WaitArguments)} - given.keys()
+        return WaitArguments(**given, **{name: getattr(task, name) for name in names})
 
     def judge(self, run: WorkflowRun, now: datetime | None = None) -> Verdict:
         """Return what a run's state means for a task that waits like this."""

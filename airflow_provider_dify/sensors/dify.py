@@ -330,13 +330,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         elif self.reschedule:
             # A rescheduled sensor remembers nothing between polls; Airflow counts its retries instead.
             failures = 0
-        return WaitArguments(
-            poll_interval=self.poke_interval,
-            fail_on_partial_success=self.fail_on_partial_success,
-            not_found_grace=self.not_found_grace,
-            run_timeout=self.run_timeout,
-            max_consecutive_failures=failures,
-        )
+        return WaitArguments.of_task(self, poll_interval=self.poke_interval, max_consecutive_failures=failures)
 
     def _first_poll(self, context: Context) -> datetime | None:
         # Only a grace period asks, and a rescheduled sensor has to ask Airflow's database.

@@ -39,9 +39,9 @@ FLAG = Path({flag!r})
 class SlowWriting(DifyRunWorkflowBatchOperator):
     # Writes half of the merged file, and waits there to be killed, once.
     def execute(self, context):
-        from airflow_provider_dify.batch import result_files
+        from airflow_provider_dify.batch import output
 
-        merge = result_files.merge_parts
+        merge = output.merge_parts
 
         def slowly(parts):
             for number, line in enumerate(merge(parts)):
@@ -50,7 +50,7 @@ class SlowWriting(DifyRunWorkflowBatchOperator):
                     FLAG.unlink()
                     time.sleep(300)
 
-        result_files.merge_parts = slowly
+        output.merge_parts = slowly
         return super().execute(context)
 
 @dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from airflow_provider_dify.batch.row import RowSettings
-from airflow_provider_dify.batch.running import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask, TaskSettings
+from airflow_provider_dify.batch.row import BatchSettings
+from airflow_provider_dify.batch.task import BatchTask
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
 from airflow_provider_dify.hooks.dify import DifyHook
 from tests.dify_stand_in import DifyStandIn, Start, respond, stall
 from tests.unit.test_batch_resuming import ti_of
-from tests.unit.test_batch_task import ROW, WAIT, lines_of, numbered
+from tests.unit.test_batch_task import SETTINGS, WAIT, lines_of, numbered
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -41,16 +40,22 @@ class RunningBatch:
         inputs: Any,
         output: Path | None = None,
         *,
-        row: RowSettings = ROW,
+        settings: BatchSettings = SETTINGS,
         active: int = 4,
         max_failed_runs: float = 0,
         try_number: int = 1,
         max_tries: int = 1,
     ) -> None:
-        batch = BatchSettings(inputs, active, 30.0, 60.0, row)
-        settings = TaskSettings(None, None if output is None else str(output), max_failed_runs, max_tries)
+        settings = replace(
+            settings,
+            inputs=inputs,
+            max_active_runs=active,
+            output_path=None if output is None else str(output),
+            max_failed_runs=max_failed_runs,
+            retries=max_tries,
+        )
         context: Any = {"ti": ti_of(try_number=try_number, max_tries=max_tries)}
-        self.task = BatchTask(batch, settings, context, DifyHook(), logging.getLogger("batch"), lambda summary: None)
+        self.task = BatchTask(settings, context, DifyHook(), logging.getLogger("batch"), lambda summary: None)
         self.returned: Any = None
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run)
@@ -123,8 +128,10 @@ def test_a_batch_that_is_killed_starts_nothing_from_any_pause(
     elif pause == "lost":
         dify.misbehave(take, *[respond(502)] * 40, only="POST .*/run")
     away = dify.refusing_connections() if pause == "not reached" else nullcontext()
-    row = replace(ROW, run_retries=3, wait=replace(WAIT, not_found_grace=PAUSE))
-    with RunningBatch(numbered(41), tmp_path / "results.jsonl", row=row, active=5, max_failed_runs=40) as batch:
+    settings = replace(SETTINGS, run_retries=3, wait=replace(WAIT, not_found_grace=PAUSE))
+    with RunningBatch(
+        numbered(41), tmp_path / "results.jsonl", settings=settings, active=5, max_failed_runs=40
+    ) as batch:
         wait_until(lambda: len(dify.started) >= 1)
         with away:
             wait_until(lambda: any(said in record.getMessage() for record in list(caplog.records)))
@@ -229,7 +236,7 @@ def test_the_retry_of_a_batch_that_was_killed_sends_no_lost_start_again(
     dify: DifyStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture, when: str
 ) -> None:
     output = tmp_path / "results.jsonl"
-    row = replace(ROW, wait=replace(WAIT, not_found_grace=0.1))
+    settings = replace(SETTINGS, wait=replace(WAIT, not_found_grace=0.1))
     has_others = when == "other rows go on"
     rows = numbered(4 if has_others else 1)
 
@@ -243,14 +250,16 @@ def test_the_retry_of_a_batch_that_was_killed_sends_no_lost_start_again(
     dify.misbehave_always(look_slowly, "GET .*/logs")
     dify.misbehave(respond(502), only="POST .*/run")
     dify.run_duration = 60
-    with RunningBatch(rows, output, row=row if has_others else ROW, active=2, max_failed_runs=1) as batch:
+    with RunningBatch(
+        rows, output, settings=settings if has_others else SETTINGS, active=2, max_failed_runs=1
+    ) as batch:
         wait_until(is_lost)
         batch.kill()
     assert isinstance(batch.error, DifyTaskKilled)
     dify.run_duration = 0
     dify.misbehave_always(None)
     before = len(posts(dify))
-    with RunningBatch(rows, output, row=row, active=2, max_failed_runs=1, try_number=2) as batch:
+    with RunningBatch(rows, output, settings=settings, active=2, max_failed_runs=1, try_number=2) as batch:
         pass
     assert batch.error is None
     results = lines_of(output)

@@ -20,17 +20,15 @@ MANY = int(os.environ.get("BATCH_ROWS", "10000"))
 BATCH = """
 import logging, resource, sys
 from types import SimpleNamespace
-from airflow_provider_dify.batch.row import RowSettings
-from airflow_provider_dify.batch.running import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask, TaskSettings
+from airflow_provider_dify.batch.row import BatchSettings
+from airflow_provider_dify.batch.task import BatchTask
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.waiting import WaitArguments
 
 rows, output = sys.argv[1:]
 ti = SimpleNamespace(dag_id="d", task_id="t", run_id=output, map_index=-1, try_number=1, max_tries=0)
-batch = BatchSettings(rows, 50, 30.0, 3600.0, RowSettings(None, 0, WaitArguments(not_found_grace=60.0)))
-settings = TaskSettings(None, output, 0, 0)
-task = BatchTask(batch, settings, {"ti": ti}, DifyHook(), logging.getLogger("batch"), lambda summary: None)
+settings = BatchSettings(rows, WaitArguments(not_found_grace=60.0), 50, timeout=3600.0, output_path=output)
+task = BatchTask(settings, {"ti": ti}, DifyHook(), logging.getLogger("batch"), lambda summary: None)
 task.run(lambda app_id: None)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

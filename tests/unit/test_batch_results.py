@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.batch import result_files
 from airflow_provider_dify.batch.naming import BatchName
-from airflow_provider_dify.batch.output import FileOutput
+from airflow_provider_dify.batch.output import FileOutput, ResultFiles, merge_parts
 from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
-from airflow_provider_dify.batch.result_files import ResultFiles, merge_parts
 from airflow_provider_dify.batch.results import (
     MAX_RETURNED_ROWS,
     PART_BYTES,
@@ -312,7 +310,7 @@ def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytes
                 raise KeyboardInterrupt
             yield row, line
 
-    monkeypatch.setattr(result_files, "merge_parts", cut)
+    monkeypatch.setattr("airflow_provider_dify.batch.output.merge_parts", cut)
     with pytest.raises(KeyboardInterrupt):
         files.merge(0)
     monkeypatch.undo()

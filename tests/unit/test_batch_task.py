@@ -19,11 +19,10 @@ import pytest
 
 from airflow_provider_dify.batch import results
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
-from airflow_provider_dify.batch.result_files import ResultFiles
+from airflow_provider_dify.batch.output import ResultFiles
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult
-from airflow_provider_dify.batch.row import RowSettings
-from airflow_provider_dify.batch.running import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask, TaskSettings
+from airflow_provider_dify.batch.row import BatchSettings
+from airflow_provider_dify.batch.task import BatchTask
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError, DifyError, DifyOutputsError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.waiting import WaitArguments
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("dify_connection")
 
 ROWS = 40
 WAIT = WaitArguments(poll_interval=0.05, not_found_grace=0.2)
-ROW = RowSettings(workflow_id=None, run_retries=0, wait=WAIT)
+SETTINGS = BatchSettings([], WAIT, max_active_runs=4, timeout=60.0, retries=1)
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
@@ -66,10 +65,17 @@ def run_try(
             at_end()
 
     wait = replace(WAIT, max_consecutive_failures=max_consecutive_failures)
-    batch = BatchSettings(inputs, 4, 30.0, 60.0, replace(ROW, run_retries=run_retries, wait=wait))
-    settings = TaskSettings(user, None if output_path is None else str(output_path), max_failed_runs, 1)
+    settings = replace(
+        SETTINGS,
+        inputs=inputs,
+        wait=wait,
+        output_path=None if output_path is None else str(output_path),
+        max_failed_runs=max_failed_runs,
+        run_retries=run_retries,
+        user=user,
+    )
     context: Any = {"ti": ti}
-    task = BatchTask(batch, settings, context, DifyHook(), logging.getLogger("batch"), push)
+    task = BatchTask(settings, context, DifyHook(), logging.getLogger("batch"), push)
     return task.run(lambda app_id: None)
 
 
