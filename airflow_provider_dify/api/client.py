@@ -72,6 +72,8 @@ class Shared:
 MAX_REQUESTS_AT_ONCE = 100
 # Longer than polls are usually apart; most servers and proxies close earlier, which costs nothing.
 KEEPALIVE_SECONDS = 75.0
+# Shorter than any server's: gunicorn, which Dify runs on, closes an idle connection after two seconds.
+KEEPALIVE_SECONDS_OF_STARTS = 1.0
 MAX_REDIRECTS = 5
 # Bytes of a header, as many as http.client takes on a worker: a gateway's Content-Security-Policy may be longer than
 # aiohttp's 8,190.
@@ -87,8 +89,9 @@ class SharedSession(Shared):
     slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_REQUESTS_AT_ONCE))
     opening: asyncio.Lock = field(default_factory=asyncio.Lock)
     client: aiohttp.ClientSession | None = None
-    # What starts go through.
+    # What starts go through, and whether one may go over the connection of one that has just ended.
     starter: aiohttp.ClientSession | None = None
+    keeps_connections: bool = False
     tls: ssl.SSLContext | bool = True
     # An HTTP proxy goes with each request, a SOCKS proxy with the connector.
     proxy: str | None = None
@@ -198,18 +201,22 @@ class SharedSession(Shared):
         """
         Return the client that starts go through.
 
-        Each start has a connection of its own: if the server closed a kept one at this very moment, nobody could tell
-        whether the start arrived. A request says by ``trace_request_ctx``, whose ``may_have_been_sent`` is set, when it
-        has its connection.
+        Each start has a connection of its own, if these are not kept: if the server closed a kept one at this very
+        moment, nobody could tell whether the start arrived. A request says by ``trace_request_ctx``, whose
+        ``may_have_been_sent`` is set, when it has its connection.
         """
         await self.open()
         if self.starter is None:
             trace = aiohttp.TraceConfig()
             trace.on_connection_create_end.append(_note_connection)
+            trace.on_connection_reuseconn.append(_note_connection)
             # No timer for the response: a queued run is silent for as long as it is queued.
             timeout = aiohttp.ClientTimeout(total=None, connect=self.connection.timeouts()[0])
             # Who starts runs limits how many, and a run that waits for a socket would look like a queued one.
-            self.starter = self._new_client(timeout, [trace], limit=0, force_close=True)
+            kept = (
+                {"keepalive_timeout": KEEPALIVE_SECONDS_OF_STARTS} if self.keeps_connections else {"force_close": True}
+            )
+            self.starter = self._new_client(timeout, [trace], limit=0, **kept)
         return self.starter
 
     def _new_client(
@@ -282,11 +289,13 @@ class DifyClient:
     :ivar deadline: epoch seconds at which a request ends, at the earliest after a second; ``None`` for no limit.
     """
 
-    def __init__(self, read_connection: ReadConnection) -> None:
+    def __init__(self, read_connection: ReadConnection, *, keeps_connections: bool = False) -> None:
         self.connection: DifyConnection | None = None
         self.server_version: str | None = None
         self.deadline: float | None = None
         self._read_connection = read_connection
+        # Of starts, for many one after another: that saves a TLS handshake each.
+        self._keeps_connections = keeps_connections
         self._session: SharedSession | None = None
         self._streams: WeakSet[AsyncWorkflowRunStream] = WeakSet()
         self._last_run: tuple[str, bytes, WorkflowRun] | None = None
@@ -387,6 +396,7 @@ class DifyClient:
         if self._session is None or connection != self.connection:
             await self.close()
             self._session = SharedSession.join(connection)
+            self._session.keeps_connections |= self._keeps_connections
             self.connection = connection
             await self._session.open()
 

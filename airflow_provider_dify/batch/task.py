@@ -70,7 +70,8 @@ class BatchTask:
         output = self._output(total, progress)
 
         async def run_rows() -> None:
-            async with self._hook.client_on(self._loop) as client:
+            # A start that gets lost with a kept connection is looked for in the log, and no row is lost with it.
+            async with self._hook.client_on(self._loop, keeps_connections=True) as client:
                 await BatchRun(
                     settings,
                     client,

@@ -367,7 +367,7 @@ class DifyHook(BaseHook):
 
         return loop.run(run())
 
-    def client_on(self, loop: TaskLoop) -> DifyClient:
+    def client_on(self, loop: TaskLoop, *, keeps_connections: bool = False) -> DifyClient:
         """Return a client with this hook's connection, which the thread that waits for the loop reads."""
         # Imported when it is needed: a look-up needs no asynchronous HTTP client.
         from airflow_provider_dify.api.client import DifyClient
@@ -375,7 +375,7 @@ class DifyHook(BaseHook):
         async def read_connection(refused: DifyConnection | None) -> DifyConnection:
             return await loop.ask(partial(self._read_again, refused))
 
-        client = DifyClient(read_connection)
+        client = DifyClient(read_connection, keeps_connections=keeps_connections)
         client.server_version = self.server_version
         return client
 

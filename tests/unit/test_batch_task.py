@@ -142,6 +142,15 @@ def test_rows_that_are_written_hide_no_queued_start_although_their_runs_are_runn
     assert max(looks) - min(looks) > WAIT.not_found_grace / 2
 
 
+def test_the_starts_of_a_batch_share_a_connection_where_one_follows_another(
+    dify: DifyStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.unit.test_batch_task.SETTINGS", replace(SETTINGS, max_active_runs=1))
+    run_try(numbered(60), tmp_path / "results.jsonl")
+    # Not all: who hangs up before the server has ended its response loses the connection.
+    assert len({seen.connection for seen in dify.requests if seen.method == "POST"}) < 50
+
+
 # --- what a retry asks Dify's log for
 
 
