@@ -11,6 +11,7 @@ from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
+from airflow_provider_dify.exceptions import DifyConfigurationError
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -39,6 +40,8 @@ class WorkflowRunStream:
             return connection
 
         self._loop = asyncio.new_event_loop()
+        self._is_closed = False
+        self._closing = threading.Lock()
         self._client = DifyClient(read_connection)
         self._stream: AsyncWorkflowRunStream | None = None
         threading.Thread(target=self._run_loop, name="dify-run", daemon=True).start()
@@ -99,9 +102,11 @@ class WorkflowRunStream:
         self.close()
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
-        if not self._loop.is_closed():
-            self._call(self._close())
+        """Hang up; the run goes on. It may be called again."""
+        with self._closing:
+            was_closed, self._is_closed = self._is_closed, True
+        if not was_closed:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
 
     @property
@@ -114,6 +119,11 @@ class WorkflowRunStream:
         self._loop.close()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        if self._is_closed:
+            work.close()
+            raise DifyConfigurationError(
+                "The events of this workflow run cannot be read any more: the stream was closed."
+            )
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     async def _start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None, seconds: float) -> None:
