@@ -314,13 +314,17 @@ async def find_run(
     return fitting[0] if fitting else None
 
 
-async def known_runs(client: Client, user: str) -> tuple[str, ...]:
-    """Return the ids of a user's newest runs, before a start; none where the log can't be read."""
+async def before_start(client: Client, user: str) -> tuple[tuple[str, ...], float]:
+    """
+    Return the ids of a user's newest runs, before a start, and what counts as the start's time, in epoch seconds.
+
+    Where the log can't be read, no run from before the start may fit: there the clocks get no tolerance.
+    """
     try:
         rows = await client.perform(calls.logged_runs(user=user, limit=_PAGE_SIZE))
     except DifyError:
-        return ()
-    return tuple(run.workflow_run_id for run in runs_of(rows) if run.user == user)
+        return (), time.time() + CLOCK_TOLERANCE.total_seconds()
+    return tuple(run.workflow_run_id for run in runs_of(rows) if run.user == user), time.time()
 
 
 def runs_queue(server_version: str | None) -> bool:

@@ -20,7 +20,15 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.runs.following import SHORTEST_WAIT, Follower
 from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
-from airflow_provider_dify.runs.log import RETRY_DELAY, RunSearch, find_run, fingerprint, known_runs, runs_queue, until
+from airflow_provider_dify.runs.log import (
+    RETRY_DELAY,
+    RunSearch,
+    before_start,
+    find_run,
+    fingerprint,
+    runs_queue,
+    until,
+)
 from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait, delay_after
 
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
@@ -75,8 +83,8 @@ class Starter(Follower):
 
     async def run(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> WorkflowRun:
         """Start a run and follow it until it is over; return it, whatever its status."""
-        before = await known_runs(self.client, user)
-        search = RunSearch(user, time.time(), user_is_unique=False, fingerprint=fingerprint(inputs), known_runs=before)
+        before, sent_at = await before_start(self.client, user)
+        search = RunSearch(user, sent_at, user_is_unique=False, fingerprint=fingerprint(inputs), known_runs=before)
         try:
             run_id = await self.start_and_name(inputs, workflow_id, search)
             wait = RunWait(run_id, self.arguments, log=self.log, was_seen=True)
@@ -283,7 +291,7 @@ class Starter(Follower):
             elif time.monotonic() >= self._next_line:
                 self._next_line = time.monotonic() + LIFE_INTERVAL
                 line = "Dify's log has no run of user %r yet, %.0f seconds after the start."
-                self.log.info(line, search.user, time.time() - search.sent_at)
+                self.log.info(line, search.user, max(0.0, time.time() - search.sent_at))
             return run_id
 
         def seconds_left(has_failed: bool) -> float:

@@ -25,7 +25,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.log import known_runs
+from airflow_provider_dify.runs.log import before_start
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport
 from airflow_provider_dify.runs.verdict import Outcome, Verdict
@@ -308,8 +308,10 @@ class RunningTask:
         if arguments.workflow_id is None:
             # The form that Dify shows is the current version's.
             await starter.check_inputs(arguments.inputs)
-        before = () if arguments.user is None else await known_runs(self._client, arguments.user)
-        start = await self._ask(lambda: new_start(self._ti, arguments.user, arguments.inputs, before, time.time()))
+        before, sent_at = (
+            ((), time.time()) if arguments.user is None else await before_start(self._client, arguments.user)
+        )
+        start = await self._ask(lambda: new_start(self._ti, arguments.user, arguments.inputs, before, sent_at))
         if self._client.address:
             self._log.info("%s", self._client.address)
         starter.before_send = lambda: self._keep(start)

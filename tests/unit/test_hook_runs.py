@@ -300,3 +300,27 @@ def test_the_key_is_in_no_error_of_a_start(dify: DifyStandIn, hook: DifyHook) ->
     with pytest.raises(DifyWorkflowRunUncertain) as caught:
         hook.start_workflow_run({}, "airflow")
     assert API_KEY not in str(caught.value)
+
+
+def test_a_stream_may_be_closed_again_and_says_so_if_it_is_read_then(dify: DifyStandIn, hook: DifyHook) -> None:
+    for _ in range(20):
+        with hook.start_workflow_run({}, "airflow") as run:
+            run.close()
+        run.close()
+        with pytest.raises(DifyConfigurationError, match="the stream was closed"):
+            run.next_event(1)
+        with pytest.raises(DifyConfigurationError, match="the stream was closed"):
+            list(run)
+
+
+@pytest.mark.usefixtures("short_grace", "quick_retries")
+def test_an_earlier_run_with_the_same_inputs_is_not_taken_for_a_start_that_got_lost(
+    dify: DifyStandIn, hook: DifyHook
+) -> None:
+    earlier = hook.run_workflow({"q": "1"}, "me", poll_interval=0.05)
+    dify.misbehave(respond(502), only="GET .*/logs")
+    dify.misbehave(respond(502), only="POST .*/run")
+    with pytest.raises(DifyWorkflowRunUncertain) as caught:
+        hook.run_workflow({"q": "1"}, "me", poll_interval=0.05)
+    assert earlier.id not in str(caught.value)
+    assert len(dify.started) == 1

@@ -12,7 +12,7 @@ import pytest
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.api.models import LoggedWorkflowRun
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunUncertain
-from airflow_provider_dify.runs.log import RunSearch, find_run, fingerprint, known_runs, runs_queue
+from airflow_provider_dify.runs.log import RunSearch, before_start, find_run, fingerprint, runs_queue
 from tests.unit.scripted_client import ScriptedClient
 from tests.unit.test_workflow_run import make_run
 
@@ -141,9 +141,11 @@ def test_a_search_that_another_version_stored_is_read() -> None:
     assert "mine" not in repr(search_of(fingerprint=fingerprint({"q": "mine"})).serialize())
 
 
-def test_a_log_that_cannot_be_read_before_a_start_knows_no_runs() -> None:
+def test_where_the_log_cannot_be_read_before_a_start_no_run_from_before_it_fits() -> None:
     client = ScriptedClient(lambda call: DifyConnectionError("away"))
-    assert asyncio.run(known_runs(client, "us")) == ()
+    known, sent_at = asyncio.run(before_start(client, "us"))
+    assert known == ()
+    assert search_of(sent_at=sent_at).not_before.timestamp() > time.time() - 5
     assert len(client.taken) == 1
 
 
