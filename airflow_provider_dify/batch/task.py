@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import AirflowFailException
@@ -22,14 +21,11 @@ from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.waiting import Deadline
 from airflow_provider_dify.tasks.loop import TaskLoop
-from airflow_provider_dify.tasks.start import first_try_number
+from airflow_provider_dify.tasks.start import earliest_start, first_try_number
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
     from airflow.sdk.types import Logger
-
-# Seconds that the log is read back where no Dag run says when it began.
-_WEEK = 7 * 24 * 3600.0
 
 
 class BatchTask:
@@ -44,8 +40,8 @@ class BatchTask:
         push: Callable[[dict[str, Any]], None],
     ) -> None:
         self._settings = settings
+        self._context: Any = context
         self._ti: Any = context["ti"]
-        self._dag_run: Any = context.get("dag_run")
         self._hook = hook
         self._log = log
         self._push = push
@@ -118,8 +114,7 @@ class BatchTask:
         return bool(self._ti.try_number <= (self._ti.max_tries or 0))
 
     def _output(self, total: int, progress: BatchProgress) -> Output:
-        began = getattr(self._dag_run, "start_date", None)
-        since = began.timestamp() if isinstance(began, datetime) else time.time() - _WEEK
+        since = earliest_start(self._context)
         number = self._ti.try_number - first_try_number(self._ti, self._settings.retries)
         earlier = EarlierTries(since, self._ti.try_number > 1, number)
         path = self._settings.output_path

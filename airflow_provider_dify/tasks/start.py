@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import conf
@@ -23,7 +24,7 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.runs.log import CLOCK_TOLERANCE, RunSearch, find_run, fingerprint, until
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
-from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
+from airflow_provider_dify.runs.waiting import WEEK_SECONDS, Deadline, WaitArguments
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -59,28 +60,22 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class TaskStart:
-    """
-    One start of a task's try, and its run once Dify has named it. Airflow 3.3 and later keep it from try to try.
-
-    :param user: the ``user`` of the start.
-    :param search: what is known of the run until it is named.
-    :param try_number: the try.
-    :param max_tries: the task's ``max_tries`` then; it changes only when the task is cleared.
-    :param was_accepted: whether Dify began to respond, so that the run is at least queued.
-    :param workflow_run_id: the run's UUID; ``None`` until it is named.
-    :param task_id: what the stop route takes; ``None`` until it is known.
-    :param stop_was_asked: whether Dify was asked to stop the run, which must not be continued then.
-    :param has_ended: whether the run's events said that it failed, although its record says that it goes on.
-    """
+    """One start of a task's try, and its run once Dify has named it. Airflow 3.3 and later keep it from try to try."""
 
     user: str
+    # What is known of the run until it is named.
     search: RunSearch
     try_number: int
+    # The task's; it changes only when the task is cleared.
     max_tries: int
+    # Whether Dify began to respond, so that the run is at least queued.
     was_accepted: bool = False
+    # The run's UUID, and what the stop route takes; None until they are known.
     workflow_run_id: str | None = None
     task_id: str | None = None
+    # Whether Dify was asked to stop the run, which must not be continued then.
     stop_was_asked: bool = False
+    # Whether the run's events said that it failed, although its record says that it goes on.
     has_ended: bool = False
 
     def serialize(self) -> dict[str, Any]:
@@ -97,11 +92,7 @@ class TaskStart:
 
 
 class StartMemory:
-    """
-    What Airflow remembers of a task's start from try to try; nothing before Airflow 3.3.
-
-    :param context: the running task's context.
-    """
+    """What Airflow remembers of a task's start from try to try; nothing before Airflow 3.3."""
 
     def __init__(self, context: Mapping[str, Any]) -> None:
         self._store: Any = context.get("task_state_store")
@@ -122,11 +113,7 @@ class StartMemory:
             self._store.set(STATE_KEY, start.serialize())
 
     def load(self) -> TaskStart | None:
-        """
-        Return the last start of this task.
-
-        :return: the start; ``None`` if there is none, or the task was cleared since, which is to start from scratch.
-        """
+        """Return the last start; ``None`` for none, or if the task was cleared since, and is to start from scratch."""
         start = TaskStart.deserialize(self._store.get(STATE_KEY)) if self._store is not None else None
         is_this_task = start is not None and start.max_tries == (self._ti.max_tries or 0)
         return start if is_this_task else None
@@ -149,15 +136,11 @@ async def find_earlier_start(
     try_number: int,
 ) -> tuple[TaskStart, WorkflowRun | None] | None:
     """
-    Look for a start of this task whose run is to be continued: an earlier try's, or this one's.
-
-    A try may run twice: Airflow's scheduler takes a deferred task that resumes at once for dead, and may run the same
-    try from its beginning (seen on 3.3.2).
-
-    Return the start, and its run unless that isn't named yet; ``None`` if a new run is to be started: there was no
-    start, its run can't succeed any more, or Dify was asked to stop it. ``remembered`` is what Airflow knows of it;
-    without that, ``searches`` has the starts that there may have been.
+    Return the start of this task whose run is to be continued, and the run unless that isn't named yet; ``None`` if a
+    new one is to be started. ``remembered`` is what Airflow knows; without that, ``searches`` has what may have been.
     """
+    # It may be this try's own. Airflow's scheduler takes a deferred task that resumes at once for dead, and may run the
+    # same try from its beginning (seen on 3.3.2).
     if remembered is not None:
         if remembered.stop_was_asked or remembered.has_ended:
             return None
@@ -222,14 +205,14 @@ async def _if_it_can_succeed(
 ) -> tuple[TaskStart, WorkflowRun | None] | None:
     look = calls.run_detail(str(start.workflow_run_id))
     try:
-        run = await client.perform(look)
-    except DifyWorkflowRunNotFound:
-        # A run is given up, and another one paid for, only after Dify has said so twice.
-        await asyncio.sleep(wait.poll_interval)
         try:
             run = await client.perform(look)
         except DifyWorkflowRunNotFound:
-            return None
+            # A run is given up, and another one paid for, only after Dify has said so twice.
+            await asyncio.sleep(wait.poll_interval)
+            run = await client.perform(look)
+    except DifyWorkflowRunNotFound:
+        return None
     return None if wait.judge(run).is_failure else (start, run)
 
 
@@ -256,13 +239,8 @@ def starts_of_earlier_tries(context: Mapping[str, Any], arguments: RunArguments)
 
 def first_try_number(ti: Any, retries: int) -> int:
     """
-    Return the number of a task's first try since it was cleared.
-
-    Its tries go on counting then, but what came before was to be done again.
-
-    :param ti: the task instance.
-    :param retries: the task's; if they were lowered since, the number may be too high.
-    :return: the number, up to this try's.
+    Return the number of a task's first try since it was cleared: its tries go on counting then, but what came before
+    was to be done again.
     """
     number = int(ti.max_tries or 0) - retries + 1
     # More is impossible, unless `retries` was lowered since: then nothing tells which try was the first.
@@ -271,17 +249,13 @@ def first_try_number(ti: Any, retries: int) -> int:
 
 def earliest_start(context: Mapping[str, Any]) -> float:
     """
-    Return when a run of this task can have been started at the earliest.
-
-    A run from before the Dag run is an older one's, or another Airflow's.
-
-    :param context: the running task's context.
-    :return: epoch seconds.
+    Return the epoch seconds at which a run of this task can have been started at the earliest. A run from before the
+    Dag run is an older one's, or another Airflow's.
     """
     began = getattr(context.get("dag_run"), "start_date", None)
     if isinstance(began, datetime):
         return began.timestamp()
-    return (datetime.now(timezone.utc) - timedelta(days=7)).timestamp()
+    return time.time() - WEEK_SECONDS
 
 
 async def stop_start(client: DifyClient, start: TaskStart) -> StopReport:
@@ -293,12 +267,9 @@ async def stop_start(client: DifyClient, start: TaskStart) -> StopReport:
 
 def installation_id() -> str:
     """
-    Return a short stable name of this Airflow installation, the same on all of its machines.
-
-    Two Airflows that start runs of the same Dify app, with the same Dags, must not take each other's runs. It is made
-    of ``[core] fernet_key`` and ``[api] base_url`` (Airflow 2: ``[webserver] base_url``), which an installation shares.
-
-    :return: 8 hexadecimal digits, from which neither can be recovered.
+    Return 8 hexadecimal digits for this Airflow installation, the same on all of its machines: two Airflows that start
+    runs of the same Dify app, with the same Dags, must not take each other's runs. They are made of ``[core]
+    fernet_key`` and ``[api] base_url`` (Airflow 2: ``[webserver]``), and neither can be recovered from them.
     """
     # Airflow 3 warns of the old name each time that it is read.
     settings = (("core", "fernet_key"), (UI_SECTION, "base_url"))
@@ -319,23 +290,13 @@ def default_user(ti: Any, try_number: int) -> str:
 
 
 def task_name(ti: Any) -> str:
-    """
-    Return a name of a task instance that no other one has, whatever its try.
-
-    :param ti: the task instance.
-    :return: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>``, of any length.
-    """
+    """Return the name of a task instance: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>``, uncut."""
     map_index = "" if ti.map_index is None or ti.map_index < 0 else f"[{ti.map_index}]"
     return f"airflow/{installation_id()}/{ti.dag_id}/{ti.task_id}{map_index}/{ti.run_id}"
 
 
 def shorten_user(user: str, limit: int) -> str:
-    """
-    Return a name cut to a length, with a digest of the whole in place of its end.
-
-    :param user: the name.
-    :param limit: characters, more than 17.
-    """
+    """Return a name cut to so many characters (more than 17), with a digest of the whole in place of its end."""
     if len(user) <= limit:
         return user
     digest = hashlib.sha256(user.encode()).hexdigest()[:16]
