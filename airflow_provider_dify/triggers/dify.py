@@ -137,8 +137,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
     async def _stop(self, user: str) -> None:
         if await is_waiting_elsewhere(getattr(self, "task_instance", None), self.log):
             return
-        hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
-        async with hook_type(self.dify_conn_id) as hook:
+        async with await self._hook() as hook:
             report: StopReport
             if self.workflow_run_id is None:
                 report = await stop_queued(hook, RunSearch.deserialize(self.wait.search or {}), self.wait.stop_task_id)
@@ -171,12 +170,15 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             # As in every other mode, a wrong id fails before any request.
             self.workflow_run_id = parse_workflow_run_id(self.workflow_run_id)
         deadline = self._deadline()
-        # Imported in a thread, because the HTTP client takes a while to load and others run on this loop.
-        hook_type = (await asyncio.to_thread(load_client)).DifyAsyncHook
-        async with hook_type(self.dify_conn_id) as hook:
+        async with await self._hook() as hook:
             if is_found := self.workflow_run_id is None:
                 self.workflow_run_id = await self._find_run(hook, deadline)
             return await self._poll_until_over(hook, str(self.workflow_run_id), deadline, at_once=is_found)
+
+    async def _hook(self) -> DifyAsyncHook:
+        """Return the hook, imported in a thread: its HTTP client takes a while to load, and others run on this loop."""
+        hook_type: type[DifyAsyncHook] = await asyncio.to_thread(_load_hook)
+        return hook_type(self.dify_conn_id)
 
     async def _find_run(self, hook: DifyAsyncHook, deadline: float | None) -> str:
         """Look for a queued run in Dify's log, until it is there."""
@@ -327,11 +329,10 @@ def _task_success() -> TriggerEvent:
     return TaskSuccessEvent()
 
 
-def load_client() -> Any:
-    """Return the module of the hook, which takes a while to import."""
-    from airflow_provider_dify.hooks import dify_async
+def _load_hook() -> type[DifyAsyncHook]:
+    from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 
-    return dify_async
+    return DifyAsyncHook
 
 
 # An event loop keeps only weak references to its tasks.
@@ -383,8 +384,7 @@ class DifyLatestWorkflowRunTrigger(DifyWorkflowRunTrigger):
     async def _wait(self) -> TriggerEvent:
         search = LatestRunSearch.deserialize(self.wait.search or {})
         deadline = self._deadline()
-        client = await asyncio.to_thread(load_client)
-        async with client.DifyAsyncHook(self.dify_conn_id) as hook:
+        async with await self._hook() as hook:
             run_id = await self._search(
                 lambda: search.look(hook, time.time()), deadline, f"Waiting for {search.describe()}"
             )
