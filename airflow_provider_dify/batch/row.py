@@ -24,7 +24,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.log import RunSearch
+from airflow_provider_dify.runs.log import RunSearch, looking_again
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import StopReport, stop_run
 from airflow_provider_dify.runs.verdict import Outcome, Verdict
@@ -279,12 +279,7 @@ class RowRun:
     async def _find(self) -> RowPlan:
         """Look for a run that an earlier try may have started."""
         batch, wait = self._batch, self._batch.settings.wait
-
-        def on_failure(error: DifyConnectionError, failures: int) -> None:
-            if failures > (wait.max_consecutive_failures or 0):
-                raise error
-            self._log.warning("Dify's log could not be read; looking again: %s", error)
-
+        on_failure = looking_again(self._log, wait.max_consecutive_failures)
         return await batch.resumption.find(
             batch.client, self.row, batch.deadline, wait, on_failure, lambda: batch.has_queued_runs
         )

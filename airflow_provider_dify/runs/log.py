@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Client
@@ -27,6 +27,11 @@ from airflow_provider_dify.api.models import (
 )
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.runs.waiting import Deadline, delay_after
+
+if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
+
+T = TypeVar("T")
 
 # What Dify reads as true and false for a checkbox: 1.12.1 to 1.16.1, base_app_generator, _validate_inputs.
 _TRUE = frozenset({"true", "1", "yes", "on"})
@@ -97,8 +102,6 @@ def parse_number(text: str) -> int | float | None:
     except ValueError:
         return None
 
-
-T = TypeVar("T")
 
 # The largest page that Dify returns.
 _MAX_SIZE = 100
@@ -221,6 +224,17 @@ async def until(
             return None
         await asyncio.sleep(min(max(pause, delay), left))
         pause = min(pause * 2, max(interval_seconds, 1.0))
+
+
+def looking_again(log: Logger, max_failures: int | None = None) -> Callable[[DifyConnectionError, int], None]:
+    """Return what :func:`until` does with a look into Dify's log that failed: a line, up to so many in a row."""
+
+    def on_failure(error: DifyConnectionError, failures: int) -> None:
+        if max_failures is not None and failures > max_failures:
+            raise error
+        log.warning("Dify's log could not be read; looking again: %s", error)
+
+    return on_failure
 
 
 # How far Dify's clock may be behind ours for a run to count as started after the start was sent.

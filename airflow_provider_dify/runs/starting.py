@@ -26,6 +26,7 @@ from airflow_provider_dify.runs.log import (
     before_start,
     find_run,
     fingerprint,
+    looking_again,
     runs_queue,
     until,
 )
@@ -300,13 +301,9 @@ class Starter(Follower):
             was_away = was_away or has_failed
             return (max(seconds, limit) if has_failed else seconds) - (time.monotonic() - began)
 
-        def on_failure(failure: DifyConnectionError, failures: int) -> None:
-            # Let out, it would have Airflow retry, and the retry start another run.
-            self.log.warning("Dify's log could not be read; looking again: %s", failure)
-
-        run_id = await until(
-            look, self.deadline, on_failure, interval_seconds=self.arguments.poll_interval, seconds_left=seconds_left
-        )
+        # A failure that got out would have Airflow retry, and the retry start another run.
+        on_failure, interval = looking_again(self.log), self.arguments.poll_interval
+        run_id = await until(look, self.deadline, on_failure, interval_seconds=interval, seconds_left=seconds_left)
         self.log_shows_no_run = run_id is None and not was_away
         return run_id
 

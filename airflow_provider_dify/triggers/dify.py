@@ -23,7 +23,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.log import RunSearch, find_run, until
+from airflow_provider_dify.runs.log import RunSearch, find_run, looking_again, until
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.runs.verdict import Outcome
 from airflow_provider_dify.runs.waiting import (
@@ -205,7 +205,6 @@ class DifyWorkflowRunTrigger(BaseTrigger):
 
     async def _search(self, find: Callable[[], Awaitable[str | None]], deadline: float | None, what: str) -> str | None:
         """Look for a run in Dify's log, until one is there (its id) or the time is over (``None``)."""
-        allowed = self.wait.max_consecutive_failures
         began = time.time()
         next_line = 0.0
 
@@ -219,15 +218,10 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 self.log.info("%s; %.0f seconds in the triggerer.", what, time.time() - began)
             return run_id
 
-        def on_failure(error: DifyConnectionError, failures: int) -> None:
-            if allowed is not None and failures > allowed:
-                raise error
-            self.log.warning("Dify's log could not be read; looking again: %s", error)
-
         return await until(
             look,
             Deadline(math.inf if deadline is None else deadline, 0.0),
-            on_failure,
+            looking_again(self.log, self.wait.max_consecutive_failures),
             interval_seconds=self.wait.poll_interval,
             first_seconds=self.wait.poll_interval,
         )
