@@ -81,20 +81,25 @@ def check_user(user: object) -> None:
 
 def plain_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Return inputs as JSON has them: any sequence becomes a list, such as a mapped task's outputs. Airflow 2 lets only
-    the task's own thread read those. Raises a DifyConfigurationError for what is no JSON.
+    Return inputs as JSON has them: sequences of any kind become lists, such as the outputs of a mapped task.
+
+    Airflow 2 lets only the task's own thread read those. Raises a DifyConfigurationError for what is no JSON.
     """
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(dict(inputs), allow_nan=False, default=_as_list))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise DifyConfigurationError(f"inputs must be an object of JSON values: {error}") from error
+    plain: dict[str, Any] = json.loads(_json_of(inputs))
     return plain
 
 
 def encode_start(inputs: Mapping[str, Any], user: str) -> bytes:
     """Return the JSON body of a start in streaming mode; raises a DifyConfigurationError for what can't be sent."""
     check_user(user)
-    return json.dumps({"inputs": plain_inputs(inputs), "user": user, "response_mode": "streaming"}).encode()
+    return f'{{"inputs": {_json_of(inputs)}, "user": {json.dumps(user)}, "response_mode": "streaming"}}'.encode()
+
+
+def _json_of(inputs: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(inputs), allow_nan=False, default=_as_list)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DifyConfigurationError(f"inputs must be an object of JSON values: {error}") from error
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -216,12 +216,11 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     def _begin(self, context: Context, deadline: float) -> RunningTask:
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.api.calls import plain_inputs
         from airflow_provider_dify.tasks.start import RunArguments
         from airflow_provider_dify.tasks.task_try import RunningTask
 
         arguments = RunArguments(
-            inputs=plain_inputs(self.inputs),
+            inputs=self.inputs,
             user=None if self.user == self._default_user else self.user,
             workflow_id=self.workflow_id,
             retries=self.retries or 0,

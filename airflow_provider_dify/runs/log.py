@@ -328,12 +328,15 @@ async def find_run(
     return fitting[0] if fitting else None
 
 
-async def before_start(client: Client, user: str) -> tuple[tuple[str, ...], float]:
+async def before_start(client: Client, user: str | None) -> tuple[tuple[str, ...], float]:
     """
     Return the ids of a user's newest runs, before a start, and what counts as the start's time, in epoch seconds.
 
-    Where the log can't be read, no run from before the start may fit: there the clocks get no tolerance.
+    A default user (``None``) has none. Where the log can't be read, no run from before the start may fit: there the
+    clocks get no tolerance.
     """
+    if user is None:
+        return (), time.time()
     try:
         rows = await client.perform(calls.logged_runs(user=user, limit=_PAGE_SIZE))
     except DifyError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import AirflowFailException
 
+from airflow_provider_dify.api.calls import plain_inputs
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.http_response import reason_of
 from airflow_provider_dify.api.models import WorkflowRun, is_server_from
@@ -93,7 +94,6 @@ class RunningTask:
         self._will_be_retried = self._try_number <= (self._ti.max_tries or 0)
         self._start: TaskStart | None = None
         self._run_is_over = False
-        self._stop_was_asked = False
 
     # --- in the main thread
 
@@ -109,6 +109,8 @@ class RunningTask:
 
         Raises a TaskDefers if the triggerer is to wait, and a DifyError as the operator does.
         """
+        # Here, in the main thread, and for a start only: inputs may be megabytes.
+        self._arguments = replace(self._arguments, inputs=plain_inputs(self._arguments.inputs))
         try:
             result = self._run(self._execute)
         except TaskDefers:
@@ -308,9 +310,7 @@ class RunningTask:
         if arguments.workflow_id is None:
             # The form that Dify shows is the current version's.
             await starter.check_inputs(arguments.inputs)
-        before, sent_at = (
-            ((), time.time()) if arguments.user is None else await before_start(self._client, arguments.user)
-        )
+        before, sent_at = await before_start(self._client, arguments.user)
         start = await self._ask(lambda: new_start(self._ti, arguments.user, arguments.inputs, before, sent_at))
         if self._client.address:
             self._log.info("%s", self._client.address)
@@ -434,7 +434,7 @@ class RunningTask:
     async def _stop(self) -> None:
         """Ask Dify to stop the run, and log what came of it."""
         start = self._start
-        if not self._arguments.stop_on_failure or self._stop_was_asked or start is None:
+        if not self._arguments.stop_on_failure or start is None or start.stop_was_asked:
             return
         self._client.deadline = time.time() + STOP_TIMEOUT
         try:
@@ -445,6 +445,5 @@ class RunningTask:
             report = StopReport(False, why, True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
-            self._stop_was_asked = True
             self._start = replace(start, stop_was_asked=True)
             await self._try_to_remember(self._start)
