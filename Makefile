@@ -30,15 +30,19 @@ endif
 endif
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 
-.PHONY: demo test test-matrix test-cluster test-ui mutants lint docs package smoke check-release try-release bench constraints clean
+.PHONY: demo test test-long test-matrix test-cluster test-ui mutants lint docs package smoke check-release try-release bench constraints clean
 
 # DIFY=1.13.0 chooses the version that the stand-in for Dify speaks like.
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py $(DIFY)
 
-# PYTEST_ARGS="-k sensor" chooses tests.
+# What one wants after each change. PYTEST_ARGS="-k sensor" chooses tests.
 test: $(VENV)/installed
 	@$(VENV)/bin/python scripts/run_tests.py $(PYTEST_ARGS)
+
+# All other tests: more dialects of Dify and ways to wait, connections cut at any byte, more real Airflow processes.
+test-long: $(VENV)/installed
+	@$(VENV)/bin/python scripts/run_tests.py --long $(PYTEST_ARGS)
 
 # Runs make test in every environment of noxfile.py, for about an hour, and tells in the end how each went.
 # NOX_ARGS="--tags 3.0 python3.13" chooses those of this Airflow or this Python.

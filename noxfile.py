@@ -28,11 +28,11 @@ nox.options.default_venv_backend = "none"
 @nox.parametrize(("airflow", "python_version"), ENVIRONMENTS)
 def tests(session: nox.Session, airflow: str, python_version: str) -> None:
     """Run the README's test command on one Airflow and one Python."""
-    session.run("make", "test", f"AIRFLOW={airflow}", f"PYTHON=python{python_version}", external=True)
+    session.run("make", "test", "test-long", f"AIRFLOW={airflow}", f"PYTHON=python{python_version}", external=True)
 
 
 @nox.session(tags=["3.4"])
 def beta(session: nox.Session) -> None:
     """Run the same on the next Airflow's beta, which may fail without failing the rest, until it is released."""
-    make = ("make", "test", "AIRFLOW=3.4-beta", "PYTHON=python3.13")
+    make = ("make", "test", "test-long", "AIRFLOW=3.4-beta", "PYTHON=python3.13")
     session.run(*make, external=True, success_codes=[0, 1, 2])

@@ -1,7 +1,8 @@
 """
-Run the tests in two parts and print one total. ``make test`` runs this; its arguments go to pytest.
+Run the tests in two parts and print one total: ``make test`` runs the short ones, ``make test-long`` the others.
 
-Tests that start real Airflow processes run after the others, because they depend on time and take the whole machine.
+``--long`` chooses those that are marked ``long``; the other arguments go to pytest. Tests that start real Airflow
+processes run after the others, because they take the whole machine.
 """
 
 from __future__ import annotations
@@ -24,27 +25,29 @@ PASSED, NO_TESTS = 0, 5
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the tests: what it is, its length on two idle cores, and pytest's arguments for it."""
+    """A part of the tests: what it is, which marker its tests have, and how pytest shares them out to processes."""
 
     title: str
-    minutes: int
+    marker: str
     arguments: tuple[str, ...]
 
 
 PARTS = (
+    # More processes than cores: many tests wait for a while.
     Part(
-        "Tests of the package's parts, and Dags with dag.test()",
-        6,
-        # More processes than cores: many tests wait for a while.
-        (f"--numprocesses={min(2 * CORES, 8)}", "--dist=worksteal", "-m", "not airflow_processes and not slow"),
+        "The package's parts, and Dags with dag.test()",
+        "not airflow_processes",
+        (f"--numprocesses={min(2 * CORES, 8)}", "--dist=worksteal"),
     ),
+    # A file needs an Airflow of its own, or shares one with the other files of its process.
     Part(
         "Dags on real Airflow processes: scheduler, triggerer, API server",
-        4,
-        # A file needs an Airflow of its own, or shares one with the other files of its process.
-        (f"--numprocesses={min(CORES + 1, 4)}", "--dist=loadfile", "-m", "airflow_processes"),
+        "airflow_processes",
+        (f"--numprocesses={min(CORES + 1, 4)}", "--dist=loadfile"),
     ),
 )
+# On two idle cores, in minutes.
+SHORT_TAKES, LONG_TAKES = 4, 10
 
 
 @dataclass(frozen=True)
@@ -83,23 +86,27 @@ def main(arguments: list[str]) -> int:
     """
     Run both parts.
 
-    :param arguments: further arguments for pytest.
+    :param arguments: ``--long`` for the long tests; further arguments for pytest.
     :return: the exit code: 0 if tests ran and all passed.
     """
+    is_long = "--long" in arguments
+    arguments = [argument for argument in arguments if argument != "--long"]
     python = ".".join(map(str, sys.version_info[:2]))
     print(f"Testing with Airflow {version('apache-airflow')} and Python {python}.")
     if arguments:
         print(f"A selection: {' '.join(arguments)}")
     else:
-        print(f"In two parts, together about {sum(part.minutes for part in PARTS)} minutes on two idle cores.")
+        takes = LONG_TAKES if is_long else SHORT_TAKES
+        print(f"The {'long' if is_long else 'short'} tests, in two parts: about {takes} minutes on two idle cores.")
     began = time.monotonic()
     total, codes = Counts(), []
     with tempfile.TemporaryDirectory(prefix="test-reports-") as folder:
         for number, part in enumerate(PARTS, start=1):
-            length = "" if arguments else f" (about {part.minutes} minutes)"
-            print(f"\nPart {number} of {len(PARTS)}: {part.title}{length}", flush=True)
+            print(f"\nPart {number} of {len(PARTS)}: {part.title}", flush=True)
             report = Path(folder) / f"{number}.xml"
-            done = subprocess.run([*PYTEST, *part.arguments, f"--junitxml={report}", *arguments], check=False)
+            marker = f"{part.marker} and {'long' if is_long else 'not long'}"
+            chosen = ("-m", marker, f"--junitxml={report}")
+            done = subprocess.run([*PYTEST, *part.arguments, *chosen, *arguments], check=False)
             codes.append(done.returncode)
             total += Counts.read(report)
     good = all(code in (PASSED, NO_TESTS) for code in codes) and PASSED in codes

@@ -36,13 +36,14 @@ for name in [name for name in os.environ if name.startswith(("AIRFLOW_", "DIFY_"
 os.environ.update(AIRFLOW_SETTINGS)
 (AIRFLOW_HOME / "dags").mkdir()
 
+from tests.combinations import each_or_long  # noqa: E402
 from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
 from tests.standstill import Standstill  # noqa: E402
 
 
-@pytest.fixture(params=DIALECTS)
+@pytest.fixture(params=each_or_long(DIALECTS, short=(DIALECTS[0], DIALECTS[-1])))
 def dialect(request: pytest.FixtureRequest) -> str:
-    """Each version of Dify in turn."""
+    """Each version of Dify in turn: the oldest and the newest in the short run, all in the long one."""
     return request.param
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.dify_stand_in import DifyStandIn
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 MANY = int(os.environ.get("BATCH_ROWS", "10000"))
 
