@@ -168,7 +168,8 @@ class DifyHook(BaseHook):
         :param timeout: seconds to wait for a run that is queued.
         :return: the started run: its ids, and its events. To be closed; the run goes on without its client.
         :raises DifyConfigurationError: if an argument can't be sent.
-        :raises DifyRequestError: if Dify rejects the start.
+        :raises DifyRequestError: if Dify rejects the start. Inputs that Dify 1.15 or later rejects begin a run, whose
+            last event says ``failed``.
         :raises DifyWorkflowRunUncertain: if a run may have been started and can't be named.
         :raises DifyConnectionError: if nothing was started, retries included.
         """
