@@ -7,6 +7,8 @@ What can go wrong between a task and Dify, separated by what the task should do 
     ├── DifyConfigurationError                  fails: a connection or an argument that can't work
     ├── DifyConnectionError                     retried: Dify was away, overloaded or broken
     ├── DifyTaskKilled                          retried: Airflow killed the task; its run was stopped, or is looked for
+    ├── DifyTokenLimitReached                   retried: a batch used more tokens than it may; the next try continues it
+    ├── DifyBatchFailed                         fails: more runs of a batch failed than may
     ├── DifyRequestError                        fails: Dify rejected the request
     │   ├── DifyAuthenticationError             fails: Dify refused the API key
     │   └── DifyInputsRejected                  fails: the app doesn't take these inputs
@@ -236,6 +238,12 @@ class DifyBatchFailed(DifyError, AirflowFailException):
     def __init__(self, message: str = "", *, summary: dict[str, Any] | None = None) -> None:
         super().__init__(message)
         self.summary = summary
+
+
+class DifyTokenLimitReached(DifyError):
+    """The runs of a batch have used more tokens than ``max_total_tokens``. A retry with a higher limit continues it."""
+
+    section = "a-batch"
 
 
 class DifyWorkflowRunFailed(DifyError):

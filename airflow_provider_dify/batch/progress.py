@@ -11,7 +11,7 @@ from typing import Any
 from airflow_provider_dify.api.models import WorkflowRunStatus
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.exceptions import DifyBatchFailed
+from airflow_provider_dify.exceptions import DifyBatchFailed, DifyTokenLimitReached
 from airflow_provider_dify.tasks.arguments import parse_limit
 
 # Errors that are counted one by one; a batch of a million rows may have as many texts.
@@ -70,6 +70,7 @@ class BatchProgress:
         began_at: float,
         fail_on_partial_success: bool = False,
         output_path: str | None = None,
+        max_total_tokens: int | None = None,
     ) -> None:
         self.total = total
         self.over = 0
@@ -80,6 +81,7 @@ class BatchProgress:
         self._began_at = began_at
         self._fail_on_partial_success = fail_on_partial_success
         self._output_path = output_path
+        self._max_total_tokens = max_total_tokens
         self._counts = dict.fromkeys(("succeeded", "partial_succeeded", "failed", "stopped"), 0)
         self._errors: dict[str, _Failures] = {}
         # Time and rows over at each line; rows of earlier tries took no time of this one.
@@ -102,6 +104,11 @@ class BatchProgress:
     def has_failed(self) -> bool:
         """Whether more runs failed than may, so that nothing is started any more."""
         return self.failed_rows > self._limit.allowed(self.total)
+
+    @property
+    def has_used_tokens_up(self) -> bool:
+        """Whether the runs have used more tokens than they may, so that nothing is started any more."""
+        return self._max_total_tokens is not None and self.total_tokens > self._max_total_tokens
 
     def begin(self, now: float) -> None:
         """Take note that this try begins to start runs, after it has counted those of earlier tries."""
@@ -145,6 +152,15 @@ class BatchProgress:
             f"{self.describe_errors()}{not_run}{results}",
             summary=self.summary(now),
         )
+
+    def raise_if_tokens_used_up(self) -> None:
+        """Raise a DifyTokenLimitReached if rows are left because the runs have used more tokens than they may."""
+        if self.has_used_tokens_up and self.over < self.total:
+            raise DifyTokenLimitReached(
+                f"The batch's runs have used {self.total_tokens:,} tokens (max_total_tokens is "
+                f"{self._max_total_tokens:,}), so {self.total - self.over:,} of {self.total:,} rows were not run. "
+                "Raise max_total_tokens: the task's next try continues with them."
+            )
 
     def describe_errors(self) -> str:
         """Return the most frequent errors in one line, each with its first row and that row's run."""

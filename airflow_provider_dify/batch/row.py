@@ -60,6 +60,7 @@ class BatchSettings:
     output_path: str | None = None
     max_failed_runs: float = 0
     run_retries: int = 0
+    max_total_tokens: int | None = None
     json_columns: tuple[str, ...] = ()
     user: str | None = None
     workflow_id: str | None = None
@@ -92,6 +93,9 @@ class Batch(Protocol):
 
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, for a run of this app."""
+
+    def on_repeated(self, run: WorkflowRun | None) -> None:
+        """Take note that a row whose run failed had another one."""
 
 
 class RowLog:
@@ -178,12 +182,14 @@ class RowRun:
                 outcome = await self._follow(plan.workflow_run_id)
             else:
                 try:
-                    outcome = await self._start(plan.attempt)
+                    earlier, outcome = outcome, await self._start(plan.attempt)
                 except NoMoreStarts:
                     if outcome is None:
                         raise
                     self._raise_if_lost()
                     return self._result(outcome, plan.attempt)
+                if earlier is not None:
+                    batch.on_repeated(earlier.run)
             is_last = plan.failures >= batch.settings.run_retries or not batch.starts_more
             if is_last or not outcome.can_be_repeated:
                 self._raise_if_lost()

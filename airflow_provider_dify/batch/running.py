@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api.client import DifyClient
-from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from
+from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, is_server_from
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
@@ -117,6 +117,7 @@ class BatchRun:
             raise self._stop_reason
         if self._failure is not None:
             raise self._failure
+        self._progress.raise_if_tokens_used_up()
 
     async def _prepare(self) -> None:
         """Read the form, and write the first part."""
@@ -297,6 +298,7 @@ class BatchRun:
             self._stop_reason is None
             and self._failure is None
             and not self._progress.has_failed
+            and not self._progress.has_used_tokens_up
             and not self._deadline.is_over
         )
 
@@ -311,6 +313,10 @@ class BatchRun:
         self.last_start, self._lost_in_a_row = time.monotonic(), 0
         if app_id is not None and self._link is None:
             self._link = asyncio.create_task(self._loop.ask(partial(self._on_app, app_id)))
+
+    def on_repeated(self, run: WorkflowRun | None) -> None:
+        """Count the tokens of a run that failed, because the row's result is that of its next one."""
+        self._progress.total_tokens += (run.total_tokens or 0) if run is not None else 0
 
     # --- the end
 

@@ -62,6 +62,7 @@ class BatchTask:
             began_at=time.time(),
             fail_on_partial_success=settings.wait.fail_on_partial_success,
             output_path=settings.output_path,
+            max_total_tokens=settings.max_total_tokens,
         )
         output = self._output(total, progress)
 

@@ -55,6 +55,8 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :param max_failed_runs: how many rows may fail: a number, or a share such as ``0.05``. The task fails without retry
         as soon as more have failed and the active runs are over.
     :param run_retries: how often a run that failed is started again.
+    :param max_total_tokens: how many tokens the runs may use. Once they have used more, no more are started; the task
+        fails when those under way are over, and its next try continues, if the limit was raised. No limit by default.
     :param json_columns: columns of a CSV file whose cells are JSON. An empty cell of a CSV file is no input.
     :param user: a name in front of each run's ``user``; by default one that names Airflow installation, Dag, task, Dag
         run and map index. Templated.
@@ -72,6 +74,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         Dify's log, which could be read all the time, showed no run during ``not_found_grace``. The first one may still
         be in Dify's queue, and be paid for, too. By default such a row fails.
     :raises DifyBatchFailed: if more rows failed than ``max_failed_runs``.
+    :raises DifyTokenLimitReached: if rows are left because the runs have used more than ``max_total_tokens``.
     :raises DifyConfigurationError: if the rows can't be read, or are too many for a return value; or if ``output_path``
         can't be used.
     :raises DifyOutputsError: if the results are too much for a return value, or Airflow can't store one of them.
@@ -95,6 +98,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         output_path: str | os.PathLike[str] | None = None,
         max_failed_runs: float = 0,
         run_retries: int = 0,
+        max_total_tokens: int | None = None,
         json_columns: Sequence[str] | None = None,
         user: str | None = None,
         dify_conn_id: str = "dify_default",
@@ -119,6 +123,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         self.output_path = output_path
         self.max_failed_runs = parse_limit("max_failed_runs", max_failed_runs)
         self.run_retries = parse_count("run_retries", run_retries)
+        self.max_total_tokens = None if max_total_tokens is None else parse_count("max_total_tokens", max_total_tokens)
         self.json_columns = _parse_columns(json_columns)
         self.user = user
         self.dify_conn_id = dify_conn_id
@@ -160,6 +165,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             output_path=None if self.output_path is None else str(self.output_path),
             max_failed_runs=self.max_failed_runs,
             run_retries=self.run_retries,
+            max_total_tokens=self.max_total_tokens,
             json_columns=self.json_columns,
             user=self.user,
             workflow_id=self.workflow_id,
