@@ -4,5 +4,5 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-# Where the pages of docs/ are published; `pyproject.toml` names the same place.
-DOCUMENTATION = "https://github.com/airflow-provider-dify/airflow-provider-dify/blob/main/docs"
+# Where the pages of docs/ are, as they were when this version was released; `pyproject.toml` names the same repository.
+DOCUMENTATION = f"https://github.com/airflow-provider-dify/airflow-provider-dify/blob/v{__version__}/docs"

@@ -17,6 +17,7 @@ from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan
 from airflow_provider_dify.batch.slots import Places
 from airflow_provider_dify.exceptions import (
+    BATCH_SECTION,
     DifyAuthenticationError,
     DifyConnectionError,
     DifyError,
@@ -349,7 +350,7 @@ class RowRun:
             raise DifyError(
                 f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
                 f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
-            ) from None
+            ).explained_in(BATCH_SECTION) from None
 
     async def _dify_responds(self) -> bool:
         """Return whether Dify responds at all, so that what fails again and again is of one row."""

@@ -18,6 +18,7 @@ from airflow_provider_dify.api.calls import parse_workflow_run_id
 from airflow_provider_dify.api.models import known_fields
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import (
+    ARGUMENT_SECTION,
     DifyConnectionError,
     DifyError,
     DifyWorkflowRunNotFound,
@@ -158,12 +159,12 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 raise DifyError(
                     f"{type(error).__name__}: {one_line(str(error))}: the sensor's templates could not be rendered on "
                     "the triggerer."
-                ) from error
+                ).explained_in(ARGUMENT_SECTION) from error
         if scope.cancelled_caught:
             raise DifyError(
                 f"Airflow did not respond for {limit:.0f} seconds to what the sensor's templates ask for on the "
                 "triggerer."
-            )
+            ).explained_in(ARGUMENT_SECTION)
 
     async def _wait(self) -> TriggerEvent:
         if self.workflow_run_id is not None:

@@ -23,6 +23,7 @@ from airflow_provider_dify.airflow_versions import asset_state_of
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
+    TRIGGERER_SECTION,
     DifyAuthenticationError,
     DifyConfigurationError,
     DifyError,
@@ -183,7 +184,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
             raise DifyConfigurationError(
                 f"The API key of connection {self.dify_conn_id!r} belongs to an app of the mode {app.mode!r:.50}. Dify "
                 "keeps a log of runs for apps of the mode 'workflow' only."
-            )
+            ).explained_in(TRIGGERER_SECTION)
 
     def _delay_of_last_event(self, count: int) -> float:
         """Return the seconds before the last of so many events of a look may be sent."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 from tests.airflow.python_blocks import EXAMPLE, PAGES, ROOT, with_examples
+
+if TYPE_CHECKING:
+    from markdown_it.token import Token
 
 DOCS = ROOT / "docs"
 # Where the site's navigation is.
@@ -18,7 +21,7 @@ TREES = {
     caption: names.split()
     for caption, names in re.findall(r"^```\{toctree\}\n:hidden:\n:caption: ([^\n]+)\n\n(.*?)^```$", INDEX, re.M | re.S)
 }
-# What Sphinx would read, and CommonMark shows as it stands: :::, {role}`...`, (target)=, {attribute}, a table that is none.
+# What Sphinx reads, and CommonMark shows as it stands: :::, {role}`...`, (target)=, an attribute, a table that is none.
 DIRECTIVE = re.compile(r"^\s*:{3,}|\{[\w:-]+\}$|^\([\w-]+\)=$|^:[\w-]+: |^\{[.#%]|^\| ?-{3}|^\.\. ", re.M)
 
 
