@@ -154,9 +154,24 @@ def test_a_release_needs_one_version_and_one_repository_everywhere(
     tag: str, repository_url: str, changelog: str, problem: str | None
 ) -> None:
     find_problems = script("check_release").find_problems
-    problems = find_problems(tag, repository_url, "1.2.3", "https://example.com/a", changelog)
+    problems = find_problems(tag, repository_url, "1.2.3", "https://example.com/a", changelog, {"README.md": "Install"})
     assert len(problems) == (problem is not None)
     assert problem is None or problem in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "is_refused"),
+    [
+        ("There is no release yet. Build the wheel.", True),
+        ("There is no release on the package index\nyet.", True),
+        ("Nothing is published yet.", True),
+        ("For a version that is not released, build the wheel.", False),
+    ],
+)
+def test_a_release_does_not_say_that_there_is_none(said: str, is_refused: bool) -> None:
+    find_problems = script("check_release").find_problems
+    problems = find_problems("v1.2.3", "", "1.2.3", "", CHANGELOG, {"README.md": "Fine.", "docs/install.md": said})
+    assert [problem.partition(" says ")[0] for problem in problems] == ["docs/install.md"] * is_refused
 
 
 # --- the site
