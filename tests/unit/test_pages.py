@@ -10,6 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from tests.airflow.python_blocks import EXAMPLE, PAGES, ROOT, with_examples
+from tests.dify_stand_in.recordings import VERSIONS
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
@@ -118,6 +119,45 @@ def test_an_example_on_a_page_is_what_its_file_has(page: Path) -> None:
     assert text(page) == with_examples(text(page)), hint
     fences = len(re.findall(r"^From \[`example_dags/", text(page), re.M))
     assert fences == len(EXAMPLE.findall(text(page)))
+
+
+# --- figures
+
+DATE = re.compile(r"\b(?:Measured|estimated|measured) on\s20\d\d-\d\d-\d\d\b")
+NAMED = re.compile(r"\b(Airflow|Python|Dify) (\d+(?:\.\d+)+)(?: and (\d+(?:\.\d+)+))?")
+# Figures are the cells that are aligned to the right.
+FIGURES = re.compile(r"^\|(?: ---:? \|)* ---: \|", re.M)
+
+
+def numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def lowest_supported() -> dict[str, tuple[int, ...]]:
+    airflows = [path.stem.split("-")[1] for path in (ROOT / "constraints").glob("airflow-*.txt")]
+    return {"Airflow": min(map(numbers, airflows)), "Python": (3, 10), "Dify": min(map(numbers, VERSIONS))}
+
+
+def paragraphs() -> list[tuple[str, str]]:
+    return [(page.name, part) for page in PAGES for part in re.split(r"\n\n|\n(?=- )", text(page)) if DATE.search(part)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_table_of_figures_says_when_they_were_measured(page: Path) -> None:
+    for section in re.split(r"^##+ ", text(page), flags=re.M):
+        assert len(FIGURES.findall(section)) <= len(DATE.findall(section)), section.splitlines()[0]
+
+
+@pytest.mark.parametrize(("page", "paragraph"), paragraphs())
+def test_a_measurement_names_versions_that_are_supported_and_its_command(page: str, paragraph: str) -> None:
+    if "estimated on" in paragraph:
+        return
+    versions = [(name, version) for name, *found in NAMED.findall(paragraph) for version in found if version]
+    names = {name for name, _ in versions}
+    assert names & {"Airflow", "Dify"}, page
+    assert "Airflow" not in names or "`make " in paragraph, page
+    lowest = lowest_supported()
+    assert [(name, version) for name, version in versions if numbers(version) < lowest[name]] == []
 
 
 # --- the API
