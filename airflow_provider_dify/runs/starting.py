@@ -1,4 +1,4 @@
-"""A run started and named: never paid twice, and looked for in Dify's log where its start broke off."""
+"""A run started and named: sent again only where none can have started, else looked for in Dify's log."""
 
 from __future__ import annotations
 
