@@ -30,8 +30,8 @@ from airflow_provider_dify.airflow_versions import (
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
-    DifyError,
     DifyWorkflowRunNotFound,
+    TaskErrors,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.runs.verdict import Outcome
@@ -251,11 +251,9 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     def _execute(self, context: Context) -> dict[str, Any] | None:
         self._task_xcoms(context)
         try:
-            outputs: dict[str, Any] | None = execute_as_sensor(self, context)
-            return outputs
-        except DifyError as error:
-            error.with_address()
-            raise
+            with TaskErrors(self.log):
+                outputs: dict[str, Any] | None = execute_as_sensor(self, context)
+                return outputs
         except (AirflowSensorTimeout, AirflowSkipException) as error:
             # Without a cause it is Airflow's own word on the sensor's timeout, which doesn't know of the run.
             if self._wait is None or error is self._ended_with or error.__cause__ is not None:
