@@ -233,7 +233,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         if run is None:
             return self._not_yet(self._wait, context)
         if self._wait.status is None and self.hook.server_version:
-            self.log.info("Dify %s at %s.", self.hook.server_version, self.hook.connection.base_url)
+            self.log.info("Dify %s at %s", self.hook.server_version, self.hook.connection.base_url)
         verdict = self._wait.on_poll(run)
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait, context)
