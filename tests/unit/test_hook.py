@@ -32,6 +32,7 @@ from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
+    form_field,
     html,
     redirect,
     replay,
@@ -402,6 +403,25 @@ def test_the_test_names_the_app(dify: DifyStandIn, connect: Connect) -> None:
     assert works
     assert "'echo' (workflow)" in message
     assert dify.base_url in message
+
+
+def test_the_test_names_the_apps_inputs_and_a_task_to_copy(dify: DifyStandIn, connect: Connect) -> None:
+    dify.user_input_form = [
+        form_field("query", "paragraph", required=True),
+        form_field("mode", "select", options=("fast", "slow")),
+    ]
+    _, message = connect().test_connection()
+    assert message.endswith(
+        " Its inputs: 'query' (paragraph, required), 'mode' (select). "
+        "A task that runs it: DifyRunWorkflowOperator(task_id='run', inputs={'query': '...'})"
+    )
+
+
+def test_a_form_that_can_not_be_read_fails_no_test(dify: DifyStandIn, connect: Connect) -> None:
+    dify.misbehave_always(respond(500), only="/parameters")
+    works, message = connect().test_connection()
+    assert works
+    assert message.endswith("'echo' (workflow).")
 
 
 def test_the_test_reports_an_app_without_workflow_runs(dify: DifyStandIn, connect: Connect) -> None:
