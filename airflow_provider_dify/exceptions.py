@@ -42,6 +42,7 @@ except ImportError:
 
 
 if TYPE_CHECKING:
+    from airflow.sdk.types import Logger
     from typing_extensions import Self
 
 # Sections of the page Failures.
@@ -115,6 +116,21 @@ class DifyError(AirflowException):
             setattr(error, name, attributes.get(name) if isinstance(attributes, dict) else None)
         section = data.get("section")
         return error.explained_in(section) if isinstance(section, str) else error
+
+
+class TaskErrors:
+    """Lets a DifyError leave a task with its address, and without this package's frames: the debug log has them."""
+
+    def __init__(self, log: Logger) -> None:
+        self._log = log
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, exc_type: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, DifyError):
+            self._log.debug("How the task came to its error:", exc_info=error)
+            raise error.with_address().with_traceback(None) from None
 
 
 class DifyConfigurationError(DifyError, AirflowFailException, ValueError):

@@ -337,7 +337,7 @@ class DifyClient:
     @property
     def address(self) -> str:
         """Dify's version and base URL, for a line in a log; empty where the version isn't known."""
-        return f"Dify {self.server_version} at {self._opened.connection.base_url}." if self.server_version else ""
+        return f"Dify {self.server_version} at {self._opened.connection.base_url}" if self.server_version else ""
 
     async def perform(self, call: Call[T]) -> T:
         """Send a request, and return what its response means; raises a DifyError for what is no success."""

@@ -214,7 +214,7 @@ def _parse_object(response: HttpResponse, subject: str) -> dict[str, Any]:
         )
     if status_code in (401, 403):
         raise DifyAuthenticationError(
-            f"{cause}: Dify refused the API key of {response.connection_name} for {subject}. Check the "
+            f"{cause}: Dify refused the API key of {response.connection_name} when asked for {subject}. Check the "
             "connection's password: it must be an API key of the app, and the app's API access must be on.",
             **facts,
         )

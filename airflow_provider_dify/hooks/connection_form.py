@@ -8,12 +8,15 @@ from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.models import AppInfo
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
+from airflow_provider_dify.runs.inputs import parse_input_form
 
 _NAME_LENGTH = 80
 
 
-def describe_test(connection: DifyConnection, app: AppInfo, server_version: str | None) -> tuple[bool, str]:
-    """Return what the Test button shows for an accepted key: whether the connection can be used, and a sentence."""
+def describe_test(
+    connection: DifyConnection, app: AppInfo, server_version: str | None, parameters: Any = None
+) -> tuple[bool, str]:
+    """Return what the Test button shows for an accepted key: whether the connection can be used, and sentences."""
     name = one_line(app.name, _NAME_LENGTH)
     if not app.has_workflow_runs:
         return False, (
@@ -21,8 +24,10 @@ def describe_test(connection: DifyConnection, app: AppInfo, server_version: str 
             "which has no workflow runs. Use the API key of a workflow or chatflow app."
         )
     mode = f" ({app.mode})" if app.mode else ""
+    form = parse_input_form(parameters)
+    inputs = f" {form.describe()}" if form.complete else ""
     version = f", Dify {server_version}" if server_version else ""
-    return True, f"Connected to {connection.base_url}{version}, as the app {name!r}{mode}."
+    return True, f"Connected to {connection.base_url}{version}, as the app {name!r}{mode}.{inputs}"
 
 
 def ui_field_behaviour() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -331,17 +332,20 @@ class DifyHook(BaseHook):
         """
         Test the connection, for Airflow's Test button.
 
-        :return: whether it works, and a sentence that names the app and Dify's version, or what is wrong.
+        :return: whether it works, and what names the app, Dify's version and the app's inputs, or what is wrong.
         """
         hook = type(self)(self.dify_conn_id, timeout=self.timeout, retry_limit=0)
         try:
             with hook:
                 # Airflow's button tests a copy of the connection, under an id that no reader knows.
                 hook._names_connection = False
-                app = hook.get_app_info()
+                app, form = hook.get_app_info(), None
+                with suppress(DifyError):
+                    # One that can't be read says nothing about the connection.
+                    form = hook.get_parameters()
         except DifyError as error:
             return False, str(error)
-        return describe_test(hook.connection, app, hook.server_version)
+        return describe_test(hook.connection, app, hook.server_version, form)
 
     def perform(self, call: Call[T]) -> T:
         """

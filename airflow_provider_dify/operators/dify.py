@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +17,13 @@ from airflow_provider_dify.airflow_versions import (
     context_of_ended_deferral,
     is_deferral_timeout,
 )
-from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled, DifyWorkflowRunTimeout, DifyWorkflowRunUncertain
+from airflow_provider_dify.exceptions import (
+    DifyError,
+    DifyTaskKilled,
+    DifyWorkflowRunTimeout,
+    DifyWorkflowRunUncertain,
+    TaskErrors,
+)
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.runs.waiting import (
     Deadline,
@@ -157,7 +163,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         """
         from airflow_provider_dify.tasks.start import TaskDefers
 
-        with self.hook, self._addressed():
+        with TaskErrors(self.log), self.hook:
             task = self._begin(context, time.time() + self.timeout)
             try:
                 return task.execute()
@@ -184,7 +190,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         :param server_version: Dify's version, which a stop depends on.
         :return: the run's outputs.
         """
-        with self.hook, self._addressed():
+        with TaskErrors(self.log), self.hook:
             self.hook.server_version = server_version
             deadline = deadline or time.time() + self.timeout
             error = self._error_from_event(event, deadline, context)
@@ -196,7 +202,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Continue after a deferral; where no triggerer saw the wait's end, end it as a timeout of the wait."""
         if next_method == "__fail__" and is_deferral_timeout(next_kwargs):
-            with self.hook, self._addressed():
+            with TaskErrors(self.log), self.hook:
                 error = self._timed_out("No triggerer reported on the run.", context)
                 self._begin(context, time.time()).resume(None, None, error)
         return super().resume_execution(next_method, next_kwargs, context)
@@ -278,12 +284,3 @@ class DifyRunWorkflowOperator(BaseOperator):
                 f"The task's execution_timeout of {self.execution_timeout} is over (try {number}). {last_status}"
             )
         return DifyWorkflowRunTimeout(f"The operator's timeout of {self.timeout:g} seconds is over. {last_status}")
-
-    @contextmanager
-    def _addressed(self) -> Iterator[None]:
-        """Let a task's error end with the address where it is explained."""
-        try:
-            yield
-        except DifyError as error:
-            error.with_address()
-            raise

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow.providers.common.compat.sdk import BaseOperator
 
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
+from airflow_provider_dify.exceptions import DifyConfigurationError, TaskErrors
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.tasks.arguments import parse_count, parse_limit, parse_seconds
 from airflow_provider_dify.tasks.xcoms import TaskXComs
@@ -182,12 +182,8 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
                 ti.xcom_push(key=BATCH, value=summary)
 
         self._batch = BatchTask(settings, context, self.hook, self.log, push)
-        with self.hook:
-            try:
-                return self._batch.run(xcoms.push_link)
-            except DifyError as error:
-                error.with_address()
-                raise
+        with TaskErrors(self.log), self.hook:
+            return self._batch.run(xcoms.push_link)
 
     def on_kill(self) -> None:
         """Stop the active runs, when the task is killed."""

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 from uuid import UUID
 
+from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import DifyInputsRejected
 from airflow_provider_dify.runs.log import parse_number
 
@@ -43,6 +44,18 @@ class InputForm:
 
     fields: tuple[InputField, ...] = ()
     complete: bool = False  # whether every other input is known to be dropped
+
+    def describe(self) -> str:
+        """Return the inputs with their types, and the task that gives those which are required."""
+        shown = self.fields[:_LISTED]
+        inputs = ", ".join(
+            f"{_excerpt(f.variable)} ({one_line(f.type, _EXCERPT) or 'unknown'}{', required' if f.required else ''})"
+            for f in shown
+        )
+        more = f" and {len(self.fields) - len(shown)} more" if len(self.fields) > len(shown) else ""
+        values = {one_line(f.variable, _EXCERPT): "..." for f in shown if f.required}
+        task = f"DifyRunWorkflowOperator(task_id='run', inputs={values!r})"
+        return f"{f'Its inputs: {inputs}{more}' if inputs else 'It has no inputs'}. A task that runs it: {task}"
 
 
 def parse_input_form(parameters: Any) -> InputForm:

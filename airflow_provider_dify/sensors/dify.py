@@ -30,8 +30,8 @@ from airflow_provider_dify.airflow_versions import (
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
-    DifyError,
     DifyWorkflowRunNotFound,
+    TaskErrors,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
 from airflow_provider_dify.runs.verdict import Outcome
@@ -233,7 +233,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         if run is None:
             return self._not_yet(self._wait, context)
         if self._wait.status is None and self.hook.server_version:
-            self.log.info("Dify %s at %s.", self.hook.server_version, self.hook.connection.base_url)
+            self.log.info("Dify %s at %s", self.hook.server_version, self.hook.connection.base_url)
         verdict = self._wait.on_poll(run)
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait, context)
@@ -251,11 +251,9 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     def _execute(self, context: Context) -> dict[str, Any] | None:
         self._task_xcoms(context)
         try:
-            outputs: dict[str, Any] | None = execute_as_sensor(self, context)
-            return outputs
-        except DifyError as error:
-            error.with_address()
-            raise
+            with TaskErrors(self.log):
+                outputs: dict[str, Any] | None = execute_as_sensor(self, context)
+                return outputs
         except (AirflowSensorTimeout, AirflowSkipException) as error:
             # Without a cause it is Airflow's own word on the sensor's timeout, which doesn't know of the run.
             if self._wait is None or error is self._ended_with or error.__cause__ is not None:

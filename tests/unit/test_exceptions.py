@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 import re
 from importlib.metadata import metadata
@@ -75,6 +76,24 @@ def test_a_failure_ends_with_the_address_of_the_section_that_explains_it(name: s
     assert section in headings(page)
     # A task may end with an error that another process has ended with.
     assert str(error.with_address()).count("https://") == 1
+
+
+def test_the_debug_log_has_the_frames_that_a_task_s_error_has_not(caplog: pytest.LogCaptureFixture) -> None:
+    def inner_work() -> None:
+        try:
+            raise OSError("the socket's own words")
+        except OSError as error:
+            raise exceptions.DifyConnectionError("Connection refused.") from error
+
+    caplog.set_level(logging.DEBUG)
+    with (
+        pytest.raises(exceptions.DifyConnectionError) as failure,
+        exceptions.TaskErrors(logging.getLogger("task")),  # type: ignore[arg-type]
+    ):
+        inner_work()
+    assert "inner_work" not in {frame.name for frame in failure.traceback}
+    assert "inner_work" in caplog.text
+    assert "the socket's own words" in caplog.text
 
 
 def test_the_documentation_is_that_of_this_version_in_the_packages_repository() -> None:

@@ -32,6 +32,7 @@ from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
+    form_field,
     html,
     redirect,
     replay,
@@ -404,6 +405,25 @@ def test_the_test_names_the_app(dify: DifyStandIn, connect: Connect) -> None:
     assert dify.base_url in message
 
 
+def test_the_test_names_the_apps_inputs_and_a_task_to_copy(dify: DifyStandIn, connect: Connect) -> None:
+    dify.user_input_form = [
+        form_field("query", "paragraph", required=True),
+        form_field("mode", "select", options=("fast", "slow")),
+    ]
+    _, message = connect().test_connection()
+    assert message.endswith(
+        " Its inputs: 'query' (paragraph, required), 'mode' (select). "
+        "A task that runs it: DifyRunWorkflowOperator(task_id='run', inputs={'query': '...'})"
+    )
+
+
+def test_a_form_that_can_not_be_read_fails_no_test(dify: DifyStandIn, connect: Connect) -> None:
+    dify.misbehave_always(respond(500), only="/parameters")
+    works, message = connect().test_connection()
+    assert works
+    assert message.endswith("'echo' (workflow).")
+
+
 def test_the_test_reports_an_app_without_workflow_runs(dify: DifyStandIn, connect: Connect) -> None:
     dify.app_info = "app_info_chat"
     works, message = connect().test_connection()
@@ -439,7 +459,10 @@ def test_airflow_itself_can_press_the_button(dify: DifyStandIn, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("password", "text"),
-    [("wrong", "refused the API key of the connection for"), ("", "The connection cannot be used: it has no password")],
+    [
+        ("wrong", "refused the API key of the connection when"),
+        ("", "The connection cannot be used: it has no password"),
+    ],
 )
 def test_a_failed_test_does_not_name_the_id_that_airflow_made_up(connect: Connect, password: str, text: str) -> None:
     hook = connect({"password": password})

@@ -62,7 +62,7 @@ def failure_of(parse: Callable[[HttpResponse], Any], response: HttpResponse) -> 
         (200, [1], DifyConnectionError, "The response for {} at {} is no JSON object (HTTP 200, "),
         (301, b"", DifyConnectionError, "The response for {} at {} is no response of Dify's (HTTP 301, "),
         (503, b"", DifyConnectionError, ": Dify could not respond for {} at {}. This may pass."),
-        (401, b"{}", DifyAuthenticationError, ": Dify refused the API key of connection 'my_dify' for {}. Check"),
+        (401, b"{}", DifyAuthenticationError, ": Dify refused the API key of connection 'my_dify' when asked for {}."),
         (
             400,
             {"code": "c", "message": "m"},
