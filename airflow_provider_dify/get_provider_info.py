@@ -33,14 +33,14 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
-    # Neither the port nor the extra: Airflow 3.3.2's Test button fails for a connection without a port, and 2.11's in a
-    # form without the extra.
+    # Neither the port nor the extra: the Test button of Airflow 3.3.1 and 3.3.2 fails for a connection without a port, and
+    # 2.11's in a form without the extra.
     "hidden-fields": ["schema", "login"],
     "relabeling": {"host": "Base URL", "password": "API Key"},
     "placeholders": {
         "host": "Empty for Dify Cloud; else https://dify.example.com",
         "password": "Required: the API key of the Dify app",
-        "port": "443 (the Test button of Airflow 3.3 needs a port)",
+        "port": "443 (the Test button of Airflow 3.3.1 and 3.3.2 needs a port)",
     },
 }
 
