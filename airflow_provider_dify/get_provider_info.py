@@ -33,8 +33,8 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
-    # Neither the port nor the extra: the Test button of Airflow 3.3.1 and 3.3.2 fails for a connection without a port, and
-    # 2.11's in a form without the extra.
+    # Neither the port nor the extra: the Test button of Airflow 3.3.1 and 3.3.2 fails for a connection without a port,
+    # and 2.11's in a form without the extra.
     "hidden-fields": ["schema", "login"],
     "relabeling": {"host": "Base URL", "password": "API Key"},
     "placeholders": {
