@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from docutils import nodes
+
 from airflow_provider_dify import __version__
 
 if TYPE_CHECKING:
@@ -81,6 +83,18 @@ def use_site_page(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] = page.read_text(encoding="utf-8")
 
 
+def label_cells(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Give each cell of a table its column's heading, which a phone shows above the cell."""
+    for table in doctree.findall(nodes.table):
+        headings = [entry.astext() for head in table.findall(nodes.thead) for entry in head.findall(nodes.entry)]
+        for body in table.findall(nodes.tbody):
+            for row in body.findall(nodes.row):
+                for heading, entry in zip(headings, row.findall(nodes.entry), strict=True):
+                    if heading and len(entry):
+                        entry.insert(0, nodes.container("", nodes.Text(heading), classes=["column-heading"]))
+
+
 def setup(app: Sphinx) -> None:
-    """Tell Sphinx of it."""
+    """Tell Sphinx of both."""
     app.connect("source-read", use_site_page)
+    app.connect("doctree-resolved", label_cells)
