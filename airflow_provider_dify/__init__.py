@@ -1,4 +1,4 @@
-"""Apache Airflow provider for Dify: start Dify workflow runs in Dags, wait on them and use their outputs."""
+"""Apache Airflow provider for Dify: start Dify workflow runs in Dags, wait for them and use their outputs."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def get_provider_info() -> dict[str, Any]:
         "package-name": "airflow-provider-dify",
         "name": "Dify",
         # Without an address: Airflow's page of providers makes the next word a part of it.
-        "description": "Start Dify workflow runs in Dags, wait on them and use their outputs.",
+        "description": "Start Dify workflow runs in Dags, wait for them and use their outputs.",
         "versions": [__version__],
         "integrations": [
             {"integration-name": _INTEGRATION, "external-doc-url": "https://docs.dify.ai/", "tags": ["service", "ai"]}

@@ -22,7 +22,7 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
             type="string",
             minLength=32,
             title="Workflow run id",
-            description="The Dify workflow run to wait on",
+            description="The Dify workflow run to wait for",
         )
     },
     doc_md=__doc__,

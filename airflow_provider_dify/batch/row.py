@@ -231,7 +231,7 @@ class RowRun:
         return RowResult(self.row, "failed", error=error, attempts=self.lost.attempt + 1)
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         self._starter.close()
 
     async def stop(self) -> tuple[str, StopReport] | None:
@@ -348,7 +348,7 @@ class RowRun:
             return await self._starter.follow(wait, None)
         except DifyConnectionError as error:
             raise DifyError(
-                f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
+                f"{error} Only this run's record can't be read: other requests succeed. The batch continues without its "
                 f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
             ).explained_in(BATCH_SECTION) from None
 

@@ -167,7 +167,7 @@ class DifyHook(BaseHook):
         :param user: who starts it, up to 255 characters; Dify's log shows it and can be searched for it.
         :param workflow_id: UUID of a published version; the current one by default.
         :param timeout: seconds to wait for a run that is queued.
-        :return: the started run: its ids, and its events. To be closed; the run goes on without its client.
+        :return: the started run: its ids, and its events. To be closed; the run continues without its client.
         :raises DifyConfigurationError: if an argument can't be sent.
         :raises DifyRequestError: if Dify rejects the start. Inputs that Dify 1.15 or later rejects begin a run, whose
             last event says ``failed``.
@@ -200,14 +200,14 @@ class DifyHook(BaseHook):
         Start a run of the app's workflow, and wait until it is over: for a function of ``@task``.
 
         It follows the run's events, and polls where they break off. A start that may have arrived is not sent again:
-        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run goes on, and a
+        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run continues, and a
         retry of the task starts another one; the operator finds it instead.
 
         :param inputs: as for :meth:`start_workflow_run`.
         :param user: as there.
         :param workflow_id: as there.
         :param poll_interval: seconds between polls.
-        :param timeout: seconds for the start and the run, which goes on after that.
+        :param timeout: seconds for the start and the run, which continues after that.
         :return: the run, whatever its status.
         :raises DifyInputsRejected: if Dify rejects the inputs.
         :raises DifyWorkflowRunUncertain: if a run may have been started and could not be found.
@@ -233,7 +233,7 @@ class DifyHook(BaseHook):
 
         :param workflow_run_id: the run's UUID.
         :param poll_interval: seconds between polls.
-        :param timeout: seconds for the wait; the run goes on after that.
+        :param timeout: seconds for the wait; the run continues after that.
         :return: the run, whatever its status.
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.

@@ -1,4 +1,4 @@
-"""Start a Dify workflow run in a task, and wait on it."""
+"""Start a Dify workflow run in a task, and wait for it."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Starter(Follower):
         return self.stream is not None and self.stream.is_accepted and self.may_be_queued
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         if self.stream is not None:
             self.stream.close()
 

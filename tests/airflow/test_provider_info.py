@@ -84,7 +84,7 @@ def test_airflows_commands_show_the_provider() -> None:
         "list": ["airflow-provider-dify", "Dify", __version__],
         "hooks": ["dify", "airflow_provider_dify.hooks.dify.DifyHook", "airflow-provider-dify"],
         "links": ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"],
-        "get": ["conn-fields", "wait on them"],
+        "get": ["conn-fields", "wait for them"],
     }
     # Without it these commands know no hook's on Airflow 3.0 and 3.1.
     if not version("apache-airflow").startswith(("3.0.", "3.1.")) or util.find_spec("flask_appbuilder"):
