@@ -1,5 +1,5 @@
 """
-### Wait on a Dify workflow run that something else started
+### Wait for a Dify workflow run that something else started
 
 The param `workflow_run_id` is the run's id. The next task reports the outputs. The Dag uses the connection
 `dify_default`.

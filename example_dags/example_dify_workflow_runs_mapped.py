@@ -1,8 +1,8 @@
 """
-### Wait on several Dify workflow runs at once
+### Wait for several Dify workflow runs at once
 
-One mapped sensor waits for each run, and the last task collects the outputs. The param `workflow_run_ids` is the list of
-the runs' ids. The Dag uses the connection `dify_default`.
+One mapped sensor waits for each run, and the last task collects the outputs. The param `workflow_run_ids` is the list
+of the runs' ids. The Dag uses the connection `dify_default`.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class AsyncWorkflowRunStream:
     """
     A start that was sent on an event loop, the run once Dify names it, and the run's events.
 
-    The run continues without its client. ``async with`` hangs up at its end, and ``async for`` iterates over the events.
+    The run continues without its client. ``async with`` hangs up at its end; ``async for`` iterates over the events.
 
     :param session: what the start goes through: a share that is the stream's own.
     :param path: where to send the start.

@@ -348,8 +348,8 @@ class RowRun:
             return await self._starter.follow(wait, None)
         except DifyConnectionError as error:
             raise DifyError(
-                f"{error} Only this run's record can't be read: other requests succeed. The batch continues without its "
-                f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
+                f"{error} Only this run's record can't be read: other requests succeed. The batch continues without "
+                f"its result; look at workflow run {wait.workflow_run_id} in Dify's log."
             ).explained_in(BATCH_SECTION) from None
 
     async def _dify_responds(self) -> bool:

@@ -441,7 +441,8 @@ class RunningTask:
             report = await stop_start(self._client, start)
         except Exception as error:
             # Whatever it is, the task ends for another reason, which is the one to be told.
-            why = f"The workflow run of user {start.user!r} could not be stopped and keeps running: {reason_of(error, ())}"
+            reason = reason_of(error, ())
+            why = f"The workflow run of user {start.user!r} could not be stopped and keeps running: {reason}"
             report = StopReport(False, why, True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:

@@ -64,8 +64,8 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
     events; each is among its ``triggering_asset_events``.
 
     Each run is sent at least once. The first look takes what has ended so far as known (see ``lookback``). From
-    Airflow 3.3.2 on, what is known is kept in the asset's state store: the trigger continues where it stopped, and after
-    a triggerer was killed it repeats what it sent in the last seconds. Before that, it is kept in the triggerer's
+    Airflow 3.3.2 on, what is known is kept in the asset's state store: the trigger continues where it stopped, and
+    after a triggerer was killed it repeats what it sent in the last seconds. Before that, it is kept in the triggerer's
     process: a restart takes what ended in between as known, or repeats runs, as ``lookback`` says. What may be missed
     at any time: a run whose row comes into Dify's log more than 5 seconds after a younger one; one that ends later
     than ``run_timeout`` says; one of more than 100 that began in the same second; and one that began before the first
