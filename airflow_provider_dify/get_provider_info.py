@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from airflow_provider_dify import __version__
+from airflow_provider_dify import DOCUMENTATION, __version__
 
 _INTEGRATION = "Dify"
+_GUIDES = ("getting-started", "starting-runs", "batch", "waiting", "reacting-to-runs", "recipes")
 
 # The connection form. Airflow 3 reads it from here; the hook turns the same into Airflow 2's form.
 CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
@@ -54,7 +55,12 @@ def get_provider_info() -> dict[str, Any]:
         "description": "Start Dify workflow runs in Dags, wait for them and use their outputs.",
         "versions": [__version__],
         "integrations": [
-            {"integration-name": _INTEGRATION, "external-doc-url": "https://docs.dify.ai/", "tags": ["service", "ai"]}
+            {
+                "integration-name": _INTEGRATION,
+                "external-doc-url": "https://docs.dify.ai/",
+                "how-to-guide": [f"{DOCUMENTATION}/{page}.md" for page in _GUIDES],
+                "tags": ["service", "ai"],
+            }
         ],
         "hooks": _modules("hooks", "dify", "dify_async"),
         "operators": _modules("operators", "dify", "dify_batch"),

@@ -77,9 +77,13 @@ def test_a_workflow_runs_make_targets_and_pinned_actions_only(path: Path) -> Non
 @in_the_repository
 def test_no_file_names_another_repository_than_the_package() -> None:
     named = re.compile(r"https://github\.com/[\w-]+/airflow-provider-dify\b")
-    files = [ROOT / name for name in ("pyproject.toml", ".airflow-registry.yaml", ".astro-registry.yaml")]
-    for path in files:
+    names = ("pyproject.toml", ".airflow-registry.yaml", ".astro-registry.yaml", "SECURITY.md", "CHANGELOG.md")
+    for path in [ROOT / name for name in names]:
         assert set(named.findall(path.read_text(encoding="utf-8"))) == {SOURCE}
+
+
+def test_a_vulnerability_is_reported_at_the_packages_repository() -> None:
+    assert f"]({SOURCE}/security/advisories/new)" in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 
 
 def test_the_docs_need_no_repository() -> None:
