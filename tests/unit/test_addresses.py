@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify import DOCUMENTATION, __version__
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER, XCOMS_ARE_STRICT_JSON
 from airflow_provider_dify.api import calls, responses
 from airflow_provider_dify.api.session import load_bundle
 from airflow_provider_dify.batch.results import ReturnedResults, RowResult
@@ -40,6 +41,17 @@ def dify_says(status: int, code: str) -> None:
     responses.parse_app_info(http_answer(status, body))
 
 
+ON_LATER_AIRFLOWS: list[tuple[Callable[[], Any], str, str]] = [
+    (lambda: argument_for_triggerer("workflow_run_id", 7), ARGUMENT, "must be text for start_from_trigger=True"),
+    (lambda: argument_for_triggerer("workflow_run_id", "{{ a"), ARGUMENT, "is no template"),
+]
+ON_AIRFLOW_3: list[tuple[Callable[[], Any], str, str]] = [
+    (
+        lambda: ReturnedResults(1).add(RowResult(0, "succeeded", outputs={"a": float("nan")}, workflow_run_id="r")),
+        BATCH_SECTION,
+        "which Airflow cannot store as an XCom",
+    ),
+]
 CASES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: read_connection(password=""), CONNECTION, "it has no password"),
     (lambda: read_connection(password="{app-some-key}"), CONNECTION, "its password stands in braces or quotes"),
@@ -70,24 +82,19 @@ CASES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: parse_limit("max_failed_runs", 1.5), ARGUMENT, "or a share of the rows"),
     (lambda: parse_seconds("run_timeout", "soon"), ARGUMENT, "must be a number of seconds or a timedelta"),
     (lambda: parse_time("created_after", None), ARGUMENT, "must be a datetime or the ISO 8601 text of one"),
-    (lambda: argument_for_triggerer("workflow_run_id", 7), ARGUMENT, "must be text for start_from_trigger=True"),
-    (lambda: argument_for_triggerer("workflow_run_id", "{{ a"), ARGUMENT, "is no template"),
     (lambda: read_rows(7), ARGUMENT, "inputs must be a list of dicts"),
     (lambda: read_rows("[{}]"), ARGUMENT, "inputs is a text, not a list of dicts"),
     (lambda: read_rows("rows.txt"), ARGUMENT, "The file of inputs must end in"),
     (lambda: ReturnedResults(1_001), ARGUMENT, "rows, and at most"),
     (lambda: storage_path("nowhere://a/b"), BATCH_SECTION, "could not be"),
-    (
-        lambda: ReturnedResults(1).add(RowResult(0, "succeeded", outputs={"a": float("nan")}, workflow_run_id="r")),
-        BATCH_SECTION,
-        "which Airflow cannot store as an XCom",
-    ),
     (lambda: start_with("invalid_param", 400), "the-start-of-a-run", "Dify rejected the inputs and started no"),
     (lambda: start_with("app_unavailable", 400), REJECTED, "Dify rejected the start of a workflow run"),
     (lambda: start_with(None, 500), "the-run-ended-without-success", "Dify failed to start a workflow run"),
     (lambda: dify_says(401, "unauthorized"), REJECTED, "Dify refused the API key of"),
     (lambda: dify_says(400, "not_workflow_app"), REJECTED, "Dify rejected the request for"),
     (lambda: dify_says(503, "away"), AWAY, "Dify could not respond for"),
+    *(ON_LATER_AIRFLOWS if CAN_START_FROM_TRIGGER else ()),
+    *(ON_AIRFLOW_3 if XCOMS_ARE_STRICT_JSON else ()),
 ]
 
 
