@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from airflow_provider_dify import exceptions
+
 ROOT = Path(__file__).parent.parent
+OURS = {name for name in vars(exceptions) if name.startswith("Dify")}
 FAILURES = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
 # A row must name at least so much of a message that it can be distinguished from others.
 SHORTEST = len(" is no port")
@@ -66,3 +69,25 @@ def sections() -> dict[str, set[str]]:
         for message in re.findall(r"^\| `([^`]+)` \|", part, re.M):
             found.setdefault(message, set()).add(section)
     return found
+
+
+def raised_errors() -> Iterator[tuple[str, str]]:
+    """Return the text of each error that is made with one, and the section that its address names."""
+    named = {name: value for name, value in vars(exceptions).items() if name.endswith("_SECTION")}
+    for path in (ROOT / "airflow_provider_dify").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        explained = {
+            id(node.func.value): named[node.args[0].id]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "explained_in"
+            and isinstance(node.args[0], ast.Name)
+            and node.args[0].id in named
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OURS and node.args:
+                text = template(node.args[0])
+                # What is wrong with a connection is said again, with the connection's name.
+                if text and text != "…" and (path.stem != "connection" or id(node) in explained):
+                    yield text, explained.get(id(node), getattr(exceptions, node.func.id).section)

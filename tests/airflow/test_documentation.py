@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from airflow_provider_dify import exceptions
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
 from tests.airflow.python_blocks import BLOCKS, EXAMPLE, PAGES, ROOT, Block
 from tests.dify_stand_in import DifyStandIn, Start
-from tests.failures_page import FAILURES, TEXTS, begins_as, messages_of_the_table, sections, sources, template
+from tests.failures_page import (
+    FAILURES,
+    OURS,
+    TEXTS,
+    begins_as,
+    messages_of_the_table,
+    raised_errors,
+    sections,
+    sources,
+    template,
+)
 
 REPOSITORY = "https://github.com/airflow-provider-dify/airflow-provider-dify/"
 OUTPUTS = {"text": "hello", "summary": "short"}
@@ -107,7 +115,6 @@ def test_no_row_of_a_table_stands_on_two_pages() -> None:
 # --- messages
 
 # Airflow's own exceptions are raised with our words, too.
-OURS = {name for name in vars(exceptions) if name.startswith("Dify")}
 RAISING = OURS | {"AirflowSensorTimeout"}
 # What a wait goes on or succeeds with is no failure to look up.
 FINE = {"Dify workflow run … is …….", "Dify workflow run … succeeded…."}
@@ -126,28 +133,6 @@ def failures_and_warnings() -> set[str]:
             found |= {template(argument) for argument in node.args[1:2]}
     # "%s" alone is a message that is written elsewhere.
     return {text for text in found - FINE if text and text != "…"}
-
-
-def raised_errors() -> Iterator[tuple[str, str]]:
-    """Return the text of each error that is made with one, and the section that its address names."""
-    named = {name: value for name, value in vars(exceptions).items() if name.endswith("_SECTION")}
-    for path in (ROOT / "airflow_provider_dify").rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        explained = {
-            id(node.func.value): named[node.args[0].id]
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == "explained_in"
-            and isinstance(node.args[0], ast.Name)
-            and node.args[0].id in named
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OURS and node.args:
-                text = template(node.args[0])
-                # What is wrong with a connection is said again, with the connection's name.
-                if text and text != "…" and (path.stem != "connection" or id(node) in explained):
-                    yield text, explained.get(id(node), getattr(exceptions, node.func.id).section)
 
 
 @pytest.mark.parametrize(("text", "section"), sorted(set(raised_errors())))

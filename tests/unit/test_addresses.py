@@ -17,15 +17,30 @@ from airflow_provider_dify.batch.results import ReturnedResults, RowResult
 from airflow_provider_dify.batch.rows import read_rows
 from airflow_provider_dify.batch.storage import storage_path
 from airflow_provider_dify.exceptions import BATCH_SECTION, DifyError
+from airflow_provider_dify.runs.waiting import WaitArguments
 from airflow_provider_dify.runs.wanted import parse_time
 from airflow_provider_dify.tasks.arguments import parse_count, parse_limit, parse_seconds
 from airflow_provider_dify.triggers.templates import argument_for_triggerer
-from tests.failures_page import sections
+from tests.dify_stand_in import Recording
+from tests.failures_page import begins_as, raised_errors, sections
 from tests.unit.test_connection import read as read_connection
 from tests.unit.test_workflow_run import http_answer
+from tests.unit.test_workflow_run import read as read_run
 
 ARGUMENT, CONNECTION, REJECTED = "an-argument-cant-work", "the-connection-cant-be-used", "dify-rejects-the-request"
 AWAY = "dify-cant-be-reached-or-cant-answer"
+ENDED, STARTED = "the-run-ended-without-success", "the-start-of-a-run"
+# Rows of what is no task's error: a part of a message, an ImportError, and what the Test button or Airflow says.
+NO_ERRORS = {
+    "must be text, not …. With render_template_as_native_obj=True a template gives that",
+    "Python 3.13 and later refuse the certificate",
+    "its extra is no JSON object",
+    "The API key works, but it belongs to the app",
+    "DifyWorkflowRunsTrigger needs Airflow 3.0 or later",
+    "The sensor has timed out after … seconds",
+}
+# In a variable, because two places raise it; the sensor's own tests do.
+ELSEWHERE = {"start_from_trigger=True does not go with a mapped sensor"}
 
 
 def raised(error: DifyError) -> None:
@@ -52,7 +67,20 @@ ON_AIRFLOW_3: list[tuple[Callable[[], Any], str, str]] = [
         "which Airflow cannot store as an XCom",
     ),
 ]
+
+
+def judge(name: str = "detail_failed", fields: dict[str, Any] | None = None, **arguments: Any) -> None:
+    recording = Recording.load(name)
+    run = read_run(http_answer(200, {**recording.fields(), **(fields or {})}))
+    WaitArguments(**arguments).judge(run).raise_if_failed(run)
+
+
 CASES: list[tuple[Callable[[], Any], str, str]] = [
+    (judge, ENDED, " failed"),
+    (lambda: judge("detail_stopped"), ENDED, "was stopped"),
+    (lambda: judge("detail_partial_default", fail_on_partial_success=True), ENDED, "fail_on_partial_success is set"),
+    (lambda: judge("detail_running_t0", run_timeout=1), ENDED, "seconds after it was created"),
+    (lambda: judge(fields={"status": "new"}), ENDED, "finished with the status"),
     (lambda: read_connection(password=""), CONNECTION, "it has no password"),
     (lambda: read_connection(password="{app-some-key}"), CONNECTION, "its password stands in braces or quotes"),
     (lambda: read_connection(password="app-a b"), CONNECTION, "its password holds white space or characters"),
@@ -87,9 +115,9 @@ CASES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: read_rows("rows.txt"), ARGUMENT, "The file of inputs must end in"),
     (lambda: ReturnedResults(1_001), ARGUMENT, "rows, and at most"),
     (lambda: storage_path("nowhere://a/b"), BATCH_SECTION, "could not be"),
-    (lambda: start_with("invalid_param", 400), "the-start-of-a-run", "Dify rejected the inputs and started no"),
+    (lambda: start_with("invalid_param", 400), STARTED, "Dify rejected the inputs and started no"),
     (lambda: start_with("app_unavailable", 400), REJECTED, "Dify rejected the start of a workflow run"),
-    (lambda: start_with(None, 500), "the-run-ended-without-success", "Dify failed to start a workflow run"),
+    (lambda: start_with(None, 500), ENDED, "Dify failed to start a workflow run"),
     (lambda: dify_says(401, "unauthorized"), REJECTED, "Dify refused the API key of"),
     (lambda: dify_says(400, "not_workflow_app"), REJECTED, "Dify rejected the request for"),
     (lambda: dify_says(503, "away"), AWAY, "Dify could not respond for"),
@@ -111,3 +139,16 @@ def test_an_error_ends_with_the_address_of_its_section_in_this_version(
     for error in (caught.value, event, pickle.loads(pickle.dumps(caught.value))):
         assert str(error.with_address()).endswith(f"/blob/v{__version__}/docs/failures.md#{section}")
         assert DOCUMENTATION in str(error)
+
+
+def test_every_row_of_an_error_is_raised_here_or_has_its_section_where_it_is_raised() -> None:
+    texts = {text for text, _ in raised_errors()}
+    words = [words for _, _, words in (*CASES, *ON_LATER_AIRFLOWS, *ON_AIRFLOW_3)]
+    # What a row's log or result says, and what a trigger logs, is no task's error.
+    errors = {
+        message
+        for message, found in sections().items()
+        if found - {"warnings", "the-triggerer", "the-exceptions", BATCH_SECTION}
+    }
+    left = {m for m in errors if not any(begins_as(m, text) for text in texts) and not any(word in m for word in words)}
+    assert left == NO_ERRORS | ELSEWHERE
