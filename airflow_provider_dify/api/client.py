@@ -13,6 +13,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from weakref import WeakKeyDictionary, WeakSet
 
 import aiohttp
+from multidict import CIMultiDict
 
 from airflow_provider_dify.api.calls import Call, encode_start, events_path, start_path
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection
@@ -226,11 +227,13 @@ class SharedSession(Shared):
         connector = (
             _socks_connector(self.socks_proxy, settings) if self.socks_proxy else aiohttp.TCPConnector(**settings)
         )
+        headers = CIMultiDict(HEADERS)
+        # Also the key may stand here: this session is one connection's, and follows no redirect by itself.
+        headers.update(self.connection.headers, Authorization=f"Bearer {self.connection.api_key}")
         return aiohttp.ClientSession(
             connector=connector,
             timeout=timeout,
-            # The key may stand here: this session is one connection's, and follows no redirect by itself.
-            headers={**HEADERS, "Authorization": f"Bearer {self.connection.api_key}"},
+            headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             max_line_size=MAX_HEADER,
             max_field_size=MAX_HEADER,

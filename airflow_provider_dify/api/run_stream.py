@@ -13,7 +13,7 @@ from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
 from airflow_provider_dify.api.responses import error_from_start, error_from_start_event
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.text import one_line, redact
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 
 if TYPE_CHECKING:
@@ -230,7 +230,10 @@ class AsyncWorkflowRunStream:
         """Return what Dify's error from before the run had a name means; ``None`` where there was none."""
         if self.error_event is None:
             return None
-        return error_from_start_event(self.error_event.data, self.server_version)
+        # What it quotes may be what a gateway was sent.
+        secrets = self._connection.secrets
+        data = {name: redact(v, secrets) if isinstance(v, str) else v for name, v in self.error_event.data.items()}
+        return error_from_start_event(data, self.server_version)
 
     async def __aenter__(self) -> AsyncWorkflowRunStream:
         return self
@@ -362,9 +365,9 @@ class AsyncWorkflowRunStream:
 
     def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
         return DifyWorkflowRunUncertain(
-            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run "
-            f"for user {self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's "
-            "log in Dify's console.",
+            f"{redact(reason, self._connection.secrets)}: no run id came back from {self._url}, so Dify may or may not "
+            f"have started a workflow run for user {self._user!r}. It was not asked again, so as not to pay twice. "
+            "Look for the user in the app's log in Dify's console.",
             user=self._user,
         )
 

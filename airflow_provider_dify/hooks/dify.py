@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import BaseHook
 
+from airflow_provider_dify.airflow_versions import mask_secrets
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Call, open_upload
 from airflow_provider_dify.api.connection import DifyConnection
@@ -88,6 +89,7 @@ class DifyHook(BaseHook):
         if self._connection is None:
             connection = self.get_connection(self.dify_conn_id)
             settings = DifyConnection.from_airflow(connection, has_name=self._names_connection)
+            mask_secrets(settings.secret_headers)
             self._connection = replace(settings, timeout=self.timeout or settings.timeout)
         return self._connection
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from airflow.providers.common.compat.connection import get_async_connection
 
+from airflow_provider_dify.airflow_versions import mask_secrets_async
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.connection import DifyConnection
@@ -173,7 +174,9 @@ def _begin(conn_id: str) -> _Reading:
 
 
 async def _read(conn_id: str) -> DifyConnection:
-    return DifyConnection.from_airflow(await get_async_connection(conn_id))
+    connection = DifyConnection.from_airflow(await get_async_connection(conn_id))
+    await mask_secrets_async(connection.secret_headers)
+    return connection
 
 
 def _retrieve(task: asyncio.Task[DifyConnection]) -> None:
