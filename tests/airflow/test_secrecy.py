@@ -1,4 +1,4 @@
-"""Neither API key nor header of one's own is in anything that a run of a Dag leaves behind, at the loudest log level."""
+"""Neither API key nor header is in anything that a run of a Dag leaves behind, at the fullest log level."""
 
 from __future__ import annotations
 
