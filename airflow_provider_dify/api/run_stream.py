@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
@@ -29,6 +29,7 @@ _SUBJECT = "the start of a workflow run"
 _HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
 # For so long a stream is read on after an error: the end of its run may follow (measured: within milliseconds).
 SECONDS_AFTER_ERROR = 2.0
+Headers: TypeAlias = Mapping[str, str] | None
 # What a stream brings: that an event stream has begun (None), a response that is none, an event, or why no more comes.
 StreamItem = HttpResponse | WorkflowEvent | Exception | None
 
@@ -80,6 +81,7 @@ class AsyncWorkflowRunStream:
     :param path: where to send the start.
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
+    :param headers: further headers of the start.
     :ivar workflow_run_id: the run's UUID; empty until Dify names it.
     :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
     :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
@@ -88,7 +90,7 @@ class AsyncWorkflowRunStream:
     :ivar error_event: the ``error`` that came before the run had a name; ``None`` where none did.
     """
 
-    def __init__(self, session: Session, path: str, body: bytes, user: str) -> None:
+    def __init__(self, session: Session, path: str, body: bytes, user: str, headers: Headers = None) -> None:
         self._connection: DifyConnection = session.connection
         self._url = f"{session.connection.base_url}{path}"
         self._user = user
@@ -108,7 +110,7 @@ class AsyncWorkflowRunStream:
         self._was_taken = asyncio.Event()
         self._is_closed = False
         self._session = session
-        self._reader = asyncio.get_running_loop().create_task(self._read(body))
+        self._reader = asyncio.get_running_loop().create_task(self._read(body, {**_HEADERS, **(headers or {})}))
 
     @property
     def is_named(self) -> bool:
@@ -256,14 +258,14 @@ class AsyncWorkflowRunStream:
 
     # --- what is read in the background
 
-    async def _read(self, body: bytes) -> None:
+    async def _read(self, body: bytes, headers: Mapping[str, str]) -> None:
         """Send the start and read what comes back, in a task of its own."""
         try:
             client = await self._session.open_for_starts()
             async with client.post(
                 self._url,
                 data=body,
-                headers=_HEADERS,
+                headers=headers,
                 allow_redirects=False,
                 proxy=self._session.proxy,
                 trace_request_ctx=self,

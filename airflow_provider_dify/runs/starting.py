@@ -10,7 +10,7 @@ from typing import Any
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
+from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
     DifyConnectionError,
@@ -57,6 +57,8 @@ class Starter(Follower):
     after_refusal: Callable[[], Awaitable[None]] | None = None
     # Waits until Dify may have room for one run more; a pause that grows, by default.
     wait_for_room: Callable[[DifyConnectionError], Awaitable[None]] | None = None
+    # Of the start, beside the usual ones.
+    headers: Headers = None
     stream: AsyncWorkflowRunStream | None = None
     last_look_failed = False
     log_shows_no_run = False
@@ -82,8 +84,11 @@ class Starter(Follower):
         if self.stream is not None:
             self.stream.close()
 
-    async def run(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> WorkflowRun:
+    async def run(
+        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None, headers: Headers = None
+    ) -> WorkflowRun:
         """Start a run and follow it until it is over; return it, whatever its status."""
+        self.headers = headers
         before, sent_at = await before_start(self.client, user)
         search = RunSearch(user, sent_at, user_is_unique=False, fingerprint=fingerprint(inputs), known_runs=before)
         try:
@@ -146,7 +151,7 @@ class Starter(Follower):
     async def _send_once(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> AsyncWorkflowRunStream:
         if self.before_send is not None:
             await self.before_send()
-        stream = self.stream = self.client.send_start(inputs, user, workflow_id)
+        stream = self.stream = self.client.send_start(inputs, user, workflow_id, self.headers)
         try:
             await self._wait_until_accepted(stream, user)
         except DifyConnectionError:
