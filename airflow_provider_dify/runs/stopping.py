@@ -81,7 +81,7 @@ def _report(workflow_run_id: str, run: WorkflowRun | None, server_version: str |
         return StopReport(
             True,
             f"Workflow run {workflow_run_id} is paused, and Dify does not stop a paused run: it waits for a person "
-            "still.",
+            "still. Once its form is answered, the run may go on, because some versions of Dify forget the stop.",
             is_warning=True,
         )
     if run is not None and run.finished_at is not None:
