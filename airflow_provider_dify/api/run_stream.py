@@ -9,12 +9,18 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from airflow_provider_dify.api.calls import parse_workflow_run_id
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
 from airflow_provider_dify.api.responses import error_from_start, error_from_start_event
 from airflow_provider_dify.api.text import one_line, redact
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.exceptions import (
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunUncertain,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -82,7 +88,7 @@ class AsyncWorkflowRunStream:
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
     :param headers: further headers of the start.
-    :ivar workflow_run_id: the run's UUID; empty until Dify names it.
+    :ivar workflow_run_id: the run's UUID; empty until Dify names it, by an event or in the response's header.
     :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
     :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
     :ivar server_version: Dify's version; ``None`` until it responds.
@@ -114,8 +120,8 @@ class AsyncWorkflowRunStream:
 
     @property
     def is_named(self) -> bool:
-        """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
-        return bool(self.workflow_run_id)
+        """Whether an event has named run and task; until then the run is queued, or was rejected without a word."""
+        return bool(self.task_id)
 
     @property
     def has_ended(self) -> bool:
@@ -187,7 +193,7 @@ class AsyncWorkflowRunStream:
         :raises DifyError: as :meth:`wait_until_named` does.
         """
         try:
-            if not await self.wait_until_named(seconds):
+            if not await self.wait_until_named(seconds) and not self.workflow_run_id:
                 raise DifyWorkflowRunUncertain(
                     f"Dify did not name the run of user {self._user!r} within {seconds:g} seconds: it is queued, and "
                     "may run later. Look for the user in the app's log in Dify's console.",
@@ -275,6 +281,9 @@ class AsyncWorkflowRunStream:
                 whole = b"" if is_stream else await response.read()
                 received = HttpResponse.received(self._connection, self._url, response.status, response.headers, whole)
                 self.server_version = received.server_version
+                with suppress(DifyConfigurationError):
+                    # A branch of Dify names the run here, before there is a record of it.
+                    self.workflow_run_id = parse_workflow_run_id(received.header("X-Workflow-Run-ID"))
                 self._put(None if is_stream else received)
                 if is_stream:
                     await self._read_events(response)
@@ -366,8 +375,9 @@ class AsyncWorkflowRunStream:
         )
 
     def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
+        named = f"no event of workflow run {self.workflow_run_id}" if self.workflow_run_id else "no run id"
         return DifyWorkflowRunUncertain(
-            f"{redact(reason, self._connection.secrets)}: no run id came back from {self._url}, so Dify may or may not "
+            f"{redact(reason, self._connection.secrets)}: {named} came back from {self._url}, so Dify may or may not "
             f"have started a workflow run for user {self._user!r}. It was not asked again, so as not to pay twice. "
             "Look for the user in the app's log in Dify's console.",
             user=self._user,

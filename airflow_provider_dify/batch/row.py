@@ -300,7 +300,7 @@ class RowRun:
         except DifyAuthenticationError:
             raise
         except DifyWorkflowRunUncertain as error:
-            self.lost = LostStart(error, search, attempt)
+            self.lost = LostStart(error, starter.known(search), attempt)
             shows_no_run = starter.log_shows_no_run and not starter.is_in_queue
             return _Outcome("failed", str(error), can_be_repeated=settings.restart_lost_runs and shows_no_run)
         except DifyConnectionError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from airflow_provider_dify.api import calls
@@ -78,6 +79,11 @@ class Starter(Follower):
     def is_in_queue(self) -> bool:
         """Whether the start under way was accepted by a server that may have queued it."""
         return self.stream is not None and self.stream.is_accepted and self.may_be_queued
+
+    def known(self, search: RunSearch) -> RunSearch:
+        """Return what is known of the run of the start under way: where the response named it, its id, too."""
+        run_id = self.stream.workflow_run_id if self.stream is not None else ""
+        return replace(search, announced_id=run_id) if run_id else search
 
     def close(self) -> None:
         """Hang up; the run goes on."""
@@ -198,7 +204,7 @@ class Starter(Follower):
         inputs, a DifyWorkflowRunFailed if Dify says that it failed to start the run, and a DifyWorkflowRunUncertain if
         the stream ends before.
         """
-        began = time.monotonic()
+        search, began = self.known(search), time.monotonic()
         next_look = began + QUEUE_INTERVAL
         others: set[str] = set()
         while (left := min(seconds - (time.monotonic() - began), self.deadline.left)) > 0:
@@ -277,7 +283,7 @@ class Starter(Follower):
         While the log can't be read it looks for ten times as long, by default. ``error`` says why no id came back.
         Raises a DifyWorkflowRunUncertain if several runs fit, or the log can't be read at all.
         """
-        began = time.monotonic()
+        search, began = self.known(search), time.monotonic()
         others: set[str] = set()
         was_away = False
         self.log_shows_no_run = False

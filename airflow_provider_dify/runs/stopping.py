@@ -55,7 +55,7 @@ async def stop_run(client: DifyClient, workflow_run_id: str, task_id: str | None
 async def stop_queued(client: DifyClient, search: RunSearch, task_id: str | None) -> StopReport:
     """Stop a run that Dify has not named yet, if its log does; raises no DifyError."""
     run_id: str | None = None
-    if search.user_is_unique:
+    if search.user_is_unique or search.announced_id:
         with suppress(DifyError):
             run_id = await find_run(client, search)
     if run_id is None:
