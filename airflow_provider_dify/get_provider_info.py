@@ -31,6 +31,11 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
         "Cloud, else the server of the base URL.",
         "schema": {"type": ["string", "null"]},
     },
+    "headers": {
+        "label": "Headers",
+        "description": 'Headers for what stands in front of Dify, as JSON: {"CF-Access-Client-Id": "..."}. Secret.',
+        "schema": {"type": ["string", "null"], "format": "password"},
+    },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
     # Neither the port nor the extra: Airflow 3.3.2's Test button fails for a connection without a port, and 2.11's in a
