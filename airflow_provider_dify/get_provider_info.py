@@ -32,6 +32,11 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
         "Cloud, else the server of the base URL.",
         "schema": {"type": ["string", "null"]},
     },
+    "headers": {
+        "label": "Headers",
+        "description": 'Headers for what stands in front of Dify, as JSON: {"CF-Access-Client-Id": "..."}. Secret.',
+        "schema": {"type": ["string", "null"], "format": "password"},
+    },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
     # Neither the port nor the extra: the Test button of Airflow 3.3.1 and 3.3.2 fails for a connection without a port,

@@ -144,7 +144,8 @@ class DifySession(requests.Session):
         return target if target and self._connection.owns(absolute) else None
 
     def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
-        """Keep the key on a redirect, which never leaves the origin; ``requests`` would look into ``.netrc``."""
+        """Keep key and headers on a redirect, which never leaves the origin; ``requests`` asks ``.netrc`` here."""
+        _BearerAuth(self._connection)(prepared_request)
 
 
 def send(
@@ -260,7 +261,7 @@ def _retry_after(state: RetryCallState) -> float:
 
 class _BearerAuth(AuthBase):
     """
-    Send the API key to the connection's own origin and nowhere else.
+    Send the API key and the connection's headers to its own origin and nowhere else.
 
     An auth object rather than a session header, because ``requests`` puts a ``.netrc`` entry in place of that.
     """
@@ -270,5 +271,5 @@ class _BearerAuth(AuthBase):
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         if self._connection.owns(request.url or ""):
-            request.headers["Authorization"] = f"Bearer {self._connection.api_key}"
+            request.headers.update({**self._connection.headers, "Authorization": f"Bearer {self._connection.api_key}"})
         return request

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.models import WorkflowRun
+from airflow_provider_dify.api.run_stream import Headers
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
@@ -69,6 +70,7 @@ class BatchSettings:
     restart_lost_runs: bool = False
     # Airflow's, of the task.
     retries: int = 0
+    headers: Headers = None
 
 
 class Batch(Protocol):
@@ -269,6 +271,7 @@ class RowRun:
     def _new_starter(self) -> Starter:
         batch = self._batch
         starter = Starter(batch.client, batch.deadline, self._log, batch.settings.wait, reads_success=False)
+        starter.headers = batch.settings.headers
         starter.start_retries = START_RETRIES
         starter.before_send = self._before_send
         starter.wait_for_room = self._wait_for_room
@@ -304,7 +307,7 @@ class RowRun:
         except DifyAuthenticationError:
             raise
         except DifyWorkflowRunUncertain as error:
-            self.lost = LostStart(error, search, attempt)
+            self.lost = LostStart(error, starter.known(search), attempt)
             shows_no_run = starter.log_shows_no_run and not starter.is_in_queue
             return _Outcome("failed", str(error), can_be_repeated=settings.restart_lost_runs and shows_no_run)
         except DifyConnectionError as error:

@@ -63,6 +63,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         run and map index. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
     :param workflow_id: UUID of a published version of the workflow; the current one by default. Templated.
+    :param trace_session_id: the session of all runs in Dify's tracing, as for the operator. Templated.
     :param fail_on_partial_success: whether a ``partial-succeeded`` run counts as failed.
     :param timeout: seconds (or a ``timedelta``) for the batch; seven days by default. What runs then is stopped.
     :param run_timeout: seconds since a run's creation after which it is stopped and counts as failed.
@@ -85,7 +86,14 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
     """
 
-    template_fields: Sequence[str] = ("inputs", "output_path", "user", "workflow_id", "dify_conn_id")
+    template_fields: Sequence[str] = (
+        "inputs",
+        "output_path",
+        "user",
+        "workflow_id",
+        "dify_conn_id",
+        "trace_session_id",
+    )
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
     ui_color = UI_COLOR
     ui_fgcolor = UI_FGCOLOR
@@ -104,6 +112,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         user: str | None = None,
         dify_conn_id: str = "dify_default",
         workflow_id: str | None = None,
+        trace_session_id: str | None = None,
         fail_on_partial_success: bool = False,
         timeout: timedelta | float = timedelta(days=7),
         run_timeout: timedelta | float | None = None,
@@ -129,6 +138,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         self.user = user
         self.dify_conn_id = dify_conn_id
         self.workflow_id = workflow_id
+        self.trace_session_id = trace_session_id
         self.fail_on_partial_success = fail_on_partial_success
         self.timeout = parse_seconds("timeout", timeout)
         self.run_timeout = None if run_timeout is None else parse_seconds("run_timeout", run_timeout)
@@ -154,6 +164,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         :return: ``output_path``; without it the results, a list in row order.
         """
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
+        from airflow_provider_dify.api.calls import trace_headers
         from airflow_provider_dify.batch.row import BatchSettings
         from airflow_provider_dify.batch.task import BatchTask
         from airflow_provider_dify.runs.waiting import WaitArguments
@@ -173,6 +184,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             progress_interval=self.progress_interval,
             restart_lost_runs=self.restart_lost_runs,
             retries=self.retries or 0,
+            headers=trace_headers(trace_session_id=self.trace_session_id),
         )
         ti: Any = context["ti"]
         xcoms = TaskXComs(self, context)

@@ -314,6 +314,7 @@ class RunningTask:
         start = await self._ask(lambda: new_start(self._ti, arguments.user, arguments.inputs, before, sent_at))
         if self._client.address:
             self._log.info("%s", self._client.address)
+        starter.headers = arguments.headers
         starter.before_send = lambda: self._keep(start)
         starter.after_refusal = lambda: self._keep(None)
         try:
@@ -334,10 +335,10 @@ class RunningTask:
 
     async def _wait_on_stream(self, start: TaskStart, stream: AsyncWorkflowRunStream) -> None:
         starter = self._starter
+        start = replace(start, was_accepted=True, search=starter.known(start.search))
         try:
             run_id = await starter.wait_until_named(stream, start.search, SECONDS_BEFORE_QUEUED)
             if run_id is None:
-                start = replace(start, was_accepted=True)
                 await self._keep(start)
                 self._log.info(
                     "Dify has accepted the start and named no run yet: the workflow run of user %r is queued.",
@@ -346,7 +347,7 @@ class RunningTask:
                 seconds = SECONDS_BEFORE_DEFERRAL if self._arguments.deferrable else self.deadline.left
                 run_id = await starter.wait_until_named(stream, start.search, seconds)
         except DifyWorkflowRunUncertain as error:
-            await self._wait_in_log(replace(start, was_accepted=True), error)
+            await self._wait_in_log(start, error)
             return
         except DifyError:
             # Dify rejected it.

@@ -36,7 +36,7 @@ from tests.standstill import Standstill
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
-QUEUEING = ("1.13.0", "1.14.2", "1.15.0", "1.16.1")
+QUEUEING = ("1.13.0", "1.14.2", "1.15.0", "1.16.1", "1.17")
 WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
 
 
@@ -219,6 +219,7 @@ def test_inputs_from_mapped_tasks_become_lists(dify: DifyStandIn) -> None:
         ("1.15.0", None),
         ("1.16.1", "Client response stream closed before app execution completed"),
         ("1.16.1", "App task was stopped"),
+        ("1.17", None),
     ],
 )
 def test_a_run_that_waited_for_a_person_goes_on_and_1_16_1_s_fault_is_named(
@@ -252,7 +253,7 @@ def test_a_run_that_waited_for_a_person_goes_on_and_1_16_1_s_fault_is_named(
     if error_text is not None:
         error = error_of(result)
         assert str(error).startswith(f"Aborted: {error_text}")
-        assert "1.16.1 is known to end a run like this" in str(error)
+        assert "1.16.0 and 1.16.1 end runs like this" in str(error)
     else:
         assert result.states["run"] == "success"
         assert result.received["outputs"]["comment"] == "fine"

@@ -899,7 +899,9 @@ def test_the_server_is_named_once(dify: DifyStandIn, caplog: pytest.LogCaptureFi
     caplog.set_level(logging.INFO, "wait")
     payload_of(trigger_of(dify.add_run("running", "running", "succeeded")))
     lines = [record.getMessage() for record in caplog.records if "Dify " in record.getMessage()]
-    assert [line for line in lines if " at " in line] == [f"Dify {dialect} at {dify.base_url}"]
+    assert [line for line in lines if " at " in line] == [
+        f"Dify {dify.dialect_rules.server_version} at {dify.base_url}"
+    ]
 
 
 def test_what_changes_is_logged_and_not_each_poll(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
