@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 A whole HTTP response of Dify's API in, a model or an exception out.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Foreign text in our messages: one line, bounded, without control characters and without secrets."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A batch as a task's try: its rows, its results and its XComs, from what the operator's arguments say."""
 
 from __future__ import annotations

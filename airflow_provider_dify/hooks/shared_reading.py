@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 One reading of an app's log for all who watch it in a process.
 

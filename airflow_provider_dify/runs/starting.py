@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run started and named: sent again only where none can have started, else looked for in Dify's log."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What one state of a workflow run means for the task that waits for it. Pure."""
 
 from __future__ import annotations

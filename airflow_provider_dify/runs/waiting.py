@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a series of polls means for a wait: which failures it survives, what ends it, and what is worth a line."""
 
 from __future__ import annotations

@@ -91,6 +91,16 @@ def test_the_docs_need_no_repository() -> None:
         assert SOURCE not in path.read_text(encoding="utf-8"), path
 
 
+# --- the license
+
+
+def test_every_module_begins_with_the_identifier_of_the_license() -> None:
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    modules = sorted((ROOT / "airflow_provider_dify").rglob("*.py"))
+    without = [path for path in modules if not path.read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")]
+    assert without == [], "a module's first line is: # SPDX-License-Identifier: Apache-2.0"
+
+
 # --- registries
 
 

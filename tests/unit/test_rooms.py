@@ -57,6 +57,11 @@ def source_of(module: str) -> str:
     return (PACKAGE / f"{module}.py").read_text()
 
 
+def lines_to_read(module: str) -> int:
+    """Count the lines of a module without the one that names the license."""
+    return len(source_of(module).removeprefix("# SPDX-License-Identifier: Apache-2.0\n").splitlines())
+
+
 def test_every_module_is_on_one_floor_and_no_floor_names_a_module_that_is_gone() -> None:
     rooms = [room for rooms in FLOORS.values() for room in rooms]
     assert len(rooms) == len(set(rooms))
@@ -69,7 +74,7 @@ def test_the_house_has_no_more_rooms_and_lines_than_a_stranger_can_read() -> Non
     rooms = Counter(module.rpartition("/")[0] for module in modules)
     assert max(rooms.values()) <= MOST_MODULES_IN_A_ROOM
     assert len(modules) <= MOST_MODULES
-    assert sum(len(source_of(module).splitlines()) for module in MODULES) <= MOST_LINES_IN_ALL
+    assert sum(lines_to_read(module) for module in MODULES) <= MOST_LINES_IN_ALL
 
 
 def test_no_more_than_five_modules_stand_outside_of_the_rooms() -> None:
@@ -108,7 +113,7 @@ def test_the_client_in_api_needs_no_airflow_of_its_own() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_a_module_can_be_read_at_once_and_is_named_for_what_it_knows(module: str) -> None:
-    assert len(source_of(module).splitlines()) <= MOST_LINES
+    assert lines_to_read(module) <= MOST_LINES
     assert module.rpartition("/")[2] not in {"utils", "util", "helpers", "helper", "common", "misc", "base"}
 
 
