@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from airflow_provider_dify import __version__
 from airflow_provider_dify.api.text import one_line, redact
-from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.exceptions import CONNECTION_SECTION, DifyConfigurationError
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Connection
@@ -208,7 +208,9 @@ class DifyConnection:
             name = name_connection(conn_id)
             # The key may have been put into another field, too.
             reason = one_line(redact(str(error), (connection.password or "",)))
-            raise DifyConfigurationError(f"{name[0].upper()}{name[1:]} cannot be used: {reason}") from None
+            raise DifyConfigurationError(f"{name[0].upper()}{name[1:]} cannot be used: {reason}").explained_in(
+                CONNECTION_SECTION
+            ) from None
 
     @property
     def console(self) -> str:
@@ -252,7 +254,7 @@ class DifyConnection:
                 f"{name[0].upper()}{name[1:]} cannot be used: its password is the API key of a knowledge base, which "
                 "runs no workflow. Put the API key of the workflow app there (in Dify: the app's page, API Access, API "
                 "Key)."
-            )
+            ).explained_in(CONNECTION_SECTION)
 
     def owns(self, url: str) -> bool:
         """

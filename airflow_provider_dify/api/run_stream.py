@@ -81,7 +81,7 @@ class AsyncWorkflowRunStream:
     """
     A start that was sent on an event loop, the run once Dify names it, and the run's events.
 
-    The run goes on without its client. ``async with`` hangs up at its end, and ``async for`` iterates over the events.
+    The run continues without its client. ``async with`` hangs up at its end; ``async for`` iterates over the events.
 
     :param session: what the start goes through: a share that is the stream's own.
     :param path: where to send the start.
@@ -136,7 +136,7 @@ class AsyncWorkflowRunStream:
         :return: the event; ``None`` if there was none, which says nothing about the run.
         :raises DifyError: if Dify rejected the start; a :class:`DifyConnectionError` only if nothing was started.
         :raises DifyWorkflowRunUncertain: if the stream ended before Dify named the run, which may have been started.
-        :raises DifyConnectionError: if the stream broke off after that; the run goes on.
+        :raises DifyConnectionError: if the stream broke off after that; the run continues.
         """
         if self._kept is not None:
             kept, self._kept = self._kept, None
@@ -253,7 +253,7 @@ class AsyncWorkflowRunStream:
         await self.wait_closed()
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         self._is_closed = True
         self._reader.cancel()
 
@@ -370,7 +370,7 @@ class AsyncWorkflowRunStream:
 
     def _broken(self, reason: str) -> DifyConnectionError:
         return DifyConnectionError(
-            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run goes on.",
+            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run continues.",
             server_version=self.server_version,
         )
 

@@ -18,6 +18,7 @@ from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan
 from airflow_provider_dify.batch.slots import Places
 from airflow_provider_dify.exceptions import (
+    BATCH_SECTION,
     DifyAuthenticationError,
     DifyConnectionError,
     DifyError,
@@ -232,7 +233,7 @@ class RowRun:
         return RowResult(self.row, "failed", error=error, attempts=self.lost.attempt + 1)
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         self._starter.close()
 
     async def stop(self) -> tuple[str, StopReport] | None:
@@ -350,9 +351,9 @@ class RowRun:
             return await self._starter.follow(wait, None)
         except DifyConnectionError as error:
             raise DifyError(
-                f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
-                f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
-            ) from None
+                f"{error} Only this run's record can't be read: other requests succeed. The batch continues without "
+                f"its result; look at workflow run {wait.workflow_run_id} in Dify's log."
+            ).explained_in(BATCH_SECTION) from None
 
     async def _dify_responds(self) -> bool:
         """Return whether Dify responds at all, so that what fails again and again is of one row."""

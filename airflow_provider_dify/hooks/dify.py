@@ -173,7 +173,7 @@ class DifyHook(BaseHook):
         :param timeout: seconds to wait for a run that is queued.
         :param trace_id: the run's id in Dify's tracing, as for the operator.
         :param trace_session_id: the session of that trace, as for the operator.
-        :return: the started run: its ids, and its events. To be closed; the run goes on without its client.
+        :return: the started run: its ids, and its events. To be closed; the run continues without its client.
         :raises DifyConfigurationError: if an argument can't be sent.
         :raises DifyRequestError: if Dify rejects the start. Inputs that Dify 1.15 or later rejects begin a run, whose
             last event says ``failed``.
@@ -209,14 +209,14 @@ class DifyHook(BaseHook):
         Start a run of the app's workflow, and wait until it is over: for a function of ``@task``.
 
         It follows the run's events, and polls where they break off. A start that may have arrived is not sent again:
-        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run goes on, and a
+        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run continues, and a
         retry of the task starts another one; the operator finds it instead.
 
         :param inputs: as for :meth:`start_workflow_run`.
         :param user: as there.
         :param workflow_id: as there.
         :param poll_interval: seconds between polls.
-        :param timeout: seconds for the start and the run, which goes on after that.
+        :param timeout: seconds for the start and the run, which continues after that.
         :param trace_id: as for :meth:`start_workflow_run`.
         :param trace_session_id: as there.
         :return: the run, whatever its status.
@@ -243,7 +243,7 @@ class DifyHook(BaseHook):
 
         :param workflow_run_id: the run's UUID.
         :param poll_interval: seconds between polls.
-        :param timeout: seconds for the wait; the run goes on after that.
+        :param timeout: seconds for the wait; the run continues after that.
         :return: the run, whatever its status.
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.

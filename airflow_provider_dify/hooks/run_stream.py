@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 class WorkflowRunStream:
     """
-    A run that was started, and its events. The run goes on without its client.
+    A run that was started, and its events. The run continues without its client.
 
     ``with`` hangs up at its end, and ``for`` iterates over the events.
 
@@ -84,7 +84,7 @@ class WorkflowRunStream:
 
         :param seconds: how long to wait for it.
         :return: the event; ``None`` if there was none, which says nothing about the run.
-        :raises DifyConnectionError: if the stream broke off; the run goes on.
+        :raises DifyConnectionError: if the stream broke off; the run continues.
         """
         return self._call(self._started.next_event(seconds))
 
@@ -109,7 +109,7 @@ class WorkflowRunStream:
         self.close()
 
     def close(self) -> None:
-        """Hang up; the run goes on. It may be called again."""
+        """Hang up; the run continues. It may be called again."""
         with self._closing:
             was_closed, self._is_closed = self._is_closed, True
         if not was_closed:

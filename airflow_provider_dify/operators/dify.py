@@ -1,4 +1,4 @@
-"""Start a Dify workflow run in a task, and wait on it."""
+"""Start a Dify workflow run in a task, and wait for it."""
 
 from __future__ import annotations
 
@@ -60,13 +60,12 @@ class DifyRunWorkflowOperator(BaseOperator):
     A run that failed leaves the task its ``retries``, and each of them starts a new run. A run that a person stopped,
     and inputs that Dify rejects, fail the task without retry.
 
-    A run is not paid for twice: a request that may have started one is never sent again, but looked up in Dify's log by
-    its ``user``. A retry goes on with the run that an earlier try started, while that is alive or has succeeded; not
-    with one that Dify was asked to stop. What is left is one window: a worker that is killed between the request and
-    Dify's response, while the run is queued. Airflow 3.3 remembers the request, and the retry looks for its run, and
-    fails if there is none; on older ones the retry looks into Dify's log, which does not show a queued run yet, and
-    starts a second one. With a
-    ``user`` of your own, the inputs distinguish the runs in the log, too. A task that is cleared starts a new run.
+    A request that may have started a run is not sent again. Its run is looked up in Dify's log by its ``user``. A retry
+    continues the run that an earlier try started, while that is alive or has succeeded; not one that Dify was asked to
+    stop. If a worker is killed while its run is queued, an Airflow from 3.3 on remembers the request: the retry looks
+    for its run, and fails if there is none. Before Airflow 3.3 the retry looks into Dify's log, which doesn't show a
+    queued run, and starts a second one. With a ``user`` of your own, the inputs distinguish the runs in the log, too. A
+    task that is cleared starts a new run.
 
     :param inputs: the workflow's inputs by name. Templated. Checked against the app's form before the start.
     :param user: who starts the run, as Dify's log shows it, up to 255 characters; by default one that names Airflow

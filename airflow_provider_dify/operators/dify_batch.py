@@ -40,13 +40,14 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     from the start on: ``total, succeeded, partial_succeeded, failed, stopped, total_tokens, elapsed_time,
     output_path``.
 
-    No run is paid for twice. A start that may have arrived is never sent again. Its run is looked for in Dify's log
-    during ``not_found_grace``, and once more at the batch's end; a row whose run does not come up has failed. After a
-    crash or an Airflow retry, rows whose results are written are not asked for again. For the others that may have been
+    A start that may have arrived is not sent again by the same try. Its run is looked for in Dify's log during
+    ``not_found_grace``, and once more at the batch's end; a row whose run does not come up has failed. After a crash
+    or an Airflow retry, rows whose results are written are not asked for again. For the others that may have been
     started, Dify's log is asked: the ``user`` of a run names the row and the attempt. What is over is read, what is
     alive is followed, and the rest is started. Rows that may have been under way at the crash are looked for during
-    ``not_found_grace`` first. What is left is one window: a run that was queued at the crash, and is still queued when
-    the grace is over. Such a row runs, and is paid, twice. A task that is cleared starts from scratch.
+    ``not_found_grace`` first. One window is left: a run that is not in the log when the grace is over, because it was
+    queued at the crash and still is, or because the server writes its log late. Such a row runs, and is paid for,
+    twice. A task that is cleared starts from scratch.
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
         object storage takes it. Templated.

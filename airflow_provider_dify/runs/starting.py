@@ -1,4 +1,4 @@
-"""A run started and named: never paid twice, and looked for in Dify's log where its start broke off."""
+"""A run started and named: sent again only where none can have started, else looked for in Dify's log."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Starter(Follower):
         return replace(search, announced_id=run_id) if run_id else search
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         if self.stream is not None:
             self.stream.close()
 

@@ -38,13 +38,15 @@ async def stop_run(client: DifyClient, workflow_run_id: str, task_id: str | None
     if task_id is None:
         return StopReport(
             False,
-            f"Workflow run {workflow_run_id} goes on: its task id, which Dify's stop route takes, is not known.",
+            f"Workflow run {workflow_run_id} keeps running: its task id, which Dify's stop route takes, is not known.",
             is_warning=True,
         )
     try:
         await _ask_twice(client, task_id, user)
     except DifyError as error:
-        return StopReport(False, f"Workflow run {workflow_run_id} could not be stopped and goes on: {error}", True)
+        return StopReport(
+            False, f"Workflow run {workflow_run_id} could not be stopped and keeps running: {error}", True
+        )
     await asyncio.sleep(_PAUSE_BEFORE_LOOK)
     run: WorkflowRun | None = None
     with suppress(DifyError):

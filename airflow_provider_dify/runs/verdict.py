@@ -1,4 +1,4 @@
-"""What one state of a workflow run means for the task that waits on it. Pure."""
+"""What one state of a workflow run means for the task that waits for it. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STOPPED = "App task was stopped"
 
 
 class Outcome(str, Enum):
-    """What a workflow run's state means for the task that waits on it."""
+    """What a workflow run's state means for the task that waits for it."""
 
     WAIT = "wait"
     DONE = "done"
@@ -30,7 +30,7 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one look at a workflow run means for the task that waits on it."""
+    """What one look at a workflow run means for the task that waits for it."""
 
     outcome: Outcome
     # A sentence for the log or the exception: the cause first, then run, status, seconds and steps.

@@ -182,7 +182,7 @@ async def find_through_failures(
         allowed = wait.max_consecutive_failures
         if allowed is None or failures > allowed or deadline.is_over:
             raise DifyConnectionError(
-                f"{error} So this try can't tell whether a run of an earlier one goes on, and started none."
+                f"{error} So this try can't tell whether a run of an earlier one still runs, and started none."
             ) from None
         log.warning(
             "The runs of earlier tries could not be looked up, %d in a row of at most %d: %s", failures, allowed, error

@@ -428,7 +428,7 @@ class RunningTask:
         is_recorded = is_server_from(self._client.server_version, (1, 16))
         if self._will_be_retried and not is_recorded and not await self._try_to_remember(self._start):
             # Neither Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
-            self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
+            self._log.info("Workflow run %s keeps running for the retry of this task.", self._start.workflow_run_id)
             return
         await self._stop()
 
@@ -442,7 +442,8 @@ class RunningTask:
             report = await stop_start(self._client, start)
         except Exception as error:
             # Whatever it is, the task ends for another reason, which is the one to be told.
-            why = f"The workflow run of user {start.user!r} could not be stopped and goes on: {reason_of(error, ())}"
+            reason = reason_of(error, ())
+            why = f"The workflow run of user {start.user!r} could not be stopped and keeps running: {reason}"
             report = StopReport(False, why, True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:

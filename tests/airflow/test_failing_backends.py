@@ -153,4 +153,7 @@ def test_a_stop_that_fails_does_not_hide_why_the_task_failed(
     printed = capfd.readouterr()
     (started,) = dify.started
     run = f"The workflow run of user {started.user!r}"
-    assert f"{run} could not be stopped and goes on: BackendError: no thread" in printed.out + printed.err + caplog.text
+    assert (
+        f"{run} could not be stopped and keeps running: BackendError: no thread"
+        in printed.out + printed.err + caplog.text
+    )

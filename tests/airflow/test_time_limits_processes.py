@@ -150,7 +150,7 @@ if AIRFLOW_2:
         task = ended["deferred_without_xcoms"]
         assert task.state == "failed"
         # It sends no events from which its task id could be learnt.
-        assert f"Workflow run {task.started[0].workflow_run_id} goes on: its task id" in task.log
+        assert f"Workflow run {task.started[0].workflow_run_id} keeps running: its task id" in task.log
 
 else:
 

@@ -93,7 +93,7 @@ def the_run_of_a_slow_start_is_stopped(scenario: Scenario) -> None:
     dify.starts.extend([Start(duration=300), Start(duration=1)])
 
     async def start_and_respond_late(request: Any) -> Any:
-        # Dify is slow to begin its response; the run goes on from here, whatever becomes of its client.
+        # Dify is slow to begin its response; the run continues from here, whatever becomes of its client.
         await asyncio.sleep(1.5)
         return await dify.respond_to(request)
 

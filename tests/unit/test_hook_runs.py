@@ -165,7 +165,7 @@ def test_a_stream_that_breaks_before_the_run_is_named_leaves_it_uncertain(
 def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(dify: DifyStandIn, hook: DifyHook, then: str) -> None:
     dify.starts.append(Start(cut=2000, then=then, piece=97))
     with hook.start_workflow_run({}, "airflow") as run:
-        broken = rf"events of workflow run {run.workflow_run_id} broke off .*The run goes on\."
+        broken = rf"events of workflow run {run.workflow_run_id} broke off .*The run continues\."
         with pytest.raises(DifyConnectionError, match=broken) as caught:
             list(run)
     why = r"(ClientPayloadError|ClientOSError|EOFError|no event within [\d.]+ seconds).*: the events"

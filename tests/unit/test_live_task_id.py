@@ -74,7 +74,7 @@ def stop(request: pytest.FixtureRequest) -> Stop:
     "fault",
     [
         events(line(LIVE)),
-        # The run goes on, and so does the stream.
+        # The run continues, and so does the stream.
         events(PING, line(LIVE), end=False),
         events(PING, line(OF_THE_PAST), line(LIVE), pause=0.2),
         events(PING + line(OF_THE_PAST) + line(LIVE)),
@@ -121,7 +121,7 @@ def test_a_run_whose_task_stays_unknown_goes_on_and_that_is_said_in_time(
     assert dify.stopped == []
     assert not report.was_asked
     assert report.message == (
-        f"Workflow run {RUN_ID} goes on: its task id, which Dify's stop route takes, is not known."
+        f"Workflow run {RUN_ID} keeps running: its task id, which Dify's stop route takes, is not known."
     )
 
 

@@ -649,7 +649,7 @@ def test_a_killed_wait_whose_time_is_over_says_that_the_run_goes_on(
     run_id = dify.add_run("running")
     dify.misbehave_always(stall(5), only="/stop")
     run(trigger_of(run_id, stop_task_id="t", stop_user="airflow").on_kill())
-    assert f"Workflow run {run_id} may go on: [triggerer] on_kill_timeout of 1 seconds is over" in caplog.text
+    assert f"Workflow run {run_id} may keep running: [triggerer] on_kill_timeout of 1 seconds is over" in caplog.text
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 no trigger is killed")
@@ -847,11 +847,11 @@ def test_a_wait_that_breaks_says_what_broke(
     run_id = dify.add_run("running")
     payload = payload_of(trigger_of(run_id))
     assert (payload["end"], payload["status"]) == ("failed", None)
-    assert payload["message"].startswith(f"The wait on Dify workflow run {run_id} broke: KeyError: 'xxx")
+    assert payload["message"].startswith(f"The wait for Dify workflow run {run_id} broke: KeyError: 'xxx")
     assert len(payload["message"]) < 450
     assert str(DifyError.from_event(payload["error"])) == payload["message"]
     (record,) = [record for record in caplog.records if record.exc_info]
-    assert record.getMessage() == f"The wait on Dify workflow run {run_id} broke."
+    assert record.getMessage() == f"The wait for Dify workflow run {run_id} broke."
 
 
 # --- the event loop
