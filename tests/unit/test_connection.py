@@ -12,6 +12,10 @@ from airflow_provider_dify.api.connection import DifyConnection, make_base_url
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 KEY = "app-some-key"
+NO_CONSOLES = """
+    dify.example.com //dify.example.com ftp://dify.example.com javascript://dify.example.com https:// https://dify:port
+    https://dify:99999 https://dify/?x=1 https://dify/#x https://me:secret@dify
+"""
 
 
 def read(**fields: Any) -> DifyConnection:
@@ -57,7 +61,10 @@ def test_a_host_becomes_the_expected_base_url(fields: dict[str, Any], base_url: 
 @pytest.mark.parametrize(
     "fields",
     [
-        *({"host": host} for host in "https:// http:///v1 ftp://dify.example.com dify..example.com [::1 [zz] -".split()),
+        *(
+            {"host": host}
+            for host in ["https://", "http:///v1", "ftp://dify.example.com", "dify..example.com", "[::1", "[zz]", "-"]
+        ),
         *({"host": f"dify.example.com:{port}"} for port in ("port", "99999", "0")),
         *({"host": f"https://dify.example.com/{path}"} for path in ("v 1", "v1?x=1", "v1#x")),
         {"host": "dify example.com"},
@@ -134,47 +141,35 @@ def test_the_key_is_not_in_the_repr_of_a_connection() -> None:
     assert "secret" not in shown
 
 
-def test_extras_are_read_and_unknown_ones_ignored(tmp_path: Any) -> None:
-    bundle = tmp_path / "ca.pem"
-    bundle.touch()
-    extra = {"timeout": 5, "verify": str(bundle), "proxies": {"https": "http://proxy:3128"}, "team": "data"}
+PROXIES = {"http": "http://proxy:3128"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "timeout", "verify", "proxies"),
+    [
+        ({"timeout": 5, "verify": __file__, "proxies": PROXIES, "team": "data"}, 5.0, __file__, PROXIES),
+        # The text that a form saves.
+        ({"timeout": "2.5", "verify": "False", "proxies": json.dumps(PROXIES)}, 2.5, False, PROXIES),
+        *((empty, None, True, {}) for empty in (None, {}, {"timeout": "", "verify": "", "proxies": ""})),
+        ({"timeout": None}, None, True, {}),
+    ],
+)
+def test_extras_are_read_and_unknown_ones_ignored(
+    extra: dict[str, Any] | None, timeout: float | None, verify: Any, proxies: dict[str, str]
+) -> None:
     connection = read(extra=extra)
-    assert connection.timeout == 5.0
-    assert connection.verify == str(bundle)
-    assert connection.proxies == {"https": "http://proxy:3128"}
-
-
-def test_extras_may_be_the_text_that_a_form_saves() -> None:
-    connection = read(extra={"timeout": "2.5", "verify": "False", "proxies": '{"http": "http://proxy:3128"}'})
-    assert (connection.timeout, connection.verify) == (2.5, False)
-    assert connection.proxies == {"http": "http://proxy:3128"}
-
-
-@pytest.mark.parametrize("extra", [None, {}, {"timeout": "", "verify": "", "proxies": ""}, {"timeout": None}])
-def test_empty_extras_are_the_defaults(extra: dict[str, Any] | None) -> None:
-    connection = read(extra=extra)
-    assert (connection.timeout, connection.verify, connection.proxies) == (None, True, {})
+    assert (connection.timeout, connection.verify, connection.proxies) == (timeout, verify, proxies)
 
 
 @pytest.mark.parametrize(
     "extra",
     [
-        {"timeout": "soon"},
-        {"timeout": 0},
-        {"timeout": -1},
-        {"timeout": "nan"},
-        {"timeout": True},
-        {"timeout": [5]},
-        {"verify": "/no/such/file"},
-        {"verify": 5},
+        *({"timeout": value} for value in ("soon", 0, -1, "nan", True, [5])),
+        *({"verify": value} for value in ("/no/such/file", 5)),
         {"proxies": "http://me:secret@proxy:3128"},
         {"proxies": {"https": 5, "http": "http://me:secret@proxy:3128"}},
         {"proxies": ["http://proxy"]},
-        {"console_url": 5},
-        {"console_url": "https://me:secret@dify.example.com"},
-        {"console_url": "https://dify example.com"},
-        *({"console_url": f"{scheme}dify.example.com"} for scheme in ("", "//", "ftp://", "javascript://")),
-        *({"console_url": f"https://{rest}"} for rest in ("", *(f"dify{end}" for end in (":port", ":99999", "/?x", "/#x")))),
+        *({"console_url": url} for url in (5, "https://dify example.com", *NO_CONSOLES.split())),
     ],
     ids=str,
 )

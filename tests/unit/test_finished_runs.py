@@ -10,7 +10,6 @@ from typing import Any
 
 import pendulum
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_dify.api import calls
@@ -34,6 +33,7 @@ from airflow_provider_dify.runs.ended import (
     WindowPolicy,
     look_at_runs,
 )
+from tests.unit.fuzzing import fuzzed
 
 NOW = 1_800_000_000.0
 POLICY = WindowPolicy(poll_interval=30.0)
@@ -470,8 +470,7 @@ RUNS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(RUNS, st.lists(st.integers(0, 40), max_size=10), st.sampled_from([5.0, 30.0, 120.0]))
+@fuzzed(RUNS, st.lists(st.integers(0, 40), max_size=10), st.sampled_from([5.0, 30.0, 120.0]), short=20, full=100)
 def test_each_run_is_news_once_whatever_happens(
     runs: list[tuple[float, float, float, bool]], failures: list[int], interval: float
 ) -> None:
@@ -532,6 +531,7 @@ def test_a_look_asks_for_so_many_details_and_the_next_one_for_the_others() -> No
     assert 45 < asked[2] <= 50
 
 
+@pytest.mark.long
 def test_many_runs_of_all_lengths_are_news_soon() -> None:
     # 500 a minute; most last a minute, some much longer.
     generator = random.Random(1)

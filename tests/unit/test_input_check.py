@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_dify.runs.inputs import InputCheck, InputField, InputForm, check_inputs, parse_input_form
+from tests.unit.fuzzing import fuzzed
 from tests.unit.test_input_form import JSON, recorded_parameters
 
 FILE_ID = "3f1e9c0a-5d0f-4b0e-9a70-5b4a1f2f7c11"
@@ -368,7 +368,7 @@ FILES = st.dictionaries(
 INPUTS = st.dictionaries(st.sampled_from(["a", "b"]) | st.text(), JSON | FILES | st.lists(FILES))
 
 
-@given(st.builds(InputForm, st.lists(FIELDS).map(tuple), st.booleans()), INPUTS)
+@fuzzed(st.builds(InputForm, st.lists(FIELDS).map(tuple), st.booleans()), INPUTS)
 def test_no_form_and_no_inputs_make_the_check_raise_or_say_more_than_short_lines(
     form: InputForm, inputs: dict[str, Any]
 ) -> None:

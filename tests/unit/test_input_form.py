@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_dify.runs.inputs import InputField, InputForm, parse_input_form
+from tests.unit.fuzzing import fuzzed
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 JSON = st.recursive(
@@ -110,7 +110,7 @@ def test_only_a_plain_true_makes_a_field_required(required: Any) -> None:
     assert not parse_input_form(parameters({"number": {"variable": "n", "required": required}})).fields[0].required
 
 
-@given(
+@fuzzed(
     st.fixed_dictionaries({"user_input_form": JSON | st.lists(st.dictionaries(st.text(), JSON))})
     | JSON
     | st.lists(st.dictionaries(st.text(), st.dictionaries(st.sampled_from(KEYS), JSON))).map(lambda x: parameters(*x))
