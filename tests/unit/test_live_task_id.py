@@ -26,6 +26,7 @@ TASK_ID = "77b720b7-eaf5-4cfd-95ab-a25d6b783f74"
 OF_THE_PAST = {"event": "workflow_finished", "task_id": RUN_ID, "workflow_run_id": RUN_ID, "data": {}}
 LIVE = {"event": "node_finished", "task_id": TASK_ID, "workflow_run_id": RUN_ID, "data": {}}
 PING = "event: ping\n\n"
+SECONDS = "airflow_provider_dify.runs.stopping._SECONDS_FOR_TASK_ID"
 
 
 def line(event: dict[str, Any]) -> str:
@@ -42,7 +43,7 @@ def events(*parts: str, pause: float = 0.0, status: int = 200, end: bool = True)
             await response.write(part.encode())
             await asyncio.sleep(pause)
         if not end:
-            await asyncio.sleep(10)
+            await asyncio.sleep(60)
         return response
 
     return fault
@@ -76,19 +77,19 @@ def stop(request: pytest.FixtureRequest) -> Stop:
         events(line(LIVE)),
         # The run goes on, and so does the stream.
         events(PING, line(LIVE), end=False),
-        events(PING, line(OF_THE_PAST), line(LIVE), pause=0.2),
+        events(PING, line(OF_THE_PAST), line(LIVE), pause=0.05),
         events(PING + line(OF_THE_PAST) + line(LIVE)),
-        events(line(LIVE)[:20], line(LIVE)[20:], pause=0.2),
+        events(line(LIVE)[:20], line(LIVE)[20:], pause=0.05),
     ],
     ids=["at_once", "open", "after_the_past", "in_one_piece", "in_two_pieces"],
 )
 def test_a_run_whose_task_is_not_known_is_stopped_by_its_next_event(
-    dify: DifyStandIn, stop: Stop, fault: Fault
+    dify: DifyStandIn, stop: Stop, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The stream of a run that goes on stays open for a minute.
+    monkeypatch.setattr(SECONDS, 30.0)
     dify.misbehave(fault, only="/events")
-    began = time.monotonic()
     assert stop(RUN_ID).was_asked
-    assert time.monotonic() - began < 3
     assert dify.stopped == [(TASK_ID, "airflow")]
     (asked,) = [seen for seen in dify.requests if "/events" in seen.path]
     assert asked.path == f"/v1/workflow/{RUN_ID}/events?user=airflow"
@@ -103,21 +104,22 @@ def test_a_run_whose_task_is_not_known_is_stopped_by_its_next_event(
         events(PING, end=False),
         events(line(LIVE), status=404),
         events("data: {broken\n\n" + "data: " + "[" * 10_000 + "\n\n"),
-        events(*("x" * 10,) * 100, pause=0.05, end=False),
+        events(*("x" * 10,) * 600, pause=0.1, end=False),
         respond(200, "<html>Sign in</html>", content_type="text/html"),
         respond(204),
         reset(),
-        stall(10),
+        stall(60),
     ],
     ids=["past", "no_task", "pings", "unknown", "broken", "endless", "page", "empty", "reset", "stall"],
 )
 def test_a_run_whose_task_stays_unknown_goes_on_and_that_is_said_in_time(
-    dify: DifyStandIn, stop: Stop, fault: Fault
+    dify: DifyStandIn, stop: Stop, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(SECONDS, 0.5)
     dify.misbehave(fault, only="/events")
     began = time.monotonic()
     report = stop(RUN_ID)
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 30
     assert dify.stopped == []
     assert not report.was_asked
     assert report.message == (
