@@ -281,11 +281,3 @@ def test_an_event_that_cannot_be_read_is_left_out(
     assert warnings or "event" in printed
     assert all(line.isprintable() and len(line) < 1000 for line in warnings)
     assert API_KEY not in printed + caplog.text
-
-
-@pytest.mark.parametrize("name", ["done", "broken", "list"])
-def test_what_comes_after_it_counts(dify: DifyStandIn, run_workflow: RunWorkflow, name: str) -> None:
-    raw = (STARTED, UNREADABLE[name], 0.1, said_finished("succeeded", OUTPUTS))
-    # Only the events say how the run ended.
-    dify.starts.append(Start(raw=raw, statuses=("running",)))
-    assert run_workflow({}, "me", timeout=60).outputs == OUTPUTS

@@ -324,6 +324,8 @@ def test_every_connection_can_be_used_or_is_an_error_of_ours(
 )
 @example("https://dify.invalid", {"verify": __file__}, {})
 @example("http://dify.invalid", {}, {"http_proxy": "socks5://h:1"})
+@example("https://dify.invalid", {}, {"REQUESTS_CA_BUNDLE": "/nowhere.pem"})
+@example("https://dify.invalid", {}, {"CURL_CA_BUNDLE": "/nowhere.pem"})
 @example("http://dify.invalid", {"proxies": {"http": "http://user:pw@"}}, {})
 def test_a_hook_that_cannot_reach_anything_raises_an_error_of_ours(
     host: str, extra: dict[str, Any], environment: dict[str, str]
@@ -337,21 +339,6 @@ def test_a_hook_that_cannot_reach_anything_raises_an_error_of_ours(
             with contextlib.suppress(ValueError, UnicodeError):
                 monkeypatch.setenv(name, value)
         ask_everything(expect_errors=True)
-
-
-@pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_a_ca_bundle_of_the_environment_that_is_missing_is_an_error_of_ours(
-    nothing_resolves: None, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    for other in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "/nowhere.pem")
-    fields = {"conn_type": "dify", "host": "https://dify.invalid", "password": API_KEY}
-    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
-    ask_everything(expect_errors=True)
-    is_good, message = DifyHook().test_connection()
-    assert not is_good
-    assert "/nowhere.pem" in message
 
 
 # --- all of it, over sockets

@@ -26,6 +26,7 @@ from tests.dify_stand_in import (
     Fault,
     Start,
     gateway,
+    html,
     kong_404,
     rejects,
     replay,
@@ -213,7 +214,15 @@ def test_gateways_in_a_row_count_as_failed_polls(
 # --- starts
 
 
-@pytest.mark.parametrize(("fault", "run_workflow"), pairs(EACH_GATEWAY, BOTH_WAYS))
+TURNED_AWAY = [
+    *EACH_GATEWAY,
+    pytest.param(html(300), id="300"),
+    pytest.param(too_many_requests(), id="429"),
+    pytest.param(replay("run_rate_limited_streaming"), id="400-too-many-requests"),
+]
+
+
+@pytest.mark.parametrize(("fault", "run_workflow"), pairs(TURNED_AWAY, BOTH_WAYS))
 def test_a_start_that_a_gateway_turned_away_started_nothing_and_is_sent_again(
     dify: DifyStandIn, run_workflow: RunWorkflow, fault: Fault
 ) -> None:

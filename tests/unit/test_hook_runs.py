@@ -32,7 +32,6 @@ from tests.dify_stand_in import (
     reset,
     respond,
     stall,
-    too_many_requests,
 )
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
@@ -95,18 +94,6 @@ def test_a_rejected_start_says_what_dify_said(
         hook.start_workflow_run({}, "airflow")
     assert message.strip("^ ") in str(caught.value.message)
     assert len(dify.requests) == 1
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [lambda: too_many_requests(), lambda: replay("run_rate_limited_streaming"), lambda: html(404), lambda: html(300)],
-)
-def test_a_start_that_started_nothing_is_sent_again(
-    dify: DifyStandIn, hook: DifyHook, fault: Callable[[], Any]
-) -> None:
-    dify.misbehave(fault(), times=2)
-    hook.start_workflow_run({}, "airflow").close()
-    assert len(dify.started) == 1
 
 
 def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn, hook: DifyHook) -> None:
