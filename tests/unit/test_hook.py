@@ -31,6 +31,7 @@ from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
+    Fault,
     html,
     redirect,
     replay,
@@ -234,6 +235,11 @@ def test_one_session_serves_a_hook_until_it_is_closed_and_keeps_no_cookie(dify: 
 
 # --- trouble
 
+
+def stalls() -> Fault:
+    return stall(60)
+
+
 PASSING = [
     pytest.param(lambda: replay("detail_not_a_uuid"), id="recorded-500"),
     pytest.param(lambda: html(502, "<html><h1>502 Bad Gateway</h1></html>"), id="502-html"),
@@ -244,7 +250,7 @@ PASSING = [
     pytest.param(lambda: reset(), id="reset-before-the-answer"),
     pytest.param(lambda: truncate_body(reset=True), id="reset-in-the-body"),
     pytest.param(lambda: truncate_body(reset=False), id="truncated-body"),
-    pytest.param(lambda: stall(60), id="stall"),
+    pytest.param(stalls, id="stall"),
     pytest.param(lambda: html(), id="html"),
     pytest.param(lambda: respond(200, '{"hello": "world"}'), id="other-json"),
     pytest.param(lambda: respond(200, "OK", content_type="text/plain"), id="no-json"),
@@ -256,7 +262,7 @@ PASSING = [
 def test_a_temporary_failure_is_retried(dify: DifyStandIn, connect: Connect, fault: Callable[[], Any]) -> None:
     run_id = dify.add_run("succeeded", outputs={"a": 1})
     dify.misbehave(fault(), times=3)
-    with connect(timeout=0.3) as hook:
+    with connect(timeout=0.5 if fault is stalls else 30) as hook:
         assert hook.get_workflow_run(run_id).outputs == {"a": 1}
     assert len(dify.requests) == 4
 
@@ -267,7 +273,8 @@ def test_a_lasting_failure_is_raised_after_the_last_retry(
 ) -> None:
     run_id = dify.add_run("running")
     dify.misbehave_always(fault())
-    with connect(timeout=0.3, retry_limit=1) as hook, pytest.raises(DifyConnectionError) as caught:
+    hook = connect(timeout=0.5 if fault is stalls else 30, retry_limit=1)
+    with hook, pytest.raises(DifyConnectionError) as caught:
         hook.get_workflow_run(run_id)
     assert len(dify.requests) == 2
     assert run_id in str(caught.value)
@@ -341,10 +348,10 @@ def test_a_whole_response_is_bounded_by_the_timeout_also_when_bytes_keep_coming(
     dify: DifyStandIn, connect: Connect
 ) -> None:
     run_id = dify.add_run("succeeded", outputs={"text": "x" * 1000})
-    dify.misbehave_always(slow_body(dify, 60.0, 600))
+    dify.misbehave_always(slow_body(dify, 60.0, 1200))
     began = time.monotonic()
     why = "no whole response within"
-    with connect(timeout=1, retry_limit=0) as hook, pytest.raises(DifyConnectionError, match=why):
+    with connect(timeout=1.5, retry_limit=0) as hook, pytest.raises(DifyConnectionError, match=why):
         hook.get_workflow_run(run_id)
     assert time.monotonic() - began < 30
 
