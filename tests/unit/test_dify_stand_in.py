@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,19 +16,9 @@ from tests.dify_stand_in import (
     DifyStandIn,
     Recording,
     Start,
-    close,
-    dribble,
-    dribble_headers,
     form_field,
-    iteration,
-    lose_response,
-    node_finished,
-    node_retry,
-    pings_only,
     quota_reached,
-    reset,
     respond,
-    unchunked,
 )
 
 pytestmark = pytest.mark.long
@@ -221,16 +209,6 @@ def test_a_stream_has_the_recorded_events_and_the_detail_their_end(
     assert {event.get("workflow_run_id") for event in events if event["event"] != "ping"} == {started.workflow_run_id}
     assert {event.get("task_id") for event in events if event["event"] != "ping"} == {started.task_id}
     assert client.status(started.workflow_run_id) == status
-
-
-def test_a_run_lasts_as_long_as_it_should(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.starts.append(Start(duration=0.5))
-    response = client.start()
-    began = time.monotonic()
-    run_id, _ = ids_of(response)
-    assert names_of(response)[-1] == "workflow_finished"
-    assert time.monotonic() - began > 0.4
-    assert client.status(run_id) == "succeeded"
 
 
 def test_a_streaming_start_queues_without_a_slot(client: Client, dify: DifyStandIn, dialect: str) -> None:
@@ -541,17 +519,6 @@ def test_the_events_of_a_paused_run_come_again_and_go_on(client: Client, dify: D
     assert names[-1] == "workflow_finished"
 
 
-def test_events_that_no_recording_has_can_be_inserted(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    priced = node_finished("LLM", total_price="0.0012", currency="USD")
-    inserted = (node_retry(), priced, *iteration(items=2), *iteration(items=1, kind="loop"))
-    dify.starts.append(Start(insert=inserted))
-    events = {event["event"]: event for event in events_of(client.start())}
-    assert {"node_retry", "iteration_started", "iteration_next", "iteration_completed", "loop_completed"} <= set(events)
-    assert events["node_retry"]["task_id"] == dify.started[0].task_id
-    assert events["node_retry"]["data"]["retry_index"] == 1
-    assert events["iteration_completed"]["data"]["steps"] == 2
-
-
 # --- the log
 
 
@@ -605,42 +572,6 @@ def test_rows_of_one_second_stand_in_another_order_on_each_page(client: Client, 
 
 
 # --- faults
-
-
-@pytest.mark.parametrize(
-    "fault", [lambda: reset(), lambda: close(), lambda: respond(502, "<html>")], ids=["reset", "close", "502"]
-)
-def test_a_start_runs_although_its_response_is_lost(
-    client: Client, dify: DifyStandIn, dialect: str, fault: Callable[[], Any]
-) -> None:
-    dify.misbehave(lose_response(fault()), only="POST .*/run")
-    assert client.get("/info").status_code == 200
-    with contextlib.suppress(requests.ConnectionError):
-        assert client.start(user="lost").status_code == 502
-    assert eventually(lambda: client.log(created_by_end_user_session_id="lost")["total"] == 1)
-    assert len(dify.started) == 1
-
-
-def test_a_response_can_come_without_chunks(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.misbehave(unchunked(interval=0.001))
-    response = client.start()
-    assert names_of(response)[-1] == "workflow_finished"
-    assert "Transfer-Encoding" not in response.headers
-    assert response.raw.version == 10
-    dify.misbehave(unchunked(interval=0.001))
-    assert client.status(dify.started[0].workflow_run_id) == "succeeded"
-
-
-@pytest.mark.parametrize("fault", [dribble(), dribble_headers(), pings_only()])
-def test_a_response_can_go_on_for_ever(client: Client, dify: DifyStandIn, fault: Any) -> None:
-    dify.misbehave(fault)
-    request = f"GET /v1/info HTTP/1.1\r\nHost: dify\r\nAuthorization: Bearer {API_KEY}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", dify.port), timeout=30) as connection:
-        connection.sendall(request.encode())
-        ends = time.monotonic() + 0.6
-        # No wait for a byte is longer than the timeout, and none finds the end.
-        while time.monotonic() < ends:
-            assert connection.recv(64)
 
 
 def test_a_fault_can_be_for_some_requests_only(client: Client, dify: DifyStandIn) -> None:
