@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,6 +155,11 @@ class SimulatedDify:
         return window, ended
 
 
+def runs_of_a_second(numbers: Iterable[int], apart: float = 1.0) -> list[SimulatedRun]:
+    """Return runs that begin so many seconds apart, from now on, and last a second each."""
+    return [SimulatedRun(number, NOW + number * apart, NOW + number * apart + 1) for number in numbers]
+
+
 def ids(*runs: SimulatedRun) -> list[str]:
     return [run.id for run in runs]
 
@@ -169,7 +174,7 @@ def test_what_ended_before_the_first_look_is_no_news_and_what_ends_after_it_is()
 
 
 def test_lookback_counts_runs_that_ended_before_the_first_look() -> None:
-    runs = [SimulatedRun(number, NOW - 10 * number, NOW - 10 * number + 1) for number in range(1, 200)]
+    runs = runs_of_a_second(range(1, 200), -10)
     dify = SimulatedDify(runs)
     look = dify.look(RunWindow(), WindowPolicy(lookback=600))
     assert sorted(run.workflow_run_id for run in look.finished) == ids(*runs[:60])
@@ -184,7 +189,7 @@ def test_a_clock_that_differs_changes_nothing(clock_ahead: float) -> None:
 
 def test_a_run_that_lasts_longer_than_three_pages_of_newer_ones_is_asked_for_by_itself() -> None:
     long = SimulatedRun(0, NOW - 1, NOW + 600)
-    newer = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(1, 200)]
+    newer = runs_of_a_second(range(1, 200))
     dify = SimulatedDify([long, *newer])
     _, ended = dify.look_until(NOW + 900, RunWindow())
     assert ended == ids(*newer, long)
@@ -201,11 +206,6 @@ def test_a_run_is_asked_for_ever_less_often_but_at_least_every_few_minutes() -> 
         window, _ = dify.look_until(dify.now + 3600, window)
         hours.append(sum(calls.run_path("")[:-1] in request for request in dify.requests[before:]))
     assert hours[-1] in range(int(3600 / (MAX_DETAIL_INTERVAL + 30)) - 1, int(3600 / MAX_DETAIL_INTERVAL) + 2)
-
-
-def test_a_paused_run_that_goes_on_is_news_at_its_end_only() -> None:
-    run = SimulatedRun(0, NOW + 1, NOW + 5000, paused_from=NOW + 3, paused_until=NOW + 4900)
-    assert SimulatedDify([run]).look_until(NOW + 6000, RunWindow())[1] == ids(run)
 
 
 def test_a_run_that_never_ends_leaves_after_run_timeout_and_does_not_come_back() -> None:
@@ -229,23 +229,17 @@ def test_runs_of_the_same_second_are_each_news_once() -> None:
     assert sorted(ended) == ids(*dify.runs)
 
 
-def test_a_row_that_is_written_late_is_news() -> None:
-    late = SimulatedRun(1, NOW + 27, NOW + 28, written_late=4.5)
-    dify = SimulatedDify([SimulatedRun(0, NOW + 29, NOW + 29.5), late])
-    assert dify.look_until(NOW + 120, RunWindow())[1] == ids(dify.runs[0], late)
-
-
 @pytest.mark.parametrize("begins", [-20.0, 10.0])
 def test_a_run_whose_record_is_written_after_its_row_is_news(begins: float) -> None:
     late = SimulatedRun(1, NOW + begins, NOW + begins + 30, recorded_late=130)
-    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(20, 100)]
+    others = runs_of_a_second(range(20, 100))
     _, ended = SimulatedDify([late, *others]).look_until(NOW + 400, RunWindow())
     assert sorted(ended) == ids(late, *others)
 
 
 def test_a_row_whose_record_is_gone_costs_more_only_while_it_is_young() -> None:
     gone = SimulatedRun(1, NOW + 1, recorded_late=float("inf"))
-    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(2, 2000)]
+    others = runs_of_a_second(range(2, 2000))
     dify = SimulatedDify([gone, *others])
     window, ended = dify.look_until(NOW + 900, RunWindow())
     before = len(dify.requests)
@@ -258,7 +252,7 @@ def test_a_row_whose_record_is_gone_costs_more_only_while_it_is_young() -> None:
 def test_pages_that_shift_while_runs_arrive_miss_none() -> None:
     dify = SimulatedDify([SimulatedRun(0, NOW - 10, NOW - 9)])
     window = dify.begin()
-    dify.runs += [SimulatedRun(number, NOW + number / 10, NOW + number / 10 + 1) for number in range(1, 200)]
+    dify.runs += runs_of_a_second(range(1, 200), 0.1)
     dify.arrives = [SimulatedRun(1000 + number, NOW + 30.1, NOW + 31) for number in range(9)]
     dify.seconds_per_request = 0.2
     window, ended = dify.look_until(NOW + 120, window)
@@ -286,7 +280,7 @@ def test_a_quiet_app_costs_one_request_a_look() -> None:
 
 
 def test_a_server_that_knows_no_filter_is_not_read_to_the_end() -> None:
-    runs = [SimulatedRun(number, NOW - 10 * number, NOW - 10 * number + 1) for number in range(1000)]
+    runs = runs_of_a_second(range(1000), -10)
     dify = SimulatedDify(runs, ignores_filter=True)
     dify.look_until(NOW + 300, RunWindow())
     assert len(dify.requests) < 20
@@ -298,17 +292,6 @@ def test_a_server_that_shows_the_same_page_for_ever_ends_the_look() -> None:
     real = dify._page
     dify._page = lambda params: real({**params, "page": 1})  # type: ignore[method-assign]
     assert len(dify.look(window).finished) == PAGE_SIZE
-
-
-def test_a_look_that_fails_changes_nothing_and_the_next_one_brings_it_all() -> None:
-    runs = [SimulatedRun(number, NOW + number / 10, NOW + number / 10 + 1) for number in range(100)]
-    dify = SimulatedDify(runs)
-    window = dify.begin(60)
-    dify.failing = lambda request: DifyConnectionError("down") if len(dify.requests) == 4 else None
-    with pytest.raises(DifyConnectionError):
-        dify.look(window)
-    dify.failing = lambda request: None
-    assert [run.workflow_run_id for run in dify.look(window).finished] == ids(*runs)
 
 
 @pytest.mark.parametrize(
@@ -413,7 +396,7 @@ def test_a_state_that_cannot_be_read_begins_from_scratch(data: Any) -> None:
 
 def test_a_row_from_a_clock_that_was_days_ahead_hides_no_later_run() -> None:
     ahead = SimulatedRun(1, NOW + 400_000, NOW + 400_001)
-    later = [SimulatedRun(number, NOW + 10 * number, NOW + 10 * number + 1) for number in range(2, 20)]
+    later = runs_of_a_second(range(2, 20), 10)
     dify = SimulatedDify([ahead, *later])
     real = dify._page
     # Its row is in the log all the time.
@@ -424,7 +407,7 @@ def test_a_row_from_a_clock_that_was_days_ahead_hides_no_later_run() -> None:
 
 
 def test_a_state_that_is_days_ahead_loses_no_run_from_now_on() -> None:
-    runs = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(1, 20)]
+    runs = runs_of_a_second(range(1, 20))
     assert SimulatedDify(runs).look_until(NOW + 60, RunWindow(read_until=NOW + 400_000))[1] == ids(*runs)
 
 
