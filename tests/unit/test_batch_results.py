@@ -99,6 +99,7 @@ def test_a_part_is_due_when_it_is_full_or_old() -> None:
     buffer.take()
     buffer.add(RESULT, 100)
     buffer.add(RowResult(9, "failed", error="Line 10 is no JSON.", attempts=0), 100)
+    buffer.add(replace(RESULT, index=10), 100)
     assert buffer.is_due(100 + UNLOGGED_SECONDS)
 
 

@@ -208,6 +208,14 @@ def test_a_run_is_asked_for_ever_less_often_but_at_least_every_few_minutes() -> 
     assert hours[-1] in range(int(3600 / (MAX_DETAIL_INTERVAL + 30)) - 1, int(3600 / MAX_DETAIL_INTERVAL) + 2)
 
 
+def test_a_paused_run_that_goes_on_is_news_at_its_end_only() -> None:
+    run = SimulatedRun(0, NOW + 1, NOW + 5000, paused_from=NOW + 3, paused_until=NOW + 4900)
+    dify = SimulatedDify([run])
+    window, ended = dify.look_until(NOW + 4800, RunWindow())
+    assert ended == []
+    assert dify.look_until(NOW + 6000, window)[1] == ids(run)
+
+
 def test_a_run_that_never_ends_leaves_after_run_timeout_and_does_not_come_back() -> None:
     run = SimulatedRun(0, NOW + 1)
     dify = SimulatedDify([run])
@@ -227,6 +235,12 @@ def test_runs_of_the_same_second_are_each_news_once() -> None:
     dify.runs += [SimulatedRun(number, NOW + 29.9, NOW + 30.5, written_late=0.5) for number in range(30, 60)]
     _, ended = dify.look_until(NOW + 120, RunWindow())
     assert sorted(ended) == ids(*dify.runs)
+
+
+def test_a_row_that_is_written_late_is_news() -> None:
+    late = SimulatedRun(1, NOW + 27, NOW + 28, written_late=4.5)
+    dify = SimulatedDify([SimulatedRun(0, NOW + 29, NOW + 29.5), late])
+    assert dify.look_until(NOW + 120, RunWindow())[1] == ids(dify.runs[0], late)
 
 
 @pytest.mark.parametrize("begins", [-20.0, 10.0])
@@ -292,6 +306,17 @@ def test_a_server_that_shows_the_same_page_for_ever_ends_the_look() -> None:
     real = dify._page
     dify._page = lambda params: real({**params, "page": 1})  # type: ignore[method-assign]
     assert len(dify.look(window).finished) == PAGE_SIZE
+
+
+def test_a_look_that_fails_changes_nothing_and_the_next_one_brings_it_all() -> None:
+    runs = runs_of_a_second(range(100), 0.1)
+    dify = SimulatedDify(runs)
+    window = dify.begin(60)
+    dify.failing = lambda request: DifyConnectionError("down") if len(dify.requests) == 4 else None
+    with pytest.raises(DifyConnectionError):
+        dify.look(window)
+    dify.failing = lambda request: None
+    assert [run.workflow_run_id for run in dify.look(window).finished] == ids(*runs)
 
 
 @pytest.mark.parametrize(
