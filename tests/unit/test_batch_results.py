@@ -194,16 +194,6 @@ def test_results_that_were_written_are_read_back(output_path: str) -> None:
     assert not written.is_complete
 
 
-def test_another_batch_with_the_same_path_has_parts_of_its_own(output_path: str) -> None:
-    write_parts(ResultFiles(output_path, BATCH), [0, 1])
-    other = ResultFiles(output_path, BatchName("1" * 16))
-    assert len(other.read_written().rows) == 0
-    write_parts(other, [0])
-    other.merge(0)
-    other.remove_parts()
-    assert len(ResultFiles(output_path, BATCH).read_written().rows) == 2
-
-
 def test_two_mapped_tasks_with_one_file_are_refused_before_anything_is_started(output_path: str) -> None:
     first, second = (ResultFiles(output_path, replace(BATCH, map_index=index)) for index in (0, 1))
     first.begin(Checkpoint(8))

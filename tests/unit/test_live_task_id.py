@@ -113,14 +113,17 @@ def test_a_run_whose_task_is_not_known_is_stopped_by_its_next_event(
         respond(204),
         reset(),
         stall(60),
+        # As a server that has no such route.
+        None,
     ],
-    ids=["past", "no_task", "pings", "unknown", "broken", "endless", "page", "empty", "reset", "stall"],
+    ids=["past", "no_task", "pings", "unknown", "broken", "endless", "page", "empty", "reset", "stall", "no_route"],
 )
 def test_a_run_whose_task_stays_unknown_goes_on_and_that_is_said_in_time(
-    dify: DifyStandIn, stop: Stop, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    dify: DifyStandIn, stop: Stop, fault: Fault | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SECONDS, 0.5)
-    dify.misbehave(fault, only="/events")
+    if fault is not None:
+        dify.misbehave(fault, only="/events")
     began = time.monotonic()
     report = stop(RUN_ID)
     assert time.monotonic() - began < 30
@@ -151,9 +154,3 @@ def test_the_events_are_asked_for_through_the_connections_proxy(
         monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
         assert stop(RUN_ID).was_asked
     assert dify.stopped == [(TASK_ID, "airflow")]
-
-
-@pytest.mark.parametrize("dialect", ["1.12.1", "1.13.0"], indirect=True)
-def test_a_server_without_that_route_stops_nothing(dify: DifyStandIn, stop: Stop, dialect: str) -> None:
-    assert not stop(RUN_ID).was_asked
-    assert dify.stopped == []
