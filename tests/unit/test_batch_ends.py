@@ -207,15 +207,20 @@ def test_a_try_that_is_killed_leaves_its_results_to_the_retry_or_writes_them_if_
     assert len(dify.started) == 8
 
 
-def test_parts_stay_where_the_file_can_not_be_written(dify: DifyStandIn, tmp_path: Path) -> None:
+def test_parts_stay_where_the_file_can_not_be_written_and_a_stop_that_fails_is_a_warning(
+    dify: DifyStandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.runs.stopping._PAUSE", 0.01)
     output = tmp_path / "results.jsonl"
     dify.starts += [Start(), Start(duration=60)]
+    dify.misbehave_always(respond(500), "POST .*/stop")
     with RunningBatch(numbered(3), output, active=1, max_tries=0) as batch:
         wait_until(lambda: len(dify.started) == 2)
         output.mkdir()
         batch.kill()
     assert isinstance(batch.error, DifyTaskKilled)
     assert "succeeded" in "".join(path.read_text() for path in tmp_path.glob("*.parts/*/*-*"))
+    assert f"Workflow run {dify.started[1].workflow_run_id} could not be stopped and goes on" in caplog.text
 
 
 # --- rows whose start got lost

@@ -298,6 +298,8 @@ def airflow_connection(**fields: Any) -> Connection:
 )
 @example("dify.invalid", "http", None, API_KEY, '{"timeout": 1e10}')
 @example("dify.invalid", "http", None, API_KEY, '{"proxies": {"http": "http://user:pw@"}}')
+@example("dify.invalid", "http", None, API_KEY, '{"proxies": {"http": "http://[::1"}}')
+@example("bücher.invalid", "http", None, API_KEY, "{}")
 @example("dify.invalid", "https", None, API_KEY, json.dumps({"verify": __file__}))
 def test_every_connection_can_be_used_or_is_an_error_of_ours(
     host: str, schema: str | None, port: int | None, password: str | None, extra: str
