@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from tests.airflow import shared_airflow
+from tests.airflow.airflow_processes import ends_of_logs, task_logs
 from tests.airflow.airflow_runs import OPERATOR_WAYS, SENSOR_WAYS, START_WAYS
 from tests.airflow.empty_airflow import copy_migrated_airflow
 from tests.airflow.shared_airflow import SharedAirflow
@@ -67,6 +68,21 @@ def everything_said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixtu
         return "".join(printed) + caplog.text
 
     return said_so_far
+
+
+@pytest.fixture(autouse=True, scope="module")
+def task_logs_of_the_module() -> None:
+    """Forget the task logs of the modules before."""
+    task_logs.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let the report of a failed test show what its tasks logged on real Airflow processes."""
+    report = yield
+    if report.failed and task_logs:
+        report.sections.append(("Ends of the task logs", ends_of_logs(task_logs)))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from tests.airflow.shared_airflow import Scenario, SharedAirflow
 
 pytestmark = [
     pytest.mark.airflow_processes,
+    pytest.mark.long,
     pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="one Airflow is enough, and 3.3 logs in JSON"),
 ]
 

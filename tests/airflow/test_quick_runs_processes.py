@@ -6,7 +6,7 @@ import pytest
 
 from tests.airflow.shared_airflow import SharedAirflow
 
-pytestmark = pytest.mark.airflow_processes
+pytestmark = [pytest.mark.airflow_processes, pytest.mark.long]
 
 TASKS = 12
 

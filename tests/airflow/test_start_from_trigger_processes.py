@@ -16,6 +16,7 @@ from tests.dify_stand_in import API_KEY, DifyStandIn
 
 pytestmark = [
     pytest.mark.airflow_processes,
+    pytest.mark.long,
     pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a task on the triggerer"),
 ]
 

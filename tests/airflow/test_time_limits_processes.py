@@ -14,7 +14,7 @@ from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
 from tests.airflow.shared_airflow import SharedAirflow, side_by_side
 from tests.dify_stand_in.runs import Started
 
-pytestmark = pytest.mark.airflow_processes
+pytestmark = [pytest.mark.airflow_processes, pytest.mark.long]
 
 # Airflow 2 ends a deferral at the task's execution_timeout by itself; on Airflow 3 that is left to us.
 SECONDS = 4 if AIRFLOW_2 else 10

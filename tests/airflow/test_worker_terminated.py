@@ -21,6 +21,7 @@ from tests.dify_stand_in import Start
 
 pytestmark = [
     pytest.mark.airflow_processes,
+    pytest.mark.long,
     # Airflow 2's task process has a parent that answers a signal for it, and 3.0 does not retry such a task.
     pytest.mark.skipif(AIRFLOW_2 or not CAN_START_FROM_TRIGGER, reason="a retry remembers a stop from Airflow 3.3 on"),
 ]
