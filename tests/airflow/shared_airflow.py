@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
-import pytest
 
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses, signal_group, task_logs
 from tests.airflow.empty_airflow import SESSION, locked
 from tests.dify_stand_in import DifyStandIn
+
+if TYPE_CHECKING:
+    import pytest
 
 KEY = "app-zQ9-the-key-of-these-tests"
 # How many Dags there may be in one test session.

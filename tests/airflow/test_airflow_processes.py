@@ -85,7 +85,8 @@ def keep_error(context):
         file.write(json.dumps([context["ti"].task_id, type(error).__name__, str(error)]) + "\\n")
 
 @dag(
-    {dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False, params={{"run": {params_run!r}}}
+    {dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False,
+    params={{"run": {params_run!r}}},
 )
 def waits():
     for name, arguments in json.loads({tasks!r}).items():
