@@ -182,7 +182,9 @@ def watch(watched: Watched) -> None:
     watched.wait_until_received()
     # As an HTTP node at the end of a workflow does.
     call_airflow(airflow, "called", {"workflow_run_id": long[0]})
-    scenario.wait_for(lambda: watched.ids("called") and len(used(watched)) == 2, seconds=120)
+    scenario.wait_for(
+        lambda: watched.ids("called") and len(used(watched)) == 2 and len(set(watched.ids("nights"))) == 2, seconds=180
+    )
 
 
 def live_through_outages(watched: Watched) -> None:
