@@ -289,7 +289,9 @@ def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
         if request.method == "POST" and "/run" in request.path:
             return await dify.respond_to(request)
         number = next(requests)
-        return await (respond((503, 429)[number % 2])(request) if number < failed_requests else dify.respond_to(request))
+        return await (
+            respond((503, 429)[number % 2])(request) if number < failed_requests else dify.respond_to(request)
+        )
 
     dify.misbehave_always(then_go_away)
     # It goes on through ten times the grace.
