@@ -89,6 +89,7 @@ print(json.dumps(shown))
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("airflow_db")
 def test_airflows_commands_show_the_provider() -> None:
     shown_by = {
@@ -120,6 +121,7 @@ print(dify.model_dump_json())
 
 
 @pytest.mark.skipif(AIRFLOW_2, reason="its form is made by the hook, see below")
+@pytest.mark.long
 @pytest.mark.usefixtures("airflow_db")
 def test_airflow_3_shows_labels_and_extra_fields_in_its_form() -> None:
     if version("apache-airflow").startswith("3.0."):

@@ -50,6 +50,7 @@ print("searched")
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("airflow_db")
 def test_runs_leave_the_key_nowhere(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:

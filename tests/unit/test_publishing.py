@@ -22,6 +22,7 @@ SOURCE = dict(url.split(", ", 1) for url in metadata("airflow-provider-dify").ge
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 NEED_AIRFLOW_3 = {"airflow_provider_dify.triggers.dify_events"}
 
+pytestmark = pytest.mark.long
 in_the_repository = pytest.mark.skipif(not WORKFLOWS, reason="the sdist has no workflows")
 
 
