@@ -25,7 +25,7 @@ ifneq ($(filter 2.11% 3.0%,$(AIRFLOW))$(filter test-ui,$(MAKECMDGOALS)),)
 PYTHONS := $(filter-out 3.13,$(PYTHONS))
 endif
 ifeq ($(filter $(PYTHON_VERSION),$(PYTHONS)),)
-$(error PYTHON=$(PYTHON) is $(if $(PYTHON_VERSION),Python $(PYTHON_VERSION),not installed). $(or $(filter test-ui,$(MAKECMDGOALS)),Airflow $(AIRFLOW)) runs on Python $(PYTHONS))
+$(error PYTHON=$(PYTHON) is $(if $(PYTHON_VERSION),Python $(PYTHON_VERSION),not installed). $(or $(filter test-ui,$(MAKECMDGOALS)),Airflow $(AIRFLOW)) is tested on Python $(PYTHONS))
 endif
 endif
 PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
@@ -36,15 +36,16 @@ PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py $(DIFY)
 
-# What one wants after each change. PYTEST_ARGS="-k sensor" chooses tests.
+# What one wants after each change: about 4 minutes. PYTEST_ARGS="-k sensor" chooses tests.
 test: $(VENV)/installed
 	@$(VENV)/bin/python scripts/run_tests.py $(PYTEST_ARGS)
 
-# All other tests: more dialects of Dify and ways to wait, connections cut at any byte, more real Airflow processes.
+# All other tests, about 10 minutes: more dialects of Dify and ways to wait, connections cut at any byte, more real
+# Airflow processes.
 test-long: $(VENV)/installed
 	@$(VENV)/bin/python scripts/run_tests.py --long $(PYTEST_ARGS)
 
-# Runs make test in every environment of noxfile.py, for about an hour, and tells in the end how each went.
+# Runs make test and make test-long in every environment of noxfile.py, for some hours, and says in the end how each went.
 # NOX_ARGS="--tags 3.0 python3.13" chooses those of this Airflow or this Python.
 test-matrix: .venv/nox/installed
 	.venv/nox/bin/nox $(NOX_ARGS)
@@ -62,7 +63,7 @@ lint: $(VENV)/installed
 	$(if $(wildcard .github),$(VENV)/bin/zizmor --offline --quiet .github)
 
 # Changes the package a little in some thousand ways, one at a time, and lists the changes that no unit test notices.
-# Takes an hour or two; goes on where it was stopped. MUTANTS="airflow_provider_dify.runs.verdict*" chooses modules.
+# Takes an hour or two; resumes where it was stopped. MUTANTS="airflow_provider_dify.runs.verdict*" chooses modules.
 mutants: $(VENV)/installed
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group mutants
 	$(VENV)/bin/mutmut run "$(MUTANTS)"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Collection
+from contextlib import suppress
 from datetime import datetime
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from airflow import __version__ as airflow_version
@@ -41,6 +44,28 @@ XCOMS_ARE_STRICT_JSON = _AIRFLOW >= (3, 0)
 def is_xcom_key(name: str) -> bool:
     """Return whether Airflow stores an XCom under this name, which is not empty."""
     return _AIRFLOW < (3, 0) or _NOT_IN_XCOM_KEY.search(name) is None
+
+
+def mask_secrets(secrets: Collection[str]) -> None:
+    """
+    Let Airflow show ``***`` in place of these texts in logs and rendered fields, as of a connection's password. Not on
+    an event loop. The list goes with Airflow 2.11 and 3.0.
+    """
+    modules = ("airflow.sdk.log", "airflow.sdk.execution_time.secrets_masker", "airflow.utils.log.secrets_masker")
+    for module in modules if secrets else ():
+        with suppress(ImportError):
+            if mask_secret := getattr(import_module(module), "mask_secret", None):
+                mask_secret(list(secrets))
+                return
+
+
+async def mask_secrets_async(secrets: Collection[str]) -> None:
+    """Do the same on a triggerer's event loop, where Airflow can: 3.2 and earlier would block it."""
+    with suppress(ImportError):
+        from airflow.sdk.log import amask_secret
+
+        if secrets:
+            await amask_secret(list(secrets))
 
 
 def execute_as_sensor(sensor: BaseSensorOperator, context: Context) -> Any:

@@ -45,6 +45,12 @@ if TYPE_CHECKING:
     from airflow.sdk.types import Logger
     from typing_extensions import Self
 
+# Sections of the page Failures.
+CONNECTION_SECTION = "the-connection-cant-be-used"
+ARGUMENT_SECTION = "an-argument-cant-work"
+BATCH_SECTION = "a-batch"
+TRIGGERER_SECTION = "the-triggerer"
+
 # Seconds that no retry is delayed beyond, unless the server asks for more.
 MAX_RETRY_DELAY = 60.0
 
@@ -56,8 +62,8 @@ class DifyError(AirflowException):
 
     # What a trigger's event carries beside the message; each is None where it isn't known.
     attributes: ClassVar[tuple[str, ...]] = ()
-    # The section of the page Failures that explains it.
-    section: ClassVar[str] = "the-exceptions"
+    # The section of the page Failures that explains it, if none is named where it is raised.
+    section: str = "the-exceptions"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,7 +76,18 @@ class DifyError(AirflowException):
         :return: JSON-ready values, for :meth:`from_event`.
         """
         attributes = {name: getattr(self, name, None) for name in self.attributes}
-        return {"type": type(self).__name__, "text": str(self), "attributes": attributes}
+        event = {"type": type(self).__name__, "text": str(self), "attributes": attributes}
+        return {**event, "section": self.section} if "section" in vars(self) else event
+
+    def explained_in(self, section: str) -> Self:
+        """
+        Name the section of the page Failures that explains the error, where its class doesn't say which.
+
+        :param section: the last part of the section's address.
+        :return: the same error.
+        """
+        self.section = section
+        return self
 
     def with_address(self) -> Self:
         """
@@ -97,7 +114,8 @@ class DifyError(AirflowException):
         attributes = data.get("attributes")
         for name in error_type.attributes:
             setattr(error, name, attributes.get(name) if isinstance(attributes, dict) else None)
-        return error
+        section = data.get("section")
+        return error.explained_in(section) if isinstance(section, str) else error
 
 
 class TaskErrors:
@@ -118,7 +136,7 @@ class TaskErrors:
 class DifyConfigurationError(DifyError, AirflowFailException, ValueError):
     """A connection or an argument that can't work, whatever Dify returns. Fails without retry."""
 
-    section = "the-connection-cant-be-used"
+    section = ARGUMENT_SECTION
 
 
 class _ResponseError(DifyError):
@@ -248,7 +266,7 @@ class DifyBatchFailed(DifyError, AirflowFailException):
     :param summary: the batch's counts, as its XCom ``batch`` has them.
     """
 
-    section = "a-batch"
+    section = BATCH_SECTION
     attributes = ("summary",)
 
     def __init__(self, message: str = "", *, summary: dict[str, Any] | None = None) -> None:
@@ -259,7 +277,7 @@ class DifyBatchFailed(DifyError, AirflowFailException):
 class DifyTokenLimitReached(DifyError):
     """The runs of a batch have used more tokens than ``max_total_tokens``. A retry with a higher limit continues it."""
 
-    section = "a-batch"
+    section = BATCH_SECTION
 
 
 class DifyWorkflowRunFailed(DifyError):

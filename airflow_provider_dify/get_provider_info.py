@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from airflow_provider_dify import __version__
+from airflow_provider_dify import DOCUMENTATION, __version__
 
 _INTEGRATION = "Dify"
+_GUIDES = ("getting-started", "starting-runs", "batch", "waiting", "reacting-to-runs", "recipes")
 
 # The connection form. Airflow 3 reads it from here; the hook turns the same into Airflow 2's form.
 CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
@@ -31,16 +32,21 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
         "Cloud, else the server of the base URL.",
         "schema": {"type": ["string", "null"]},
     },
+    "headers": {
+        "label": "Headers",
+        "description": 'Headers for what stands in front of Dify, as JSON: {"CF-Access-Client-Id": "..."}. Secret.',
+        "schema": {"type": ["string", "null"], "format": "password"},
+    },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
-    # Neither the port nor the extra: Airflow 3.3.2's Test button fails for a connection without a port, and 2.11's in a
-    # form without the extra.
+    # Neither the port nor the extra: the Test button of Airflow 3.3.1 and 3.3.2 fails for a connection without a port,
+    # and 2.11's in a form without the extra.
     "hidden-fields": ["schema", "login"],
     "relabeling": {"host": "Base URL", "password": "API Key"},
     "placeholders": {
         "host": "Empty for Dify Cloud; else https://dify.example.com",
         "password": "Required: the API key of the Dify app",
-        "port": "443 (the Test button of Airflow 3.3 needs a port)",
+        "port": "443 (the Test button of Airflow 3.3.1 and 3.3.2 needs a port)",
     },
 }
 
@@ -51,10 +57,15 @@ def get_provider_info() -> dict[str, Any]:
         "package-name": "airflow-provider-dify",
         "name": "Dify",
         # Without an address: Airflow's page of providers makes the next word a part of it.
-        "description": "Start Dify workflow runs in Dags, wait on them and use their outputs.",
+        "description": "Start Dify workflow runs in Dags, wait for them and use their outputs.",
         "versions": [__version__],
         "integrations": [
-            {"integration-name": _INTEGRATION, "external-doc-url": "https://docs.dify.ai/", "tags": ["service", "ai"]}
+            {
+                "integration-name": _INTEGRATION,
+                "external-doc-url": "https://docs.dify.ai/",
+                "how-to-guide": [f"{DOCUMENTATION}/{page}.md" for page in _GUIDES],
+                "tags": ["service", "ai"],
+            }
         ],
         "hooks": _modules("hooks", "dify", "dify_async"),
         "operators": _modules("operators", "dify", "dify_batch"),

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from docutils import nodes
+
 from airflow_provider_dify import __version__
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 # The address of the repository that the pages are built from, for the edit links. Without it there are none.
 REPOSITORY = os.environ.get("REPOSITORY_URL", "")
@@ -25,6 +32,10 @@ version = release = __version__
 extensions = ["myst_parser", "notfound.extension", "sphinx.ext.autodoc", "sphinx_copybutton", "sphinx_design"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+# The pages in docs/ are read in the repository, too, so they have no directives. A page of the same name in this folder
+# takes a page's place on the site.
+SITE_PAGES = Path(__file__).parent / "_site"
+exclude_patterns = [SITE_PAGES.name]
 
 html_theme = "furo"
 html_title = f"{project} {version}"
@@ -63,3 +74,27 @@ nitpick_ignore_regex = [
     ("py:.*", r"airflow_provider_dify\.(api|runs)\..*"),
     ("py:class", r".*\.(T|_ResponseError)"),
 ]
+
+
+def use_site_page(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Replace a page's text by what stands in its place on the site."""
+    page = SITE_PAGES / f"{docname}.md"
+    if page.exists():
+        source[0] = page.read_text(encoding="utf-8")
+
+
+def label_cells(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Give each cell of a table its column's heading, which a phone shows above the cell."""
+    for table in doctree.findall(nodes.table):
+        headings = [entry.astext() for head in table.findall(nodes.thead) for entry in head.findall(nodes.entry)]
+        for body in table.findall(nodes.tbody):
+            for row in body.findall(nodes.row):
+                for heading, entry in zip(headings, row.findall(nodes.entry), strict=True):
+                    if heading and len(entry):
+                        entry.insert(0, nodes.container("", nodes.Text(heading), classes=["column-heading"]))
+
+
+def setup(app: Sphinx) -> None:
+    """Tell Sphinx of both."""
+    app.connect("source-read", use_site_page)
+    app.connect("doctree-resolved", label_cells)

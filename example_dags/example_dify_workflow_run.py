@@ -1,5 +1,5 @@
 """
-### Wait on a Dify workflow run that something else started
+### Wait for a Dify workflow run that something else started
 
 The param `workflow_run_id` is the run's id. The next task reports the outputs. The Dag uses the connection
 `dify_default`.
@@ -22,7 +22,7 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
             type="string",
             minLength=32,
             title="Workflow run id",
-            description="The Dify workflow run to wait on",
+            description="The Dify workflow run to wait for",
         )
     },
     doc_md=__doc__,

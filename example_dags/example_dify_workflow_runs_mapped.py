@@ -1,8 +1,8 @@
 """
-### Wait on several Dify workflow runs at once
+### Wait for several Dify workflow runs at once
 
-One mapped sensor waits on each run, and the last task collects the outputs. The param `workflow_run_ids` is the list of
-the runs' ids. The Dag uses the connection `dify_default`.
+One mapped sensor waits for each run, and the last task collects the outputs. The param `workflow_run_ids` is the list
+of the runs' ids. The Dag uses the connection `dify_default`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
             items={"type": "string", "minLength": 32},
             minItems=1,
             title="Workflow run ids",
-            description="The Dify workflow runs to wait on",
+            description="The Dify workflow runs to wait for",
         )
     },
     doc_md=__doc__,

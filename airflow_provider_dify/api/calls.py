@@ -11,6 +11,7 @@ import contextlib
 import json
 import mimetypes
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,28 @@ def check_user(user: object) -> None:
         raise DifyConfigurationError(
             f"user must be text of 1 to {MAX_USER_LENGTH} characters, but it is {one_line(repr(user), 300)}."
         )
+
+
+# As Dify checks them (1.16 and 1.17): it ignores another id, and rejects a start with another session.
+_TRACE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_TRACE_SESSION_ID = re.compile(r"[\x20-\x7e]{1,200}")
+
+
+def trace_headers(
+    trace_id: str | None = None, trace_session_id: str | None = None, traceparent: str | None = None
+) -> dict[str, str]:
+    """Return the headers of a start that say which trace its run is in; ``{}`` for none."""
+    if trace_id is not None and not (isinstance(trace_id, str) and _TRACE_ID.fullmatch(trace_id)):
+        raise DifyConfigurationError(
+            f"trace_id must be text of 1 to 128 letters, digits, - and _, but it is {one_line(repr(trace_id), 200)}."
+        )
+    session = trace_session_id.strip() if isinstance(trace_session_id, str) else trace_session_id
+    if session is not None and not (isinstance(session, str) and _TRACE_SESSION_ID.fullmatch(session)):
+        raise DifyConfigurationError(
+            f"trace_session_id must be text of 1 to 200 ASCII characters, but it is {one_line(repr(session), 300)}."
+        )
+    headers = {"X-Trace-Id": trace_id, "X-Trace-Session-Id": session, "traceparent": traceparent}
+    return {name: value for name, value in headers.items() if value is not None}
 
 
 def plain_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:

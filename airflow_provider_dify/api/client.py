@@ -13,13 +13,14 @@ from urllib.parse import unquote, urljoin, urlsplit
 from weakref import WeakKeyDictionary, WeakSet
 
 import aiohttp
+from multidict import CIMultiDict
 
 from airflow_provider_dify.api.calls import Call, encode_start, events_path, start_path
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
 from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
+from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
 from airflow_provider_dify.api.session import load_bundle, route_to
 from airflow_provider_dify.exceptions import DifyAuthenticationError
 
@@ -226,11 +227,13 @@ class SharedSession(Shared):
         connector = (
             _socks_connector(self.socks_proxy, settings) if self.socks_proxy else aiohttp.TCPConnector(**settings)
         )
+        headers = CIMultiDict(HEADERS)
+        # Also the key may stand here: this session is one connection's, and follows no redirect by itself.
+        headers.update(self.connection.headers, Authorization=f"Bearer {self.connection.api_key}")
         return aiohttp.ClientSession(
             connector=connector,
             timeout=timeout,
-            # The key may stand here: this session is one connection's, and follows no redirect by itself.
-            headers={**HEADERS, "Authorization": f"Bearer {self.connection.api_key}"},
+            headers=headers,
             cookie_jar=aiohttp.DummyCookieJar(),
             max_line_size=MAX_HEADER,
             max_field_size=MAX_HEADER,
@@ -348,7 +351,7 @@ class DifyClient:
         return await self.with_current_key(send)
 
     def send_start(
-        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None = None
+        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None = None, headers: Headers = None
     ) -> AsyncWorkflowRunStream:
         """
         Send the start of a run once, and return at once; its response is still to come.
@@ -357,7 +360,7 @@ class DifyClient:
         """
         path, body = start_path(workflow_id), encode_start(inputs, user)
         # A share of its own: this client may use another session meanwhile, with a key that was rotated.
-        stream = AsyncWorkflowRunStream(SharedSession.join(self._opened.connection), path, body, user)
+        stream = AsyncWorkflowRunStream(SharedSession.join(self._opened.connection), path, body, user, headers)
         self._streams.add(stream)
         return stream
 

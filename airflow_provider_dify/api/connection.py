@@ -20,7 +20,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 from airflow_provider_dify import __version__
 from airflow_provider_dify.api.text import one_line, redact
-from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.exceptions import CONNECTION_SECTION, DifyConfigurationError
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Connection
@@ -141,6 +141,17 @@ CLOUD_CONSOLE_URL = "https://cloud.dify.ai"
 _API_KEY = re.compile(r"[\x21-\x7e]+")
 # What documentation and settings' files put around a key, and no key has.
 _WRAPPING = "{}\"'"
+# What both HTTP clients send as it is: they encode other characters differently.
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\t\x20-\x7e]*[\x21-\x7e])?")
+# A shorter text may be a part of any word.
+_SHORTEST_SECRET = 3
+# What the key or the request itself needs: another value would break it.
+_RESERVED_HEADER = re.compile(
+    r"authorization|host|content-.*|accept(-encoding)?|transfer-encoding|connection|keep-alive|te|trailer|upgrade|expect"
+    r"|range|if-.*",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -155,6 +166,7 @@ class DifyConnection:
     :param verify: whether to verify TLS certificates, or the path of a CA bundle.
     :param proxies: proxy URLs by URL scheme, as ``requests`` takes them.
     :param console_url: URL of Dify's console, without a slash at the end; ``None`` where the connection doesn't say.
+    :param headers: further headers of each request, for what stands in front of Dify. Their values are secrets.
     """
 
     conn_id: str
@@ -165,6 +177,7 @@ class DifyConnection:
     # A proxy URL may hold a password.
     proxies: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
     console_url: str | None = None
+    headers: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
 
     @classmethod
     def from_airflow(cls, connection: Connection, *, has_name: bool = True) -> DifyConnection:
@@ -172,8 +185,8 @@ class DifyConnection:
         Parse an Airflow connection.
 
         :param connection: ``password`` is the API key; ``host``, ``schema`` and ``port`` make the base URL; ``extra``
-            may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle), ``proxies`` and
-            ``console_url``. Other extras are ignored.
+            may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle), ``proxies``, ``console_url``
+            and ``headers``. Other extras are ignored.
         :param has_name: whether messages name the connection; Airflow's Test button makes up an id for a copy of it.
         :return: the settings.
         :raises DifyConfigurationError: if the key is missing or no URL can be made; names the connection.
@@ -189,12 +202,15 @@ class DifyConnection:
                 verify=_verify(extra.get("verify")),
                 proxies=_proxies(extra.get("proxies")),
                 console_url=_console_url(extra.get("console_url")),
+                headers=_headers(extra.get("headers")),
             )
         except DifyConfigurationError as error:
             name = name_connection(conn_id)
             # The key may have been put into another field, too.
             reason = one_line(redact(str(error), (connection.password or "",)))
-            raise DifyConfigurationError(f"{name[0].upper()}{name[1:]} cannot be used: {reason}") from None
+            raise DifyConfigurationError(f"{name[0].upper()}{name[1:]} cannot be used: {reason}").explained_in(
+                CONNECTION_SECTION
+            ) from None
 
     @property
     def console(self) -> str:
@@ -206,10 +222,16 @@ class DifyConnection:
 
     @cached_property
     def secrets(self) -> tuple[str, ...]:
-        """What no message may show: the API key, and the passwords of the proxies here and in the environment."""
+        """What no message may show: key and headers, and the passwords of the proxies here and in the environment."""
         environment = (value for name, value in os.environ.items() if name.lower().endswith("_proxy"))
         urls = (*self.proxies.values(), *environment)
-        return (self.api_key, *(secret for url in urls for secret in _secrets_in(url)))
+        return (self.api_key, *self.secret_headers, *(secret for url in urls for secret in _secrets_in(url)))
+
+    @property
+    def secret_headers(self) -> tuple[str, ...]:
+        """The values of the headers, and what follows a word such as ``Bearer`` in them; but for the shortest."""
+        values = {value for whole in self.headers.values() for value in (whole, whole.split()[-1])}
+        return tuple(sorted(value for value in values if len(value) > _SHORTEST_SECRET))
 
     def timeouts(self, timeout: float | None = None) -> tuple[float, float]:
         """
@@ -232,7 +254,7 @@ class DifyConnection:
                 f"{name[0].upper()}{name[1:]} cannot be used: its password is the API key of a knowledge base, which "
                 "runs no workflow. Put the API key of the workflow app there (in Dify: the app's page, API Access, API "
                 "Key)."
-            )
+            ).explained_in(CONNECTION_SECTION)
 
     def owns(self, url: str) -> bool:
         """
@@ -273,7 +295,7 @@ def _secrets_in(url: str) -> list[str]:
     password = userinfo.partition(":")[2]
     # What a proxy is sent, and may send back.
     sent = base64.b64encode(unquote(userinfo).encode("utf-8", "replace")).decode()
-    return [secret for secret in (userinfo, password, unquote(password), sent) if len(secret) > 3]
+    return [secret for secret in (userinfo, password, unquote(password), sent) if len(secret) > _SHORTEST_SECRET]
 
 
 def _api_key(password: str | None) -> str:
@@ -333,19 +355,44 @@ def _verify(value: Any) -> bool | str:
 
 
 def _proxies(value: Any) -> dict[str, str]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.strip() else None
-        except (ValueError, RecursionError):
-            value = ""
-    if value is None:
-        return {}
-    if isinstance(value, dict) and all(is_proxy_url(url) for url in value.values()):
-        return {str(scheme): url for scheme, url in value.items()}
+    proxies = _json_object(value)
+    if proxies is not None and all(is_proxy_url(url) for url in proxies.values()):
+        return {str(scheme): url for scheme, url in proxies.items()}
     # Not shown: a proxy URL may hold a password.
     raise DifyConfigurationError(
         'the extra \'proxies\' must be an object such as {"https": "http://proxy.example.com:3128"}.'
     )
+
+
+def _headers(value: Any) -> dict[str, str]:
+    headers = _json_object(value)
+    if headers is None or len({name.lower() for name in headers}) < len(headers):
+        raise DifyConfigurationError(
+            'the extra \'headers\' must be an object of texts such as {"CF-Access-Client-Id": "..."}, each name once.'
+        )
+    for number, (name, text) in enumerate(headers.items(), 1):
+        # A name that is none may be a whole header, value included, and a value is a secret: neither is shown.
+        if not _HEADER_NAME.fullmatch(name):
+            raise DifyConfigurationError(f"the name of header {number} in the extra 'headers' is none that HTTP has.")
+        if _RESERVED_HEADER.fullmatch(name):
+            raise DifyConfigurationError(f"the extra 'headers' cannot set {name!r}: each request has its own.")
+        if not isinstance(text, str) or not _HEADER_VALUE.fullmatch(text):
+            raise DifyConfigurationError(
+                f"the value of {name!r} in the extra 'headers' must be a text of ASCII characters in one line, without "
+                "white space around it."
+            )
+    return headers
+
+
+def _json_object(value: Any) -> dict[str, Any] | None:
+    """Return an extra that is an object, or the JSON text of one, as forms and URIs have it; ``None`` if it is none."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except (ValueError, RecursionError):
+            return None
+    value = {} if value is None else value
+    return value if isinstance(value, dict) else None
 
 
 def is_proxy_url(url: object) -> bool:

@@ -36,7 +36,8 @@ ENDED_STATUSES = frozenset(WorkflowRunStatus) - WAITING_STATUSES
 
 # Seconds for which a row of the log may wait for its run's record, where Dify lets workers write the records.
 RECORD_DELAY = 300.0
-# How Dify says that somebody stopped a run whose status is `failed`, which a stop may leave behind.
+# How Dify says that somebody stopped a run whose status is `failed`, which a stop left behind on 1.9 (reported). A run
+# whose status is `stopped` was stopped whatever its text, of which there are three.
 _STOP_REQUESTED = "requested stop"
 
 

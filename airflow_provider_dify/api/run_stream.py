@@ -7,14 +7,20 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from airflow_provider_dify.api.calls import parse_workflow_run_id
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
 from airflow_provider_dify.api.responses import error_from_start, error_from_start_event
-from airflow_provider_dify.api.text import one_line
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.api.text import one_line, redact
+from airflow_provider_dify.exceptions import (
+    DifyConfigurationError,
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunUncertain,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -29,6 +35,7 @@ _SUBJECT = "the start of a workflow run"
 _HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
 # For so long a stream is read on after an error: the end of its run may follow (measured: within milliseconds).
 SECONDS_AFTER_ERROR = 2.0
+Headers: TypeAlias = Mapping[str, str] | None
 # What a stream brings: that an event stream has begun (None), a response that is none, an event, or why no more comes.
 StreamItem = HttpResponse | WorkflowEvent | Exception | None
 
@@ -74,13 +81,14 @@ class AsyncWorkflowRunStream:
     """
     A start that was sent on an event loop, the run once Dify names it, and the run's events.
 
-    The run goes on without its client. ``async with`` hangs up at its end, and ``async for`` iterates over the events.
+    The run continues without its client. ``async with`` hangs up at its end; ``async for`` iterates over the events.
 
     :param session: what the start goes through: a share that is the stream's own.
     :param path: where to send the start.
     :param body: the JSON body.
     :param user: the ``user`` in the body, for messages.
-    :ivar workflow_run_id: the run's UUID; empty until Dify names it.
+    :param headers: further headers of the start.
+    :ivar workflow_run_id: the run's UUID; empty until Dify names it, by an event or in the response's header.
     :ivar task_id: the UUID that :meth:`DifyHook.stop_workflow_task` takes; empty until then.
     :ivar app_id: the UUID of the run's app; ``None`` where the server doesn't say.
     :ivar server_version: Dify's version; ``None`` until it responds.
@@ -88,7 +96,7 @@ class AsyncWorkflowRunStream:
     :ivar error_event: the ``error`` that came before the run had a name; ``None`` where none did.
     """
 
-    def __init__(self, session: Session, path: str, body: bytes, user: str) -> None:
+    def __init__(self, session: Session, path: str, body: bytes, user: str, headers: Headers = None) -> None:
         self._connection: DifyConnection = session.connection
         self._url = f"{session.connection.base_url}{path}"
         self._user = user
@@ -108,12 +116,12 @@ class AsyncWorkflowRunStream:
         self._was_taken = asyncio.Event()
         self._is_closed = False
         self._session = session
-        self._reader = asyncio.get_running_loop().create_task(self._read(body))
+        self._reader = asyncio.get_running_loop().create_task(self._read(body, {**_HEADERS, **(headers or {})}))
 
     @property
     def is_named(self) -> bool:
-        """Whether Dify has named the run; until then it is queued, or was rejected without a word."""
-        return bool(self.workflow_run_id)
+        """Whether an event has named run and task; until then the run is queued, or was rejected without a word."""
+        return bool(self.task_id)
 
     @property
     def has_ended(self) -> bool:
@@ -128,7 +136,7 @@ class AsyncWorkflowRunStream:
         :return: the event; ``None`` if there was none, which says nothing about the run.
         :raises DifyError: if Dify rejected the start; a :class:`DifyConnectionError` only if nothing was started.
         :raises DifyWorkflowRunUncertain: if the stream ended before Dify named the run, which may have been started.
-        :raises DifyConnectionError: if the stream broke off after that; the run goes on.
+        :raises DifyConnectionError: if the stream broke off after that; the run continues.
         """
         if self._kept is not None:
             kept, self._kept = self._kept, None
@@ -185,7 +193,7 @@ class AsyncWorkflowRunStream:
         :raises DifyError: as :meth:`wait_until_named` does.
         """
         try:
-            if not await self.wait_until_named(seconds):
+            if not await self.wait_until_named(seconds) and not self.workflow_run_id:
                 raise DifyWorkflowRunUncertain(
                     f"Dify did not name the run of user {self._user!r} within {seconds:g} seconds: it is queued, and "
                     "may run later. Look for the user in the app's log in Dify's console.",
@@ -230,7 +238,10 @@ class AsyncWorkflowRunStream:
         """Return what Dify's error from before the run had a name means; ``None`` where there was none."""
         if self.error_event is None:
             return None
-        return error_from_start_event(self.error_event.data, self.server_version)
+        # What it quotes may be what a gateway was sent.
+        secrets = self._connection.secrets
+        data = {name: redact(v, secrets) if isinstance(v, str) else v for name, v in self.error_event.data.items()}
+        return error_from_start_event(data, self.server_version)
 
     async def __aenter__(self) -> AsyncWorkflowRunStream:
         return self
@@ -242,7 +253,7 @@ class AsyncWorkflowRunStream:
         await self.wait_closed()
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         self._is_closed = True
         self._reader.cancel()
 
@@ -253,14 +264,14 @@ class AsyncWorkflowRunStream:
 
     # --- what is read in the background
 
-    async def _read(self, body: bytes) -> None:
+    async def _read(self, body: bytes, headers: Mapping[str, str]) -> None:
         """Send the start and read what comes back, in a task of its own."""
         try:
             client = await self._session.open_for_starts()
             async with client.post(
                 self._url,
                 data=body,
-                headers=_HEADERS,
+                headers=headers,
                 allow_redirects=False,
                 proxy=self._session.proxy,
                 trace_request_ctx=self,
@@ -270,6 +281,9 @@ class AsyncWorkflowRunStream:
                 whole = b"" if is_stream else await response.read()
                 received = HttpResponse.received(self._connection, self._url, response.status, response.headers, whole)
                 self.server_version = received.server_version
+                with suppress(DifyConfigurationError):
+                    # A branch of Dify names the run here, before there is a record of it.
+                    self.workflow_run_id = parse_workflow_run_id(received.header("X-Workflow-Run-ID"))
                 self._put(None if is_stream else received)
                 if is_stream:
                     await self._read_events(response)
@@ -356,15 +370,16 @@ class AsyncWorkflowRunStream:
 
     def _broken(self, reason: str) -> DifyConnectionError:
         return DifyConnectionError(
-            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run goes on.",
+            f"{reason}: the events of workflow run {self.workflow_run_id} broke off at {self._url}. The run continues.",
             server_version=self.server_version,
         )
 
     def _uncertain(self, reason: str) -> DifyWorkflowRunUncertain:
+        named = f"no event of workflow run {self.workflow_run_id}" if self.workflow_run_id else "no run id"
         return DifyWorkflowRunUncertain(
-            f"{reason}: no run id came back from {self._url}, so Dify may or may not have started a workflow run "
-            f"for user {self._user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's "
-            "log in Dify's console.",
+            f"{redact(reason, self._connection.secrets)}: {named} came back from {self._url}, so Dify may or may not "
+            f"have started a workflow run for user {self._user!r}. It was not asked again, so as not to pay twice. "
+            "Look for the user in the app's log in Dify's console.",
             user=self._user,
         )
 

@@ -21,7 +21,12 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponent
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection, is_proxy_url
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
 from airflow_provider_dify.api.text import one_line
-from airflow_provider_dify.exceptions import MAX_RETRY_DELAY, DifyConfigurationError, DifyConnectionError
+from airflow_provider_dify.exceptions import (
+    CONNECTION_SECTION,
+    MAX_RETRY_DELAY,
+    DifyConfigurationError,
+    DifyConnectionError,
+)
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -79,14 +84,16 @@ def load_bundle(path: str) -> ssl.SSLContext:
         raise DifyConfigurationError(
             f"The CA bundle {one_line(path, 200)!r} {what}. It comes from the connection's extra 'verify', or from "
             "REQUESTS_CA_BUNDLE or CURL_CA_BUNDLE in the environment."
-        ) from None
+        ).explained_in(CONNECTION_SECTION) from None
 
 
 def _check_proxy(proxy: str, socks_package: str) -> None:
     source = "It comes from the connection's extra 'proxies', or from the environment (HTTPS_PROXY and the like)."
     if not is_proxy_url(proxy):
         # Not shown: it may hold a password.
-        raise DifyConfigurationError(f"The URL of the proxy to Dify is malformed. {source}")
+        raise DifyConfigurationError(f"The URL of the proxy to Dify is malformed. {source}").explained_in(
+            CONNECTION_SECTION
+        )
     # Without a scheme it is an HTTP proxy, whatever its host is called.
     scheme, separator, _ = proxy.lower().partition("://")
     if not separator or not scheme.startswith("socks"):
@@ -95,13 +102,13 @@ def _check_proxy(proxy: str, socks_package: str) -> None:
         raise DifyConfigurationError(
             f"The proxy to Dify is a SOCKS proxy of the kind {one_line(scheme, 50)!r}, which is none of "
             f"{', '.join(_SOCKS_SCHEMES)}. {source}"
-        )
+        ).explained_in(CONNECTION_SECTION)
     if find_spec(socks_package) is None:
         package = _SOCKS_PACKAGES[socks_package]
         raise DifyConfigurationError(
             f"The proxy to Dify is a SOCKS proxy, which needs the package {package}: pip install "
             f"'airflow-provider-dify[socks]'. {source}"
-        )
+        ).explained_in(CONNECTION_SECTION)
 
 
 T = TypeVar("T")
@@ -137,7 +144,8 @@ class DifySession(requests.Session):
         return target if target and self._connection.owns(absolute) else None
 
     def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
-        """Keep the key on a redirect, which never leaves the origin; ``requests`` would look into ``.netrc``."""
+        """Keep key and headers on a redirect, which never leaves the origin; ``requests`` asks ``.netrc`` here."""
+        _BearerAuth(self._connection)(prepared_request)
 
 
 def send(
@@ -253,7 +261,7 @@ def _retry_after(state: RetryCallState) -> float:
 
 class _BearerAuth(AuthBase):
     """
-    Send the API key to the connection's own origin and nowhere else.
+    Send the API key and the connection's headers to its own origin and nowhere else.
 
     An auth object rather than a session header, because ``requests`` puts a ``.netrc`` entry in place of that.
     """
@@ -263,5 +271,5 @@ class _BearerAuth(AuthBase):
 
     def __call__(self, request: PreparedRequest) -> PreparedRequest:
         if self._connection.owns(request.url or ""):
-            request.headers["Authorization"] = f"Bearer {self._connection.api_key}"
+            request.headers.update({**self._connection.headers, "Authorization": f"Bearer {self._connection.api_key}"})
         return request

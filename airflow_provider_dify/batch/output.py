@@ -33,7 +33,7 @@ from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, Re
 from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import is_file
 from airflow_provider_dify.batch.storage import is_same_file, open_stream, storage_errors, storage_path
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
+from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyError
 
 # A merge has many parts open, each with a buffer of this size.
 _MERGE_BUFFER = 262_144
@@ -134,7 +134,7 @@ class ResultFiles:
                 f"{expected - merged:,} of {expected:,} results are missing: parts in {_shown(self._folder)} were "
                 f"removed or cut while the batch ran. {_shown(self.output_path)} has the others. A retry reads the "
                 "missing ones from Dify's log."
-            )
+            ).explained_in(BATCH_SECTION)
         # From now on the parts may go: which of them are left says nothing any more.
         self._write(self._folder / _MERGED, [""])
 

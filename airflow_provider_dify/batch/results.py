@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyOutputsError
+from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyOutputsError
 from airflow_provider_dify.tasks.xcoms import xcom_problem
 
 # A part is written as soon as it has so many rows or bytes, or its first result is so many seconds old.
@@ -226,14 +226,14 @@ class ReturnedResults:
                 f"Row {result.index:,} {problem}, which Airflow cannot store as an XCom: Dify workflow run "
                 f"{result.workflow_run_id} is over, but its result cannot be part of a return value. Set output_path, "
                 "and read the results from that file."
-            )
+            ).explained_in(BATCH_SECTION)
         self._size += len(result.to_line())
         self._results[result.index] = result
         if self._size > MAX_RETURNED_BYTES:
             raise DifyOutputsError(
                 f"The results of {len(self._results):,} rows have more than {MAX_RETURNED_BYTES / 1e6:g} MB, which is "
                 "too much for a return value. Set output_path, and read the results from that file."
-            )
+            ).explained_in(BATCH_SECTION)
 
     def in_order(self) -> list[dict[str, Any]]:
         """Return the results as JSON-ready values, in row order."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRunStatus
 from airflow_provider_dify.batch.naming import RowUsers
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError
+from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConnectionError, DifyError
 from airflow_provider_dify.runs.log import RunSearch, until, user_runs
 from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
 from airflow_provider_dify.tasks.start import SECONDS_FOR_LOG
@@ -157,7 +157,9 @@ class Resumption:
             search = RunSearch(self._users.user_of(row, attempt), self._earlier.since, user_is_unique=True)
             runs, are_all = await user_runs(client, search, patience_seconds=SECONDS_FOR_LOG)
             if not runs and not are_all:
-                raise DifyError(f"Dify's log of user {search.user!r} has too many runs of others to find row {row}.")
+                raise DifyError(
+                    f"Dify's log of user {search.user!r} has too many runs of others to find row {row}."
+                ).explained_in(BATCH_SECTION)
             found += [FoundRun(attempt, run.workflow_run_id, run.status) for run in runs]
             plan = plan_row(found, run_retries=self._run_retries, stopped_runs=self._earlier.stopped_runs)
             attempt += 1

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.models import WorkflowRun
+from airflow_provider_dify.api.run_stream import Headers
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan
 from airflow_provider_dify.batch.slots import Places
 from airflow_provider_dify.exceptions import (
+    BATCH_SECTION,
     DifyAuthenticationError,
     DifyConnectionError,
     DifyError,
@@ -68,6 +70,7 @@ class BatchSettings:
     restart_lost_runs: bool = False
     # Airflow's, of the task.
     retries: int = 0
+    headers: Headers = None
 
 
 class Batch(Protocol):
@@ -230,7 +233,7 @@ class RowRun:
         return RowResult(self.row, "failed", error=error, attempts=self.lost.attempt + 1)
 
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         self._starter.close()
 
     async def stop(self) -> tuple[str, StopReport] | None:
@@ -268,6 +271,7 @@ class RowRun:
     def _new_starter(self) -> Starter:
         batch = self._batch
         starter = Starter(batch.client, batch.deadline, self._log, batch.settings.wait, reads_success=False)
+        starter.headers = batch.settings.headers
         starter.start_retries = START_RETRIES
         starter.before_send = self._before_send
         starter.wait_for_room = self._wait_for_room
@@ -303,7 +307,7 @@ class RowRun:
         except DifyAuthenticationError:
             raise
         except DifyWorkflowRunUncertain as error:
-            self.lost = LostStart(error, search, attempt)
+            self.lost = LostStart(error, starter.known(search), attempt)
             shows_no_run = starter.log_shows_no_run and not starter.is_in_queue
             return _Outcome("failed", str(error), can_be_repeated=settings.restart_lost_runs and shows_no_run)
         except DifyConnectionError as error:
@@ -347,9 +351,9 @@ class RowRun:
             return await self._starter.follow(wait, None)
         except DifyConnectionError as error:
             raise DifyError(
-                f"{error} Only this run's record can't be read: other requests succeed. The batch goes on without its "
-                f"result; look at workflow run {wait.workflow_run_id} in Dify's log."
-            ) from None
+                f"{error} Only this run's record can't be read: other requests succeed. The batch continues without "
+                f"its result; look at workflow run {wait.workflow_run_id} in Dify's log."
+            ).explained_in(BATCH_SECTION) from None
 
     async def _dify_responds(self) -> bool:
         """Return whether Dify responds at all, so that what fails again and again is of one row."""

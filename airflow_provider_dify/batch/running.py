@@ -22,6 +22,7 @@ from airflow_provider_dify.batch.row import BatchSettings, NoMoreStarts, RowRun
 from airflow_provider_dify.batch.rows import FormCheck, Row, RowsAhead, read_rows
 from airflow_provider_dify.batch.slots import Places, RunLimit
 from airflow_provider_dify.exceptions import (
+    BATCH_SECTION,
     DifyConnectionError,
     DifyError,
     DifyTaskKilled,
@@ -245,8 +246,8 @@ class BatchRun:
         if self._lost_in_a_row > max(_MAX_LOST_IN_A_ROW, self.settings.max_active_runs) and self._failure is None:
             self._failure = DifyConnectionError(
                 f"{error} The last {self._lost_in_a_row:,} starts got lost like this, so no more are sent. A retry "
-                "goes on with the other rows."
-            )
+                "continues with the other rows."
+            ).explained_in(BATCH_SECTION)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
         run = self._tasks.pop(task)
@@ -287,7 +288,7 @@ class BatchRun:
         return DifyWorkflowRunTimeout(
             f"The batch's timeout of {self.settings.timeout:g} seconds is over. "
             f"{self._progress.line(self.places.taken, time.time())}."
-        )
+        ).explained_in(BATCH_SECTION)
 
     # --- what the rows ask for
 
@@ -326,7 +327,7 @@ class BatchRun:
         remembers = self._output.remembers_stops or is_server_from(self.client.server_version, (1, 16))
         if is_killed and self._will_be_retried and not remembers:
             # Neither this Airflow nor this Dify would remember the stop.
-            self.log.info("%d workflow runs go on for the retry of this task.", len(self._tasks))
+            self.log.info("%d workflow runs keep running for the retry of this task.", len(self._tasks))
             return
         stops = [asyncio.create_task(run.stop()) for run in self._tasks.values()]
         if not stops:
@@ -344,4 +345,6 @@ class BatchRun:
 
 
 def _killed() -> DifyTaskKilled:
-    return DifyTaskKilled("Airflow killed the task while its batch was running. A retry continues the batch.")
+    return DifyTaskKilled(
+        "Airflow killed the task while its batch was running. A retry continues the batch."
+    ).explained_in(BATCH_SECTION)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from airflow_provider_dify.api.text import one_line, redact
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
+from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyError
 
 # What no retry changes: no such file, no such storage, or its package isn't installed.
 _PERMANENT = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ValueError, ImportError)
@@ -59,4 +59,4 @@ def storage_errors(path: object, verb: str) -> Iterator[None]:
         reason = one_line(redact(f"{type(error).__name__}: {error}", ()), 300)
         shown = one_line(redact(str(path), ()), 200)
         error_type = DifyConfigurationError if isinstance(error, _PERMANENT) else DifyError
-        raise error_type(f"{reason}: {shown!r} could not be {verb}.") from error
+        raise error_type(f"{reason}: {shown!r} could not be {verb}.").explained_in(BATCH_SECTION) from error

@@ -37,17 +37,21 @@ def ui_field_behaviour() -> dict[str, Any]:
 
 def connection_form_widgets() -> dict[str, Any]:
     """Return the form's extra fields."""
-    from flask_appbuilder.fieldwidgets import BS3TextFieldWidget
+    from flask_appbuilder.fieldwidgets import BS3PasswordFieldWidget, BS3TextFieldWidget
     from flask_babel import lazy_gettext
-    from wtforms import IntegerField, StringField
+    from wtforms import IntegerField, PasswordField, StringField
     from wtforms.validators import Optional
 
-    return {
-        name: (IntegerField if "integer" in form_field["schema"]["type"] else StringField)(
-            lazy_gettext(form_field["label"]),
-            widget=BS3TextFieldWidget(),
-            description=form_field["description"],
-            validators=[Optional()],
-        )
-        for name, form_field in CONNECTION_FIELDS.items()
-    }
+    class SecretWidget(BS3PasswordFieldWidget):
+        def __call__(self, field: Any, **attributes: Any) -> Any:
+            # By this text Airflow 2 knows that a secret was not edited; an empty field would delete it.
+            value = "RATHER_LONG_SENSITIVE_FIELD_PLACEHOLDER" if field.data else ""
+            return super().__call__(field, value=value, **attributes)
+
+    def field(label: str, description: str, schema: dict[str, Any]) -> Any:
+        is_secret = schema.get("format") == "password"
+        kind = PasswordField if is_secret else IntegerField if "integer" in schema["type"] else StringField
+        widget = SecretWidget(hide_value=False) if is_secret else BS3TextFieldWidget()
+        return kind(lazy_gettext(label), widget=widget, description=description, validators=[Optional()])
+
+    return {name: field(**form_field) for name, form_field in CONNECTION_FIELDS.items()}

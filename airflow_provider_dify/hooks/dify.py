@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import BaseHook
 
+from airflow_provider_dify.airflow_versions import mask_secrets
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Call, open_upload
 from airflow_provider_dify.api.connection import DifyConnection
@@ -89,13 +90,9 @@ class DifyHook(BaseHook):
         if self._connection is None:
             connection = self.get_connection(self.dify_conn_id)
             settings = DifyConnection.from_airflow(connection, has_name=self._names_connection)
+            mask_secrets(settings.secret_headers)
             self._connection = replace(settings, timeout=self.timeout or settings.timeout)
         return self._connection
-
-    @property
-    def response_timeout(self) -> float:
-        """Seconds for a whole response."""
-        return self.connection.timeouts()[1]
 
     def get_conn(self) -> requests.Session:
         """
@@ -156,7 +153,14 @@ class DifyHook(BaseHook):
         return self.perform(calls.parameters())
 
     def start_workflow_run(
-        self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None, timeout: float = 300.0
+        self,
+        inputs: Mapping[str, Any],
+        user: str,
+        *,
+        workflow_id: str | None = None,
+        timeout: float = 300.0,
+        trace_id: str | None = None,
+        trace_session_id: str | None = None,
     ) -> WorkflowRunStream:
         """
         Start a run of the app's workflow, and wait until Dify names it: ``POST /workflows/run``, in streaming mode.
@@ -167,7 +171,9 @@ class DifyHook(BaseHook):
         :param user: who starts it, up to 255 characters; Dify's log shows it and can be searched for it.
         :param workflow_id: UUID of a published version; the current one by default.
         :param timeout: seconds to wait for a run that is queued.
-        :return: the started run: its ids, and its events. To be closed; the run goes on without its client.
+        :param trace_id: the run's id in Dify's tracing, as for the operator.
+        :param trace_session_id: the session of that trace, as for the operator.
+        :return: the started run: its ids, and its events. To be closed; the run continues without its client.
         :raises DifyConfigurationError: if an argument can't be sent.
         :raises DifyRequestError: if Dify rejects the start. Inputs that Dify 1.15 or later rejects begin a run, whose
             last event says ``failed``.
@@ -176,12 +182,13 @@ class DifyHook(BaseHook):
         """
         from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
 
-        inputs, deadline = calls.plain_inputs(inputs), self._deadline_after(timeout)
+        inputs, headers = calls.plain_inputs(inputs), calls.trace_headers(trace_id, trace_session_id)
+        deadline = self._deadline_after(timeout)
 
         def start() -> WorkflowRunStream:
             # An attempt that is made at all has a second, as every other request.
             seconds = max(min(timeout, 1.0), round(deadline.left, 1))
-            stream = WorkflowRunStream(self.connection, inputs, user, workflow_id, seconds)
+            stream = WorkflowRunStream(self.connection, seconds, inputs, user, workflow_id, headers)
             self.server_version = stream.server_version or self.server_version
             return stream
 
@@ -195,33 +202,36 @@ class DifyHook(BaseHook):
         workflow_id: str | None = None,
         poll_interval: float = 10.0,
         timeout: float = WEEK_SECONDS,
+        trace_id: str | None = None,
+        trace_session_id: str | None = None,
     ) -> WorkflowRun:
         """
         Start a run of the app's workflow, and wait until it is over: for a function of ``@task``.
 
         It follows the run's events, and polls where they break off. A start that may have arrived is not sent again:
-        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run goes on, and a
+        its run is looked for in Dify's log, by ``user`` and inputs. If the process is killed, the run continues, and a
         retry of the task starts another one; the operator finds it instead.
 
         :param inputs: as for :meth:`start_workflow_run`.
         :param user: as there.
         :param workflow_id: as there.
         :param poll_interval: seconds between polls.
-        :param timeout: seconds for the start and the run, which goes on after that.
+        :param timeout: seconds for the start and the run, which continues after that.
+        :param trace_id: as for :meth:`start_workflow_run`.
+        :param trace_session_id: as there.
         :return: the run, whatever its status.
         :raises DifyInputsRejected: if Dify rejects the inputs.
         :raises DifyWorkflowRunUncertain: if a run may have been started and could not be found.
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
         """
-        inputs, deadline = calls.plain_inputs(inputs), self._deadline_after(timeout)
+        inputs, headers = calls.plain_inputs(inputs), calls.trace_headers(trace_id, trace_session_id)
+        deadline, arguments = self._deadline_after(timeout), _wait_arguments(poll_interval)
 
         async def work(client: DifyClient) -> WorkflowRun:
             from airflow_provider_dify.runs.starting import Starter
 
-            return await Starter(client, deadline, self.log, _wait_arguments(poll_interval)).run(
-                inputs, user, workflow_id
-            )
+            return await Starter(client, deadline, self.log, arguments).run(inputs, user, workflow_id, headers)
 
         return self.run_on_loop(work, deadline.at)
 
@@ -233,7 +243,7 @@ class DifyHook(BaseHook):
 
         :param workflow_run_id: the run's UUID.
         :param poll_interval: seconds between polls.
-        :param timeout: seconds for the wait; the run goes on after that.
+        :param timeout: seconds for the wait; the run continues after that.
         :return: the run, whatever its status.
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.

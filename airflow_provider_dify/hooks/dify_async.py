@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 from airflow.providers.common.compat.connection import get_async_connection
 
+from airflow_provider_dify.airflow_versions import mask_secrets_async
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.connection import DifyConnection
@@ -54,7 +55,14 @@ class DifyAsyncHook(DifyClient):
         return await self.perform(calls.run_detail(calls.parse_workflow_run_id(workflow_run_id)))
 
     async def start_workflow_run(
-        self, inputs: Mapping[str, Any], user: str, *, workflow_id: str | None = None, timeout: float = 300.0
+        self,
+        inputs: Mapping[str, Any],
+        user: str,
+        *,
+        workflow_id: str | None = None,
+        timeout: float = 300.0,
+        trace_id: str | None = None,
+        trace_session_id: str | None = None,
     ) -> AsyncWorkflowRunStream:
         """
         Start a run, and wait until Dify names it; sent once, and once more if the key was rotated.
@@ -63,13 +71,15 @@ class DifyAsyncHook(DifyClient):
         :param user: as there.
         :param workflow_id: as there.
         :param timeout: as there.
+        :param trace_id: as there.
+        :param trace_session_id: as there.
         :return: the started run: its ids, and its events. To be closed, by ``async with``.
         :raises DifyError: as there; a :class:`DifyConnectionError` if nothing was started.
         """
-        until = time.time() + timeout
+        until, headers = time.time() + timeout, calls.trace_headers(trace_id, trace_session_id)
 
         async def start() -> AsyncWorkflowRunStream:
-            stream = self.send_start(inputs, user, workflow_id)
+            stream = self.send_start(inputs, user, workflow_id, headers)
             await stream.require_name(max(min(timeout, 1.0), round(until - time.time(), 1)))
             self.server_version = stream.server_version or self.server_version
             return stream
@@ -84,6 +94,8 @@ class DifyAsyncHook(DifyClient):
         workflow_id: str | None = None,
         poll_interval: float = 10.0,
         timeout: float = WEEK_SECONDS,
+        trace_id: str | None = None,
+        trace_session_id: str | None = None,
     ) -> WorkflowRun:
         """
         Start a run and wait until it is over, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.run_workflow`.
@@ -93,15 +105,17 @@ class DifyAsyncHook(DifyClient):
         :param workflow_id: as there.
         :param poll_interval: as there.
         :param timeout: as there.
+        :param trace_id: as there.
+        :param trace_session_id: as there.
         :return: the run, whatever its status.
         :raises DifyError: as there.
         """
-        deadline = Deadline.after(timeout, "hook's")
+        deadline, headers = Deadline.after(timeout, "hook's"), calls.trace_headers(trace_id, trace_session_id)
         arguments = WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)
         # One of its own, for its deadline; the session is shared.
         async with DifyClient(self._read_connection) as client:
             client.deadline = deadline.at
-            return await Starter(client, deadline, _log, arguments).run(inputs, user, workflow_id)
+            return await Starter(client, deadline, _log, arguments).run(inputs, user, workflow_id, headers)
 
     async def list_workflow_runs(
         self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20
@@ -173,7 +187,9 @@ def _begin(conn_id: str) -> _Reading:
 
 
 async def _read(conn_id: str) -> DifyConnection:
-    return DifyConnection.from_airflow(await get_async_connection(conn_id))
+    connection = DifyConnection.from_airflow(await get_async_connection(conn_id))
+    await mask_secrets_async(connection.secret_headers)
+    return connection
 
 
 def _retrieve(task: asyncio.Task[DifyConnection]) -> None:

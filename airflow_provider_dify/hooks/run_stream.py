@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
+from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 if TYPE_CHECKING:
@@ -21,20 +21,27 @@ T = TypeVar("T")
 
 class WorkflowRunStream:
     """
-    A run that was started, and its events. The run goes on without its client.
+    A run that was started, and its events. The run continues without its client.
 
     ``with`` hangs up at its end, and ``for`` iterates over the events.
 
     :param connection: the connection's settings.
+    :param seconds: how long to wait until Dify names the run.
     :param inputs: the workflow's inputs.
     :param user: who starts the run.
     :param workflow_id: UUID of a published version; ``None`` for the current one.
-    :param seconds: how long to wait until Dify names the run.
+    :param headers: further headers of the start.
     :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
     """
 
     def __init__(
-        self, connection: DifyConnection, inputs: Mapping[str, Any], user: str, workflow_id: str | None, seconds: float
+        self,
+        connection: DifyConnection,
+        seconds: float,
+        inputs: Mapping[str, Any],
+        user: str,
+        workflow_id: str | None,
+        headers: Headers = None,
     ) -> None:
         async def read_connection(refused: DifyConnection | None) -> DifyConnection:
             return connection
@@ -46,7 +53,7 @@ class WorkflowRunStream:
         self._stream: AsyncWorkflowRunStream | None = None
         threading.Thread(target=self._run_loop, name="dify-run", daemon=True).start()
         try:
-            self._call(self._start(inputs, user, workflow_id, seconds))
+            self._call(self._start(seconds, inputs, user, workflow_id, headers))
         except BaseException:
             self.close()
             raise
@@ -77,7 +84,7 @@ class WorkflowRunStream:
 
         :param seconds: how long to wait for it.
         :return: the event; ``None`` if there was none, which says nothing about the run.
-        :raises DifyConnectionError: if the stream broke off; the run goes on.
+        :raises DifyConnectionError: if the stream broke off; the run continues.
         """
         return self._call(self._started.next_event(seconds))
 
@@ -102,7 +109,7 @@ class WorkflowRunStream:
         self.close()
 
     def close(self) -> None:
-        """Hang up; the run goes on. It may be called again."""
+        """Hang up; the run continues. It may be called again."""
         with self._closing:
             was_closed, self._is_closed = self._is_closed, True
         if not was_closed:
@@ -126,9 +133,9 @@ class WorkflowRunStream:
             )
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
-    async def _start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None, seconds: float) -> None:
+    async def _start(self, seconds: float, *start: Any) -> None:
         await self._client.__aenter__()
-        self._stream = self._client.send_start(inputs, user, workflow_id)
+        self._stream = self._client.send_start(*start)
         await self._stream.require_name(seconds)
 
     async def _close(self) -> None:

@@ -15,7 +15,7 @@ UI_FGCOLOR = "#1c2a5e"
 
 class DifyWorkflowRunLink(BaseOperatorLink):
     """
-    Leads from a task that starts or waits on a workflow run to the log of its app in Dify's console.
+    Leads from a task that starts a workflow run or waits for one to the log of its app in Dify's console.
 
     It is there as soon as the task has seen the run, and absent where the run doesn't name its app.
     """

@@ -1,4 +1,4 @@
-"""Start a Dify workflow run in a task, and wait on it."""
+"""Start a Dify workflow run in a task, and wait for it."""
 
 from __future__ import annotations
 
@@ -60,19 +60,21 @@ class DifyRunWorkflowOperator(BaseOperator):
     A run that failed leaves the task its ``retries``, and each of them starts a new run. A run that a person stopped,
     and inputs that Dify rejects, fail the task without retry.
 
-    A run is not paid for twice: a request that may have started one is never sent again, but looked up in Dify's log by
-    its ``user``. A retry goes on with the run that an earlier try started, while that is alive or has succeeded; not
-    with one that Dify was asked to stop. What is left is one window: a worker that is killed between the request and
-    Dify's response, while the run is queued. Airflow 3.3 remembers the request, and the retry looks for its run, and
-    fails if there is none; on older ones the retry looks into Dify's log, which does not show a queued run yet, and
-    starts a second one. With a
-    ``user`` of your own, the inputs distinguish the runs in the log, too. A task that is cleared starts a new run.
+    A request that may have started a run is not sent again. Its run is looked up in Dify's log by its ``user``. A retry
+    continues the run that an earlier try started, while that is alive or has succeeded; not one that Dify was asked to
+    stop. If a worker is killed while its run is queued, an Airflow from 3.3 on remembers the request: the retry looks
+    for its run, and fails if there is none. Before Airflow 3.3 the retry looks into Dify's log, which doesn't show a
+    queued run, and starts a second one. With a ``user`` of your own, the inputs distinguish the runs in the log, too. A
+    task that is cleared starts a new run.
 
     :param inputs: the workflow's inputs by name. Templated. Checked against the app's form before the start.
     :param user: who starts the run, as Dify's log shows it, up to 255 characters; by default one that names Airflow
         installation, Dag, task, Dag run, map index and try. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
     :param workflow_id: UUID of a published version of the workflow; the current one by default. Templated.
+    :param trace_id: the run's id in Dify's tracing (Langfuse and the like): up to 128 letters, digits, ``-`` and ``_``.
+        Templated. Where Airflow itself traces the task, its trace goes along as ``traceparent``.
+    :param trace_session_id: the session of that trace, up to 200 characters (Dify 1.15 and later). Templated.
     :param wait_for_completion: wait for the run; else return its id at once, for a sensor downstream.
     :param deferrable: wait on the triggerer. Airflow's ``[operators] default_deferrable`` by default.
     :param defer_after: seconds (or a ``timedelta``) for which a deferrable task waits on its worker first. Most runs
@@ -97,7 +99,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     :raises DifyError: any other, as the sensor does.
     """
 
-    template_fields: Sequence[str] = ("inputs", "user", "workflow_id", "dify_conn_id")
+    template_fields: Sequence[str] = ("inputs", "user", "workflow_id", "dify_conn_id", "trace_id", "trace_session_id")
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
     # So that Rendered Templates shows the default user, too (Airflow 3.3 and later).
     overwrite_rtif_after_execution = CAN_RENDER_AFTER_EXECUTION
@@ -112,6 +114,8 @@ class DifyRunWorkflowOperator(BaseOperator):
         user: str | None = None,
         dify_conn_id: str = "dify_default",
         workflow_id: str | None = None,
+        trace_id: str | None = None,
+        trace_session_id: str | None = None,
         wait_for_completion: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         poll_interval: timedelta | float = 10,
@@ -133,6 +137,8 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.user = user
         self.dify_conn_id = dify_conn_id
         self.workflow_id = workflow_id
+        self.trace_id = trace_id
+        self.trace_session_id = trace_session_id
         self.wait_for_completion = wait_for_completion
         self.poll_interval = parse_seconds("poll_interval", poll_interval)
         self.timeout = parse_seconds("timeout", timeout)
@@ -222,7 +228,8 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     def _begin(self, context: Context, deadline: float) -> RunningTask:
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.tasks.start import RunArguments
+        from airflow_provider_dify.api.calls import trace_headers
+        from airflow_provider_dify.tasks.start import RunArguments, traceparent_of
         from airflow_provider_dify.tasks.task_try import RunningTask
 
         arguments = RunArguments(
@@ -236,6 +243,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             defer_after=self.defer_after,
             stop_on_failure=self.stop_on_failure,
             restart_lost_runs=self.restart_lost_runs,
+            headers=trace_headers(self.trace_id, self.trace_session_id, traceparent_of(context["ti"])),
         )
         until = Deadline(deadline, self.timeout)
         xcoms = TaskXComs(self, context)

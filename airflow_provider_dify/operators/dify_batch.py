@@ -40,13 +40,14 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     from the start on: ``total, succeeded, partial_succeeded, failed, stopped, total_tokens, elapsed_time,
     output_path``.
 
-    No run is paid for twice. A start that may have arrived is never sent again. Its run is looked for in Dify's log
-    during ``not_found_grace``, and once more at the batch's end; a row whose run does not come up has failed. After a
-    crash or an Airflow retry, rows whose results are written are not asked for again. For the others that may have been
+    A start that may have arrived is not sent again by the same try. Its run is looked for in Dify's log during
+    ``not_found_grace``, and once more at the batch's end; a row whose run does not come up has failed. After a crash
+    or an Airflow retry, rows whose results are written are not asked for again. For the others that may have been
     started, Dify's log is asked: the ``user`` of a run names the row and the attempt. What is over is read, what is
     alive is followed, and the rest is started. Rows that may have been under way at the crash are looked for during
-    ``not_found_grace`` first. What is left is one window: a run that was queued at the crash, and is still queued when
-    the grace is over. Such a row runs, and is paid, twice. A task that is cleared starts from scratch.
+    ``not_found_grace`` first. One window is left: a run that is not in the log when the grace is over, because it was
+    queued at the crash and still is, or because the server writes its log late. Such a row runs, and is paid for,
+    twice. A task that is cleared starts from scratch.
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
         object storage takes it. Templated.
@@ -62,6 +63,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         run and map index. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
     :param workflow_id: UUID of a published version of the workflow; the current one by default. Templated.
+    :param trace_session_id: the session of all runs in Dify's tracing, as for the operator. Templated.
     :param fail_on_partial_success: whether a ``partial-succeeded`` run counts as failed.
     :param timeout: seconds (or a ``timedelta``) for the batch; seven days by default. What runs then is stopped.
     :param run_timeout: seconds since a run's creation after which it is stopped and counts as failed.
@@ -84,7 +86,14 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         :class:`~airflow_provider_dify.operators.dify.DifyRunWorkflowOperator` does.
     """
 
-    template_fields: Sequence[str] = ("inputs", "output_path", "user", "workflow_id", "dify_conn_id")
+    template_fields: Sequence[str] = (
+        "inputs",
+        "output_path",
+        "user",
+        "workflow_id",
+        "dify_conn_id",
+        "trace_session_id",
+    )
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
     ui_color = UI_COLOR
     ui_fgcolor = UI_FGCOLOR
@@ -103,6 +112,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         user: str | None = None,
         dify_conn_id: str = "dify_default",
         workflow_id: str | None = None,
+        trace_session_id: str | None = None,
         fail_on_partial_success: bool = False,
         timeout: timedelta | float = timedelta(days=7),
         run_timeout: timedelta | float | None = None,
@@ -128,6 +138,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         self.user = user
         self.dify_conn_id = dify_conn_id
         self.workflow_id = workflow_id
+        self.trace_session_id = trace_session_id
         self.fail_on_partial_success = fail_on_partial_success
         self.timeout = parse_seconds("timeout", timeout)
         self.run_timeout = None if run_timeout is None else parse_seconds("run_timeout", run_timeout)
@@ -153,6 +164,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         :return: ``output_path``; without it the results, a list in row order.
         """
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
+        from airflow_provider_dify.api.calls import trace_headers
         from airflow_provider_dify.batch.row import BatchSettings
         from airflow_provider_dify.batch.task import BatchTask
         from airflow_provider_dify.runs.waiting import WaitArguments
@@ -172,6 +184,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             progress_interval=self.progress_interval,
             restart_lost_runs=self.restart_lost_runs,
             retries=self.retries or 0,
+            headers=trace_headers(trace_session_id=self.trace_session_id),
         )
         ti: Any = context["ti"]
         xcoms = TaskXComs(self, context)

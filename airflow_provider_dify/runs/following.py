@@ -184,7 +184,7 @@ class Follower:
         Follow a run until it is over, and return it and what it means; without a stream by polls alone.
 
         Raises a DifyWorkflowRunTimeout if the deadline is over (the run was looked at once more then), and any other
-        DifyError if the wait can't go on.
+        DifyError if the wait can't continue.
         """
         found = await self._follow_events(wait, stream) if stream is not None else None
         found = found or await self._poll_until_over(wait)
@@ -242,7 +242,7 @@ class Follower:
                 one_line(event.data, 300),
             )
         elif event.name != FINISHED:
-            self.log.info("Dify paused workflow run %s; polling it until it goes on.", wait.workflow_run_id)
+            self.log.info("Dify paused workflow run %s; polling it until it continues.", wait.workflow_run_id)
 
     async def _look(self, wait: RunWait) -> tuple[WorkflowRun, Verdict] | None:
         try:

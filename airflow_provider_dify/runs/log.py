@@ -25,7 +25,12 @@ from airflow_provider_dify.api.models import (
     runs_of,
     time_of,
 )
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.exceptions import (
+    DifyConnectionError,
+    DifyError,
+    DifyWorkflowRunNotFound,
+    DifyWorkflowRunUncertain,
+)
 from airflow_provider_dify.runs.waiting import Deadline, delay_after
 
 if TYPE_CHECKING:
@@ -257,6 +262,7 @@ class RunSearch:
     :param fingerprint: of the start's inputs, from :func:`~airflow_provider_dify.runs.log.fingerprint`.
     :param known_runs: ids of the user's runs from before the start.
     :param skips_failed: whether a run that failed or was stopped is of no interest.
+    :param announced_id: the run's UUID, where the response to the start named it; empty elsewhere.
     """
 
     user: str
@@ -265,6 +271,7 @@ class RunSearch:
     fingerprint: dict[str, str] = field(default_factory=dict)
     known_runs: tuple[str, ...] = ()
     skips_failed: bool = False
+    announced_id: str = ""
 
     def serialize(self) -> dict[str, Any]:
         """Return the search as JSON-ready values, for :meth:`deserialize`."""
@@ -304,6 +311,12 @@ async def find_run(
     A look adds to ``others`` the runs that it meets which were started with other inputs, and does not ask for those
     that it holds. Raises a DifyWorkflowRunUncertain if several runs fit, one can't be compared, or there are too many.
     """
+    if search.announced_id:
+        try:
+            await client.perform(calls.run_detail(search.announced_id))
+        except DifyWorkflowRunNotFound:
+            return None
+        return search.announced_id
     others = set() if others is None else others
     candidates, are_all = await user_runs(client, search, patience_seconds=patience_seconds)
     fitting = []

@@ -1,16 +1,17 @@
-"""A run started and named: never paid twice, and looked for in Dify's log where its start broke off."""
+"""A run started and named: sent again only where none can have started, else looked for in Dify's log."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
+from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
     DifyConnectionError,
@@ -57,6 +58,8 @@ class Starter(Follower):
     after_refusal: Callable[[], Awaitable[None]] | None = None
     # Waits until Dify may have room for one run more; a pause that grows, by default.
     wait_for_room: Callable[[DifyConnectionError], Awaitable[None]] | None = None
+    # Of the start, beside the usual ones.
+    headers: Headers = None
     stream: AsyncWorkflowRunStream | None = None
     last_look_failed = False
     log_shows_no_run = False
@@ -77,13 +80,21 @@ class Starter(Follower):
         """Whether the start under way was accepted by a server that may have queued it."""
         return self.stream is not None and self.stream.is_accepted and self.may_be_queued
 
+    def known(self, search: RunSearch) -> RunSearch:
+        """Return what is known of the run of the start under way: where the response named it, its id, too."""
+        run_id = self.stream.workflow_run_id if self.stream is not None else ""
+        return replace(search, announced_id=run_id) if run_id else search
+
     def close(self) -> None:
-        """Hang up; the run goes on."""
+        """Hang up; the run continues."""
         if self.stream is not None:
             self.stream.close()
 
-    async def run(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> WorkflowRun:
+    async def run(
+        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None, headers: Headers = None
+    ) -> WorkflowRun:
         """Start a run and follow it until it is over; return it, whatever its status."""
+        self.headers = headers
         before, sent_at = await before_start(self.client, user)
         search = RunSearch(user, sent_at, user_is_unique=False, fingerprint=fingerprint(inputs), known_runs=before)
         try:
@@ -146,7 +157,7 @@ class Starter(Follower):
     async def _send_once(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> AsyncWorkflowRunStream:
         if self.before_send is not None:
             await self.before_send()
-        stream = self.stream = self.client.send_start(inputs, user, workflow_id)
+        stream = self.stream = self.client.send_start(inputs, user, workflow_id, self.headers)
         try:
             await self._wait_until_accepted(stream, user)
         except DifyConnectionError:
@@ -193,7 +204,7 @@ class Starter(Follower):
         inputs, a DifyWorkflowRunFailed if Dify says that it failed to start the run, and a DifyWorkflowRunUncertain if
         the stream ends before.
         """
-        began = time.monotonic()
+        search, began = self.known(search), time.monotonic()
         next_look = began + QUEUE_INTERVAL
         others: set[str] = set()
         while (left := min(seconds - (time.monotonic() - began), self.deadline.left)) > 0:
@@ -272,7 +283,7 @@ class Starter(Follower):
         While the log can't be read it looks for ten times as long, by default. ``error`` says why no id came back.
         Raises a DifyWorkflowRunUncertain if several runs fit, or the log can't be read at all.
         """
-        began = time.monotonic()
+        search, began = self.known(search), time.monotonic()
         others: set[str] = set()
         was_away = False
         self.log_shows_no_run = False

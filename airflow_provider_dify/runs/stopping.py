@@ -38,13 +38,15 @@ async def stop_run(client: DifyClient, workflow_run_id: str, task_id: str | None
     if task_id is None:
         return StopReport(
             False,
-            f"Workflow run {workflow_run_id} goes on: its task id, which Dify's stop route takes, is not known.",
+            f"Workflow run {workflow_run_id} keeps running: its task id, which Dify's stop route takes, is not known.",
             is_warning=True,
         )
     try:
         await _ask_twice(client, task_id, user)
     except DifyError as error:
-        return StopReport(False, f"Workflow run {workflow_run_id} could not be stopped and goes on: {error}", True)
+        return StopReport(
+            False, f"Workflow run {workflow_run_id} could not be stopped and keeps running: {error}", True
+        )
     await asyncio.sleep(_PAUSE_BEFORE_LOOK)
     run: WorkflowRun | None = None
     with suppress(DifyError):
@@ -55,7 +57,7 @@ async def stop_run(client: DifyClient, workflow_run_id: str, task_id: str | None
 async def stop_queued(client: DifyClient, search: RunSearch, task_id: str | None) -> StopReport:
     """Stop a run that Dify has not named yet, if its log does; raises no DifyError."""
     run_id: str | None = None
-    if search.user_is_unique:
+    if search.user_is_unique or search.announced_id:
         with suppress(DifyError):
             run_id = await find_run(client, search)
     if run_id is None:
@@ -81,7 +83,7 @@ def _report(workflow_run_id: str, run: WorkflowRun | None, server_version: str |
         return StopReport(
             True,
             f"Workflow run {workflow_run_id} is paused, and Dify does not stop a paused run: it waits for a person "
-            "still.",
+            "still. Once its form is answered, the run may go on, because some versions of Dify forget the stop.",
             is_warning=True,
         )
     if run is not None and run.finished_at is not None:

@@ -1,4 +1,4 @@
-"""What one state of a workflow run means for the task that waits on it. Pure."""
+"""What one state of a workflow run means for the task that waits for it. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from airflow_provider_dify.exceptions import DifyWorkflowRunCannotSucceed, DifyW
 
 # How Dify (1.13 to 1.16) ends a run whose Celery worker is shut down: as `stopped`, though nobody stopped it.
 _WORKER_SHUT_DOWN = "the worker is shutting down"
-# How Dify 1.16.1 ends a run that went on after a Human Input node, 30 of 30 times.
+# How Dify 1.16.0 and 1.16.1 end a run that went on after a Human Input node, 30 of 30 times. A stop goes by its status,
+# never by its text: this adds advice alone.
 _STREAM_CLOSED = "Client response stream closed before app execution completed"
 # The other text that it has for that, and has for a stop, too.
 _STOPPED = "App task was stopped"
 
 
 class Outcome(str, Enum):
-    """What a workflow run's state means for the task that waits on it."""
+    """What a workflow run's state means for the task that waits for it."""
 
     WAIT = "wait"
     DONE = "done"
@@ -29,7 +30,7 @@ class Outcome(str, Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one look at a workflow run means for the task that waits on it."""
+    """What one look at a workflow run means for the task that waits for it."""
 
     outcome: Outcome
     # A sentence for the log or the exception: the cause first, then run, status, seconds and steps.
@@ -107,8 +108,8 @@ def _judge_failure(run: WorkflowRun) -> Verdict:
     # A run that a person has stopped has no outputs.
     if _STREAM_CLOSED in error or (_STOPPED in error and run.outputs):
         advice = (
-            " Dify 1.16.1 is known to end a run like this after it was paused for a person, although its nodes ran to "
-            "the end. Its outputs may be complete: see the exception's run, or the run in Dify's console."
+            " Dify 1.16.0 and 1.16.1 end runs like this that were paused for a person, although their nodes ran to the "
+            "end. Its outputs may be complete: see the exception's run, or the run in Dify's console."
         )
     return Verdict(
         Outcome.FAILED,

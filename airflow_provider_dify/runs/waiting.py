@@ -38,7 +38,7 @@ WEEK_SECONDS = 7 * 24 * 3600.0
 @dataclass(frozen=True)
 class WaitArguments:
     """
-    How a task waits on a run, as its operator or sensor was told; times in seconds.
+    How a task waits for a run, as its operator or sensor was told; times in seconds.
 
     :param poll_interval: seconds between polls.
     :param fail_on_partial_success: whether ``partial-succeeded`` fails the wait.

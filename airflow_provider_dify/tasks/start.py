@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +38,9 @@ STATE_KEY = "dify_workflow_run"
 # What a retry gives Dify's log at least: without it, an earlier try's run would be paid for twice.
 SECONDS_FOR_LOG = 120.0
 
+# Version, trace, span, and flags of which the last bit says that the trace is recorded.
+_SAMPLED = re.compile(r"00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f][13579bdf]")
+
 
 class TaskDefers(Exception):
     """The wait is to go on on the triggerer."""
@@ -56,6 +60,7 @@ class RunArguments:
     defer_after: float = 0.0
     stop_on_failure: bool = True
     restart_lost_runs: bool = False
+    headers: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ async def find_through_failures(
         allowed = wait.max_consecutive_failures
         if allowed is None or failures > allowed or deadline.is_over:
             raise DifyConnectionError(
-                f"{error} So this try can't tell whether a run of an earlier one goes on, and started none."
+                f"{error} So this try can't tell whether a run of an earlier one still runs, and started none."
             ) from None
         log.warning(
             "The runs of earlier tries could not be looked up, %d in a row of at most %d: %s", failures, allowed, error
@@ -263,6 +268,17 @@ async def stop_start(client: DifyClient, start: TaskStart) -> StopReport:
     if start.workflow_run_id is None:
         return await stop_queued(client, start.search, start.task_id)
     return await stop_run(client, start.workflow_run_id, start.task_id, start.user)
+
+
+def traceparent_of(ti: Any) -> str | None:
+    """
+    Return the W3C trace context of a task that Airflow traces, else ``None``. Airflow 3.2 and later make one for each
+    task, also without ``[traces] otel_on``; 3.3 marks what its sampler leaves out.
+    """
+    carrier = getattr(ti, "context_carrier", None)
+    value = carrier.get("traceparent") if isinstance(carrier, dict) else None
+    is_sampled = isinstance(value, str) and _SAMPLED.fullmatch(value) is not None
+    return value if is_sampled and conf.getboolean("traces", "otel_on", fallback=False) else None
 
 
 def installation_id() -> str:

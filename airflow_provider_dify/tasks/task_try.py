@@ -314,6 +314,7 @@ class RunningTask:
         start = await self._ask(lambda: new_start(self._ti, arguments.user, arguments.inputs, before, sent_at))
         if self._client.address:
             self._log.info("%s", self._client.address)
+        starter.headers = arguments.headers
         starter.before_send = lambda: self._keep(start)
         starter.after_refusal = lambda: self._keep(None)
         try:
@@ -334,10 +335,10 @@ class RunningTask:
 
     async def _wait_on_stream(self, start: TaskStart, stream: AsyncWorkflowRunStream) -> None:
         starter = self._starter
+        start = replace(start, was_accepted=True, search=starter.known(start.search))
         try:
             run_id = await starter.wait_until_named(stream, start.search, SECONDS_BEFORE_QUEUED)
             if run_id is None:
-                start = replace(start, was_accepted=True)
                 await self._keep(start)
                 self._log.info(
                     "Dify has accepted the start and named no run yet: the workflow run of user %r is queued.",
@@ -346,7 +347,7 @@ class RunningTask:
                 seconds = SECONDS_BEFORE_DEFERRAL if self._arguments.deferrable else self.deadline.left
                 run_id = await starter.wait_until_named(stream, start.search, seconds)
         except DifyWorkflowRunUncertain as error:
-            await self._wait_in_log(replace(start, was_accepted=True), error)
+            await self._wait_in_log(start, error)
             return
         except DifyError:
             # Dify rejected it.
@@ -427,7 +428,7 @@ class RunningTask:
         is_recorded = is_server_from(self._client.server_version, (1, 16))
         if self._will_be_retried and not is_recorded and not await self._try_to_remember(self._start):
             # Neither Airflow nor this Dify would remember the stop, and the retry would wait for a stopped run.
-            self._log.info("Workflow run %s goes on for the retry of this task.", self._start.workflow_run_id)
+            self._log.info("Workflow run %s keeps running for the retry of this task.", self._start.workflow_run_id)
             return
         await self._stop()
 
@@ -441,7 +442,8 @@ class RunningTask:
             report = await stop_start(self._client, start)
         except Exception as error:
             # Whatever it is, the task ends for another reason, which is the one to be told.
-            why = f"The workflow run of user {start.user!r} could not be stopped and goes on: {reason_of(error, ())}"
+            reason = reason_of(error, ())
+            why = f"The workflow run of user {start.user!r} could not be stopped and keeps running: {reason}"
             report = StopReport(False, why, True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:

@@ -18,6 +18,7 @@ from airflow_provider_dify.api.calls import parse_workflow_run_id
 from airflow_provider_dify.api.models import known_fields
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import (
+    ARGUMENT_SECTION,
     DifyConnectionError,
     DifyError,
     DifyWorkflowRunNotFound,
@@ -110,9 +111,9 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             event = self._event(WaitEnd.FAILED, str(error), error=error)
         except Exception as error:
             # An event rather than a crash, of which the task's log would only say "Trigger failure".
-            self.log.exception("The wait on Dify workflow run %s broke.", self.workflow_run_id)
+            self.log.exception("The wait for Dify workflow run %s broke.", self.workflow_run_id)
             reason = (
-                f"The wait on Dify workflow run {self.workflow_run_id} broke: {type(error).__name__}: {error!s:.300}"
+                f"The wait for Dify workflow run {self.workflow_run_id} broke: {type(error).__name__}: {error!s:.300}"
             )
             event = self._event(WaitEnd.FAILED, reason, error=DifyError(reason))
         if isinstance(event.payload, dict) and self._render_context is None:
@@ -131,7 +132,7 @@ class DifyWorkflowRunTrigger(BaseTrigger):
         except asyncio.TimeoutError:
             run = self.workflow_run_id or f"of user {user!r}"
             self.log.warning(
-                "Workflow run %s may go on: [triggerer] on_kill_timeout of %g seconds is over.", run, timeout
+                "Workflow run %s may keep running: [triggerer] on_kill_timeout of %g seconds is over.", run, timeout
             )
 
     async def _stop(self, user: str) -> None:
@@ -158,12 +159,12 @@ class DifyWorkflowRunTrigger(BaseTrigger):
                 raise DifyError(
                     f"{type(error).__name__}: {one_line(str(error))}: the sensor's templates could not be rendered on "
                     "the triggerer."
-                ) from error
+                ).explained_in(ARGUMENT_SECTION) from error
         if scope.cancelled_caught:
             raise DifyError(
                 f"Airflow did not respond for {limit:.0f} seconds to what the sensor's templates ask for on the "
                 "triggerer."
-            )
+            ).explained_in(ARGUMENT_SECTION)
 
     async def _wait(self) -> TriggerEvent:
         if self.workflow_run_id is not None:

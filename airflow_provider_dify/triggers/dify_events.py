@@ -23,6 +23,7 @@ from airflow_provider_dify.airflow_versions import asset_state_of
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
+    TRIGGERER_SECTION,
     DifyAuthenticationError,
     DifyConfigurationError,
     DifyError,
@@ -63,14 +64,14 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
     events; each is among its ``triggering_asset_events``.
 
     Each run is sent at least once. The first look takes what has ended so far as known (see ``lookback``). From
-    Airflow 3.3.2 on, what is known is kept in the asset's state store: the trigger goes on where it stopped, and after
-    a triggerer was killed it repeats what it sent in the last seconds. Before that, it is kept in the triggerer's
+    Airflow 3.3.2 on, what is known is kept in the asset's state store: the trigger continues where it stopped, and
+    after a triggerer was killed it repeats what it sent in the last seconds. Before that, it is kept in the triggerer's
     process: a restart takes what ended in between as known, or repeats runs, as ``lookback`` says. What may be missed
     at any time: a run whose row comes into Dify's log more than 5 seconds after a younger one; one that ends later
     than ``run_timeout`` says; one of more than 100 that began in the same second; and one that began before the first
     look and stood behind 60 newer ones then.
 
-    A trigger that can't work (Dify away, key refused, connection missing) logs that once a minute, and goes on trying.
+    A trigger that can't work (Dify away, key refused, connection missing) logs that once a minute, and keeps trying.
 
     :param dify_conn_id: the Airflow connection of type ``dify``, with an API key of a workflow app.
     :param statuses: only runs that ended so: ``succeeded``, ``partial-succeeded``, ``failed``, ``stopped``. Any end by
@@ -183,7 +184,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
             raise DifyConfigurationError(
                 f"The API key of connection {self.dify_conn_id!r} belongs to an app of the mode {app.mode!r:.50}. Dify "
                 "keeps a log of runs for apps of the mode 'workflow' only."
-            )
+            ).explained_in(TRIGGERER_SECTION)
 
     def _delay_of_last_event(self, count: int) -> float:
         """Return the seconds before the last of so many events of a look may be sent."""

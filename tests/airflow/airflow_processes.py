@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,30 @@ from urllib.parse import quote
 
 import psutil
 import requests
+from requests.adapters import HTTPAdapter
+from urllib3.util.retry import Retry
 
 from tests.airflow.empty_airflow import copy_migrated_airflow
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 AIRFLOW_3_0 = version("apache-airflow").startswith("3.0.")
+
+# ``python -m airflow``, with deferred tasks that may resume soon: see min_heartbeat_interval below.
+QUICKLY = """
+from airflow.__main__ import main
+from airflow_provider_dify.triggers.dify import DifyWorkflowRunTrigger
+
+DifyWorkflowRunTrigger.resume_delay = 3.0
+main()
+"""
+QUICK_SETTINGS = {
+    # How late Airflow sees the end of a worker's process.
+    "AIRFLOW__WORKERS__MIN_HEARTBEAT_INTERVAL": "1",
+    "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.5",
+}
+
+#: The folders of task logs that a failure of one of the module's tests shows.
+task_logs: list[Path] = []
 
 
 def free_port() -> int:
@@ -39,12 +58,14 @@ class AirflowProcesses:
 
     :param home: the folder.
     :param environment: further settings, such as connections.
+    :param quick: whether Airflow and the package may wait less than they do by default.
     """
 
-    def __init__(self, home: Path, environment: dict[str, str]) -> None:
+    def __init__(self, home: Path, environment: dict[str, str], *, quick: bool = True) -> None:
         self.home = home
+        self.quick = quick
         self.dags = home / "dags"
-        self.dags.mkdir()
+        self.dags.mkdir(exist_ok=True)
         api = free_port()
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW_")},
@@ -66,12 +87,14 @@ class AirflowProcesses:
             "AIRFLOW__API_AUTH__JWT_SECRET": "of-this-test-alone-and-long-enough-for-it",
             "AIRFLOW__SCHEDULER__SCHEDULER_HEARTBEAT_SEC": "1",
             # How soon a new Dag file is seen.
-            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "5",
+            "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "1",
+            "AIRFLOW__DAG_PROCESSOR__BUNDLE_REFRESH_CHECK_INTERVAL": "1",
             # Who finds the database locked waits longer than five seconds, for a machine under load.
             "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home}/airflow.db?timeout=60",
             # So does a task that starts; Airflow's five seconds fail it before it has run.
             "AIRFLOW__WORKERS__EXECUTION_API_TIMEOUT": "60",
             "AIRFLOW__METRICS__TIMER_UNIT_CONSISTENCY": "True",
+            **(QUICK_SETTINGS if quick else {}),
             **environment,
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -98,12 +121,22 @@ class AirflowProcesses:
         )
         return done.stdout
 
+    def main(self, name: str) -> list[str]:
+        """Return Python's arguments that make it Airflow."""
+        return ["-c", QUICKLY] if self.quick and name == "triggerer" else ["-m", "airflow"]
+
     def start(self, name: str) -> None:
         """Start one process, or another command of Airflow's; its output goes to a file of its name."""
+        environment = dict(self.environment)
+        if name == "api-server":
+            # Its event loop itself writes for a request of the UI. If a thread writes then, the loop waits for a commit
+            # that waits for the loop: every request hangs up to this timeout, and that one gets a 500.
+            connection = "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN"
+            environment[connection] = environment[connection].replace("timeout=60", "timeout=3")
         with (self.home / f"{name}.out").open("ab") as output:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "airflow", *self.commands.get(name, [name])],
-                env=self.environment,
+                [sys.executable, *self.main(name), *self.commands.get(name, [name])],
+                env=environment,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -112,20 +145,10 @@ class AirflowProcesses:
     def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
         """Stop one process and what it started."""
         process = self.processes.pop(name)
-        # Tasks on a worker are in process groups of their own.
-        started = []
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if how == signal.SIGKILL:
-                # So that it starts nothing while it is being looked at.
-                os.killpg(process.pid, signal.SIGSTOP)
-            started = psutil.Process(process.pid).children(recursive=True)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, how)
-        try:
+        started = signal_group(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             if how != signal.SIGKILL:
                 process.wait(20)
-        except subprocess.TimeoutExpired:
-            pass
         for left in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 left.kill()
@@ -156,16 +179,20 @@ class AirflowProcesses:
             "PATCH", f"/dags/{dag_id}/dagRuns/{quote(run_id)}/taskInstances/{task_id}", {"new_state": "failed"}
         )
 
-    def ask_api(self, method: str, path: str, body: dict[str, Any] | None = None) -> None:
-        """Send a request to Airflow's API, as the UI does (Airflow 3)."""
-        # Airflow's API server was once seen to take more than 30 seconds, on a busy machine.
-        token = requests.get(f"{self.api}/auth/token", timeout=120).json()["access_token"]
-        headers = {"Authorization": f"Bearer {token}"}
-        response = requests.request(method, f"{self.api}/api/v2{path}", json=body, headers=headers, timeout=120)
-        response.raise_for_status()
+    def ask_api(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Send a request to Airflow's API, as the UI does, and return its response (Airflow 3)."""
+        # Again where the API server finds its database locked: see start.
+        adapter = HTTPAdapter(max_retries=Retry(8, status_forcelist=[500], allowed_methods=None, backoff_factor=1))
+        with requests.Session() as session:
+            session.mount("http://", adapter)
+            token = session.get(f"{self.api}/auth/token", timeout=120).json()["access_token"]
+            headers = {"Authorization": f"Bearer {token}"}
+            response = session.request(method, f"{self.api}/api/v2{path}", json=body, headers=headers, timeout=120)
+            response.raise_for_status()
+            return response.json() if response.content else None
 
-    def wait_for(self, met: Callable[[], bool], seconds: float) -> None:
-        """Wait until something is so; fails with what the processes said if it never is."""
+    def wait_for(self, met: Callable[[], bool], seconds: float, logs: Path | None = None) -> None:
+        """Wait until something is so; fails with what the processes and the tasks said if it never is."""
         until = time.monotonic() + seconds
         while not met():
             dead = {name: process.poll() for name, process in self.processes.items() if process.poll() is not None}
@@ -173,8 +200,9 @@ class AirflowProcesses:
                 said = "\n".join(
                     f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.home.glob("*.out")
                 )
+                said += "\n" + ends_of_logs([logs or self.home / "logs"])
                 raise AssertionError(f"It did not come to be in {seconds} s; ended processes: {dead}\n{said}")
-            time.sleep(0.5)
+            time.sleep(0.2)
 
     def everything_written(self) -> Iterator[tuple[Path, bytes]]:
         """Return every file that this Airflow wrote, logs and database included."""
@@ -185,28 +213,53 @@ class AirflowProcesses:
     def make_database(self) -> None:
         """Make the database, with all tables."""
         copy_migrated_airflow(self.home)
+        with contextlib.closing(sqlite3.connect(self.home / "airflow.db")) as db:
+            # Who reads and who writes don't wait for each other. Otherwise two that read and then want to write fail at
+            # once, whatever the timeout above is.
+            db.execute("PRAGMA journal_mode=WAL")
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Make the database, start all processes, and stop them in the end."""
+    def start_all(self) -> None:
+        """Make the database and start all processes."""
         self.make_database()
-        try:
-            for name in self.commands:
-                self.start(name)
-            if "api-server" in self.processes:
-                # Airflow 3.0 fails a task that starts before it can reach the API server.
-                self.wait_for(self.api_answers, seconds=120)
-            yield
-        finally:
-            for name in reversed(list(self.processes)):
-                # Nobody needs what they would tidy up.
-                self.stop(name, signal.SIGKILL)
+        for name in self.commands:
+            self.start(name)
+        if "api-server" in self.processes:
+            # Airflow 3.0 fails a task that starts before it can reach the API server.
+            self.wait_for(self.api_answers, seconds=240)
+
+    def stop_all(self) -> None:
+        """Stop all processes; nobody needs what they would tidy up."""
+        for name in reversed(list(self.processes)):
+            self.stop(name, signal.SIGKILL)
+
+
+def signal_group(pid: int, how: signal.Signals) -> list[psutil.Process]:
+    """Send a signal to a process and its group, and return what it started: tasks are in groups of their own."""
+    started = []
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        if how == signal.SIGKILL:
+            # So that it starts nothing while it is being looked at.
+            os.killpg(pid, signal.SIGSTOP)
+        started = psutil.Process(pid).children(recursive=True)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, how)
+    return started
+
+
+def ends_of_logs(folders: Iterable[Path]) -> str:
+    """Return what the task logs of some folders end with."""
+    paths = sorted(path for folder in folders for path in folder.rglob("*.log") if "task_id=" in str(path))
+    return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in paths)
 
 
 @contextlib.contextmanager
-def airflow_processes(environment: dict[str, str]) -> Iterator[AirflowProcesses]:
+def airflow_processes(environment: dict[str, str], *, quick: bool = True) -> Iterator[AirflowProcesses]:
     """Run an Airflow in a temporary folder of its own."""
     with tempfile.TemporaryDirectory(prefix="airflow-processes-", ignore_cleanup_errors=True) as home:
-        airflow = AirflowProcesses(Path(home), environment)
-        with airflow.running():
+        airflow = AirflowProcesses(Path(home), environment, quick=quick)
+        task_logs.append(airflow.home / "logs")
+        try:
+            airflow.start_all()
             yield airflow
+        finally:
+            airflow.stop_all()

@@ -10,6 +10,7 @@ import itertools
 import logging
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +18,25 @@ from typing import Any
 
 import pytest
 
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.links.dify import RUN_LOG_KEY
 from tests.conftest import AIRFLOW_HOME
+from tests.dify_stand_in import DifyStandIn
 
 _numbers = itertools.count(1)
+
+# Each way to wait, as the arguments that ask for it. Starting on the triggerer takes a scheduler, and is tried in
+# test_airflow_processes.py.
+SENSOR_WAYS: dict[str, dict[str, Any]] = {
+    "poke": {"mode": "poke"},
+    "reschedule": {"mode": "reschedule"},
+    "deferrable": {"deferrable": True},
+}
+OPERATOR_WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
+if CAN_END_FROM_TRIGGER:
+    SENSOR_WAYS["end_from_trigger"] = OPERATOR_WAYS["end_from_trigger"] = {"end_from_trigger": True}
+# What a start comes to does not depend on where its run is waited for.
+START_WAYS = {**OPERATOR_WAYS, "no wait": {"wait_for_completion": False}}
 
 DAG_FILE = """
 import datetime
@@ -125,6 +141,20 @@ def as_on_a_worker() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _short_pauses(dag: Any) -> Iterator[None]:
+    """Look for tasks to run 20 times a second; ``dag.test()`` does it once a second."""
+    module = inspect.unwrap(type(dag).test).__module__
+    sleep = time.sleep
+
+    def sleep_less(seconds: float) -> None:
+        sleep(0.05 if sys._getframe(1).f_globals["__name__"] == module else seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", sleep_less)
+        yield
+
+
 def run_dag(body: str, *, conf: dict[str, Any] | None = None, params: dict[str, Any] | None = None) -> DagRunResult:
     """
     Write a Dag file, parse it and run it.
@@ -176,7 +206,7 @@ def run_parsed(dag: Any, conf: dict[str, Any]) -> DagRunResult:
     _received.clear()
     _raised.clear()
     logging.getLogger("airflow.task").propagate = True  # for caplog
-    with as_on_a_worker():
+    with as_on_a_worker(), _short_pauses(dag):
         dag_run = dag.test(run_conf=conf)
     return _result(dag, dag_run)
 
@@ -215,6 +245,18 @@ def run_operator(**arguments: Any) -> DagRunResult:
         use(run.output)
         """
     )
+
+
+def error_of(result: DagRunResult, task_id: str = "run", *, tries: int = 1) -> Any:
+    """Return what the task's last try failed with, once it is sure that it had so many."""
+    assert (result.states[task_id], result.tries[task_id]) == ("failed", tries)
+    assert len(result.raised[task_id]) == tries
+    return result.raised[task_id][-1]
+
+
+def posts(dify: DifyStandIn) -> int:
+    """Return how many starts were sent."""
+    return sum(request.method == "POST" and request.path.endswith("/run") for request in dify.requests)
 
 
 def _result(dag: Any, dag_run: Any) -> DagRunResult:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from tests.airflow import shared_airflow
+from tests.airflow.airflow_processes import ends_of_logs, task_logs
+from tests.airflow.airflow_runs import OPERATOR_WAYS, SENSOR_WAYS, START_WAYS
 from tests.airflow.empty_airflow import copy_migrated_airflow
 from tests.airflow.shared_airflow import SharedAirflow
+from tests.combinations import each_or_long
 from tests.conftest import AIRFLOW_HOME
 
 
@@ -22,7 +29,60 @@ def in_one_process(quick_resumption: None) -> None:
 def airflow_db() -> Path:
     """Airflow's database, migrated."""
     copy_migrated_airflow(AIRFLOW_HOME)
+    event.listen(Engine, "connect", _write_later)
     return AIRFLOW_HOME / "airflow.db"
+
+
+def _write_later(connection: Any, _: Any) -> None:
+    # Nobody needs the database after a power cut, and each wait for the disk takes milliseconds.
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=OFF")
+
+
+@pytest.fixture(params=each_or_long(SENSOR_WAYS, short=("poke", "deferrable")))
+def sensor_way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each way in which a sensor waits: all of them in the long run."""
+    return SENSOR_WAYS[request.param]
+
+
+@pytest.fixture(params=each_or_long(OPERATOR_WAYS, short=("worker", "deferrable")))
+def operator_way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each way in which an operator waits: all of them in the long run."""
+    return OPERATOR_WAYS[request.param]
+
+
+@pytest.fixture(params=each_or_long(START_WAYS, short=("worker", "deferrable")))
+def start_way(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Each way of an operator, and a start without a wait: all of them in the long run."""
+    return START_WAYS[request.param]
+
+
+@pytest.fixture
+def everything_said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Return all that was logged: Airflow 2 logs through logging, Airflow 3 prints what its structured log says."""
+    caplog.set_level("INFO")
+    printed: list[str] = []
+
+    def said_so_far() -> str:
+        printed.extend(capfd.readouterr())
+        return "".join(printed) + caplog.text
+
+    return said_so_far
+
+
+@pytest.fixture(autouse=True, scope="module")
+def task_logs_of_the_module() -> None:
+    """Forget the task logs of the modules before."""
+    task_logs.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let the report of a failed test show what its tasks logged on real Airflow processes."""
+    report = yield
+    if report.failed and task_logs:
+        report.sections.append(("Ends of the task logs", ends_of_logs(task_logs)))
+    return report
 
 
 @pytest.fixture(scope="session")

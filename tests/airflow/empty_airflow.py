@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # xdist gives all its processes one name of the session.
-_FOLDER = Path(tempfile.gettempdir()) / f"airflow-migrated-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+SESSION = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+_FOLDER = Path(tempfile.gettempdir()) / f"airflow-migrated-{SESSION}"
 
 
 def copy_migrated_airflow(home: Path) -> None:
@@ -25,7 +26,7 @@ def copy_migrated_airflow(home: Path) -> None:
 
     :param home: Airflow's home; a configuration that is there stays.
     """
-    with _locked():
+    with locked(_FOLDER):
         migrated = _FOLDER / "airflow.db"
         if not migrated.exists():
             atexit.register(_remove)
@@ -49,15 +50,16 @@ def _migrate(database: Path) -> None:
 
 
 @contextmanager
-def _locked() -> Iterator[None]:
-    _FOLDER.mkdir(exist_ok=True)
-    with _FOLDER.with_suffix(".lock").open("w") as lock:
+def locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time do something with a folder, which is there then."""
+    with folder.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        folder.mkdir(exist_ok=True)
         yield
 
 
 def _remove() -> None:
     # Who comes later migrates another one.
-    with _locked():
+    with locked(_FOLDER):
         shutil.rmtree(_FOLDER, ignore_errors=True)
     _FOLDER.with_suffix(".lock").unlink(missing_ok=True)

@@ -1,4 +1,8 @@
-"""The Python blocks of README and docs."""
+"""
+The Python blocks of README and docs.
+
+``python -m tests.airflow.python_blocks`` writes the examples on the pages again, after a change of ``example_dags/``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A block that shows an example, below a line with the link to its file.
+EXAMPLE = re.compile(
+    r"(?P<before>^From \[`example_dags/(?P<file>\w+\.py)`\]\((?:\.\./)?example_dags/(?P=file)\):\n\n```python\n)"
+    r"(?P<code>.*?)(?P<after>^```$)",
+    re.M | re.S,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,31 @@ class Block:
 def _python_blocks() -> Iterator[Block]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
+        examples = {found.start("code") for found in EXAMPLE.finditer(text)}
         for found in re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S):
             before = text[: found.start(1)].count("\n")
-            yield Block(page, before, "\n" * before + found[1])
+            if found.start(1) not in examples:
+                yield Block(page, before, "\n" * before + found[1])
 
 
+# Those that stand on their own; the examples are run from their files.
 BLOCKS = list(_python_blocks())
+
+
+def with_examples(page: str) -> str:
+    """Return a page's text with its examples as their files are now."""
+    return EXAMPLE.sub(lambda found: found["before"] + _excerpt(found["file"], found["code"]) + found["after"], page)
+
+
+def _excerpt(file: str, shown: str) -> str:
+    """Return an example from the first line that is shown on; to its end, or without the line that makes the Dag."""
+    text = (ROOT / "example_dags" / file).read_text(encoding="utf-8")
+    lines, last = shown.splitlines(), text.splitlines()[-1]
+    start = text.index(f"{lines[0]}\n")
+    end = len(text) if lines[-1] == last else text.rindex(last)
+    return text[start:end].rstrip("\n") + "\n"
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(with_examples(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -11,35 +11,26 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from airflow_provider_dify.links.dify import RUN_LOG_KEY
-from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0, airflow_processes
-from tests.dify_stand_in import DifyStandIn, Start, rejects, respond
+from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
+from tests.airflow.airflow_runs import OPERATOR_WAYS, SENSOR_WAYS
+from tests.airflow.shared_airflow import KEY, Scenario, SharedAirflow
+from tests.combinations import each_or_long
+from tests.dify_stand_in import Start, rejects, respond
 
 pytestmark = pytest.mark.airflow_processes
 
-KEY = "app-zQ9-the-key-of-this-test"
 OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}}
 
-WAYS: dict[str, dict[str, Any]] = {
-    "poke": {},
-    "reschedule": {"mode": "reschedule"},
-    "deferrable": {"deferrable": True},
-}
-if CAN_END_FROM_TRIGGER:
-    WAYS["end"] = {"end_from_trigger": True}
+WAYS: dict[str, dict[str, Any]] = dict(SENSOR_WAYS)
 if CAN_START_FROM_TRIGGER:
     WAYS["start"] = {"start_from_trigger": True}
     WAYS["start_end"] = {"start_from_trigger": True, "end_from_trigger": True}
 
-# The operator's, which start a run first.
-OPERATOR_WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
-if CAN_END_FROM_TRIGGER:
-    OPERATOR_WAYS["end"] = {"end_from_trigger": True}
-
 # Airflow 3's scheduler takes some tasks for dead that come back before it has heard that they left. Airflow 2 runs one
 # task at a time here, and has no time to lose.
-INTERVAL = 1 if AIRFLOW_2 else 4
+INTERVAL = 1 if AIRFLOW_2 else 2
 
 # Statuses, sensor arguments, state of the task, exception and message.
 ENDINGS: dict[str, tuple[list[str | None], dict[str, Any], str, str, str]] = {
@@ -60,6 +51,20 @@ if AIRFLOW_2 or AIRFLOW_3_0:
 # Each look of a rescheduled sensor starts a process, and what it does there is what a poking one does.
 RESCHEDULED = {"succeeded", "failed", "timeout", "soft"}
 ENDINGS_IN_WAYS = [(ending, way) for ending in ENDINGS for way in WAYS if way != "reschedule" or ending in RESCHEDULED]
+# The short run has each ending and each way.
+SHORT_ENDINGS_IN_WAYS = [
+    ("succeeded", "deferrable"),
+    ("succeeded", "start_end"),
+    ("failed", "poke"),
+    ("failed", "start"),
+    ("unknown", "end_from_trigger"),
+    ("overdue", "deferrable"),
+    ("timeout", "deferrable"),
+    ("refused", "end_from_trigger"),
+    ("broken", "deferrable"),
+    ("soft", "reschedule"),
+]
+SHORT_WAYS = ("deferrable", "start_end")
 FAULTS = {
     "refused": rejects(403, "forbidden", "The app's API service has been disabled."),
     "broken": respond(503),
@@ -79,11 +84,15 @@ def keep_error(context):
         error = context["exception"]
         file.write(json.dumps([context["ti"].task_id, type(error).__name__, str(error)]) + "\\n")
 
-@dag(schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False, params={{"run": {params_run!r}}})
+@dag(
+    {dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False,
+    params={{"run": {params_run!r}}},
+)
 def waits():
     for name, arguments in json.loads({tasks!r}).items():
         DifyWorkflowRunSensor(
             task_id=name,
+            dify_conn_id={conn_id!r},
             poke_interval={interval},
             retries=1,
             retry_delay=timedelta(0),
@@ -102,13 +111,16 @@ def waits():
         return outputs
 
     for name, way in json.loads({operator_ways!r}).items():
-        run = DifyRunWorkflowOperator(task_id=f"run-{{name}}", inputs={{"task": name}}, poll_interval={interval}, **way)
+        run = DifyRunWorkflowOperator(
+            task_id=f"run-{{name}}", dify_conn_id={conn_id!r}, inputs={{"task": name}}, poll_interval={interval},
+            defer_after=0, **way,
+        )
         downstream.override(task_id=f"downstream_of_run-{{name}}")(run.output)
 
     run_id = upstream()
     for name, way in json.loads({ways!r}).items():
         # With a retry, because rescheduling at short intervals at times costs a try on Airflow 3.
-        way = {{**way, "poke_interval": {interval}, "retries": 1, "retry_delay": timedelta(0)}}
+        way |= {{"dify_conn_id": {conn_id!r}, "poke_interval": {interval}, "retries": 1, "retry_delay": timedelta(0)}}
         wait = DifyWorkflowRunSensor(task_id=f"of_upstream-{{name}}", workflow_run_id=run_id, **way)
         downstream.override(task_id=f"downstream_of-{{name}}")(wait.output)
         # One that really is deferred.
@@ -132,61 +144,62 @@ class Task:
 
 
 @pytest.fixture(scope="module")
-def tasks() -> Iterator[dict[str, Task]]:
+def tasks(
+    request: pytest.FixtureRequest, shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Task]]:
     """What became of every task of the Dag; run once for all tests."""
-    with DifyStandIn() as dify:
-        dify.api_keys = {KEY}
-        connection = {"conn_type": "dify", "host": dify.base_url, "password": KEY, "extra": {"timeout": 5}}
+    items = [item for item in request.session.items if item.path == request.path]
+    is_long = any(item.get_closest_marker("long") for item in items)
+    ways = WAYS if is_long else {way: WAYS[way] for way in SHORT_WAYS if way in WAYS}
+    operator_ways = OPERATOR_WAYS if is_long else {"deferrable": OPERATOR_WAYS["deferrable"]}
+    kept = tmp_path_factory.mktemp("errors") / "errors.jsonl"
+    kept.touch()
+    with shared.scenario("waits") as scenario:
+        dify = scenario.dify
         arguments = {}
         for ending, way in ENDINGS_IN_WAYS:
+            if not is_long and (ending, way) not in SHORT_ENDINGS_IN_WAYS:
+                continue
             statuses, ending_arguments, *_ = ENDINGS[ending]
             fields: dict[str, Any] = {"outputs": OUTPUTS} if ending == "succeeded" else {}
             if ending == "overdue":
                 fields["created_at"] = 1_700_000_000
             run_id = dify.add_run(*statuses, fault_after_first=FAULTS.get(ending), **fields)
             arguments[f"{ending}-{way}"] = {"workflow_run_id": run_id, **ending_arguments, **WAYS[way]}
-        for _ in OPERATOR_WAYS:
+        for _ in operator_ways:
             dify.starts.append(Start(statuses=("running", "running", "succeeded"), fields={"outputs": OUTPUTS}))
         upstream_run = dify.add_run("succeeded", outputs=OUTPUTS)
-        with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": json.dumps(connection)}) as airflow:
-            kept = airflow.home / "errors.jsonl"
-            kept.touch()
-            (airflow.dags / "waits.py").write_text(
-                DAG.format(
-                    kept=str(kept),
-                    tasks=json.dumps(arguments),
-                    upstream_run=upstream_run,
-                    slow_runs={way: dify.add_run("running", "succeeded", outputs=OUTPUTS) for way in WAYS},
-                    params_run=upstream_run,
-                    ways=json.dumps(WAYS),
-                    operator_ways=json.dumps(OPERATOR_WAYS),
-                    interval=INTERVAL,
-                )
-            )
-            airflow.wait_for(
-                lambda: airflow.query("SELECT count(*) FROM dag_run WHERE state IN ('success', 'failed')") == [(1,)],
-                seconds=420,
-            )
-            for path, content in airflow.everything_written():
-                assert KEY.encode() not in content, path
-            yield _tasks(airflow, kept)
+        scenario.add_dag(
+            DAG,
+            kept=str(kept),
+            tasks=json.dumps(arguments),
+            upstream_run=upstream_run,
+            slow_runs={way: dify.add_run("running", "succeeded", outputs=OUTPUTS) for way in ways},
+            params_run=upstream_run,
+            ways=json.dumps(ways),
+            operator_ways=json.dumps(operator_ways),
+            interval=INTERVAL,
+        )
+        scenario.wait_until_over(seconds=600)
+        for path, content in shared.airflow.everything_written():
+            assert KEY.encode() not in content, path
+        yield _tasks(scenario, kept)
 
 
-def _tasks(airflow: Any, kept: Path) -> dict[str, Task]:
+def _tasks(scenario: Scenario, kept: Path) -> dict[str, Task]:
     xcoms: dict[str, dict[str, Any]] = {}
-    for task_id, key, value in airflow.query("SELECT task_id, key, value FROM xcom"):
+    for task_id, key, value in scenario.query("task_id, key, value", "xcom"):
         xcoms.setdefault(task_id, {})[key] = json.loads(value)
     errors: dict[str, list[tuple[str, str]]] = {}
     for name, kind, text in map(json.loads, kept.read_text().splitlines()):
         errors.setdefault(name, []).append((kind, text))
     # Airflow's own word on a task that it failed because it was resumed or rescheduled sooner than the scheduler heard
     # of the end of the worker process before.
-    taken_for_dead = {task_id for (task_id,) in airflow.query("SELECT task_id FROM log WHERE event = 'state mismatch'")}
+    taken_for_dead = {task_id for (task_id,) in scenario.query("task_id", "log", "event = 'state mismatch'")}
     logs: dict[str, str] = {}
-    for path in (airflow.home / "logs").rglob("task_id=*/**/*.log*"):
+    for path in scenario.logs.rglob("task_id=*/**/*.log*"):
         (task_id,) = [part.removeprefix("task_id=") for part in path.parts if part.startswith("task_id=")]
         logs[task_id] = logs.get(task_id, "") + path.read_text(errors="replace")
-    rows = airflow.query("SELECT task_id, state, pid FROM task_instance")
     return {
         task_id: Task(
             state,
@@ -196,7 +209,7 @@ def _tasks(airflow: Any, kept: Path) -> dict[str, Task]:
             task_id in taken_for_dead,
             logs.get(task_id, ""),
         )
-        for task_id, state, pid in rows
+        for task_id, state, pid in scenario.query("task_id, state, pid", "task_instance")
     }
 
 
@@ -207,9 +220,13 @@ def ended(tasks: dict[str, Task], name: str) -> Task:
     return tasks[name]
 
 
-@pytest.mark.parametrize(("ending", "way"), ENDINGS_IN_WAYS)
+@pytest.mark.parametrize(
+    ("ending", "way"),
+    [pytest.param(*each, marks=() if each in SHORT_ENDINGS_IN_WAYS else pytest.mark.long) for each in ENDINGS_IN_WAYS],
+)
 def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: str, way: str) -> None:
     _, _, state, exception, message = ENDINGS[ending]
+    poking = tasks.get(f"{ending}-poke")
     task = ended(tasks, f"{ending}-{way}")
     assert task.state == state
     # One error for each try. The try number itself is no measure: rescheduling raises it at times on Airflow 3, which
@@ -219,12 +236,12 @@ def test_every_ending_is_the_same_in_every_way(tasks: dict[str, Task], ending: s
     for kind, text in task.errors:
         assert kind == exception
         assert re.search(message, text)
-        assert _without_numbers(text) == _without_numbers(tasks[f"{ending}-poke"].errors[0][1])
+        assert poking is None or _without_numbers(text) == _without_numbers(poking.errors[0][1])
     if ending == "succeeded":
         assert task.xcoms["return_value"] == OUTPUTS
         assert task.xcoms.keys() == {"return_value", "workflow_run", RUN_LOG_KEY, *OUTPUTS}
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+/app/[0-9a-f-]{36}/logs", task.xcoms[RUN_LOG_KEY])
-        workflow_run = tasks[f"{ending}-poke"].xcoms["workflow_run"]
+        workflow_run = (poking or task).xcoms["workflow_run"]
         assert {**task.xcoms["workflow_run"], "id": ""} == {**workflow_run, "id": ""}
 
 
@@ -232,7 +249,7 @@ def _without_numbers(message: str) -> str:
     return re.sub(r"\d+", "#", re.sub(r"[0-9a-f-]{36}", "<run>", message))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", each_or_long(WAYS, short=SHORT_WAYS))
 def test_the_run_id_may_come_from_upstream_or_from_params_in_every_way(tasks: dict[str, Task], way: str) -> None:
     for task_id in ("of_upstream", "downstream_of", "of_params", "slow"):
         task = ended(tasks, f"{task_id}-{way}")
@@ -240,7 +257,7 @@ def test_the_run_id_may_come_from_upstream_or_from_params_in_every_way(tasks: di
         assert task.xcoms["return_value"] == OUTPUTS
 
 
-@pytest.mark.parametrize("way", OPERATOR_WAYS)
+@pytest.mark.parametrize("way", each_or_long(OPERATOR_WAYS, short=("deferrable",)))
 def test_the_operator_starts_a_run_and_passes_its_outputs_to_the_next_task(tasks: dict[str, Task], way: str) -> None:
     task = ended(tasks, f"run-{way}")
     assert task.state == "success"
@@ -261,4 +278,4 @@ def test_no_task_has_a_log_or_an_xcom_about_a_link_that_is_missing(tasks: dict[s
 def test_a_wait_that_starts_and_ends_on_the_triggerer_uses_no_worker(tasks: dict[str, Task]) -> None:
     for name in ("succeeded", "of_upstream", "of_params", "slow"):
         assert not tasks[f"{name}-start_end"].ran_on_a_worker
-        assert tasks[f"{name}-start"].ran_on_a_worker
+    assert tasks["failed-start"].ran_on_a_worker

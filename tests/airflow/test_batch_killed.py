@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import signal
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import Any
 import pytest
 
 from tests.airflow.airflow_processes import AIRFLOW_3_0
-from tests.airflow.shared_airflow import KEY, Scenario, SharedAirflow, side_by_side
+from tests.airflow.shared_airflow import KEY, Scenario, SharedAirflow, chosen_params, side_by_side
+from tests.combinations import each_or_long
 from tests.dify_stand_in import DifyStandIn, stall
 
 pytestmark = [
@@ -101,7 +101,9 @@ class Killed:
 
 
 @pytest.fixture(scope="module")
-def killed(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Killed]]:
+def killed(
+    request: pytest.FixtureRequest, shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Killed]]:
     """Run a Dag for each moment at the same time, and kill its task's process once, at that moment."""
 
     # pytest makes its own folder at the first of them, and not in two threads at once.
@@ -137,10 +139,10 @@ def killed(shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory) -> d
             dag.wait_until_over(seconds=240)
             return task
 
-    return side_by_side({name: functools.partial(run, name) for name in NAMES})
+    return side_by_side({name: functools.partial(run, name) for name in chosen_params(request, "name")})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each_or_long(NAMES, short=["middle"]))
 def test_the_retry_ends_with_each_rows_result_once_and_no_row_was_started_twice(
     killed: dict[str, Future[Killed]], name: str
 ) -> None:
@@ -153,20 +155,9 @@ def test_the_retry_ends_with_each_rows_result_once_and_no_row_was_started_twice(
     assert [runs[row["workflow_run_id"]] for row in results] == list(range(ROWS))
     assert {row["status"] for row in results} == {"succeeded"}
     assert task.dify.stopped == []
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_no_part_is_left(killed: dict[str, Future[Killed]], name: str) -> None:
-    files = {path.name for path in killed[name].result().folder.iterdir()} - {"flag"}
+    # Each user names one row, and no part is left.
+    assert len({started.user for started in task.dify.started}) == ROWS
+    files = {path.name for path in task.folder.iterdir()} - {"flag"}
     assert files == (set() if name == "returned" else {"results.jsonl"})
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_each_user_names_one_row(killed: dict[str, Future[Killed]], name: str) -> None:
-    users = Counter(started.user for started in killed[name].result().dify.started)
-    assert len(users) == ROWS
-
-
-def test_the_key_is_in_no_file_of_airflows(killed: dict[str, Future[Killed]]) -> None:
-    for path, content in killed["middle"].result().dag.airflow.everything_written():
+    for path, content in task.dag.airflow.everything_written():
         assert KEY.encode() not in content, path

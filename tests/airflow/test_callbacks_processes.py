@@ -9,7 +9,7 @@ import pytest
 from tests.airflow.shared_airflow import SharedAirflow
 from tests.dify_stand_in import Start
 
-pytestmark = pytest.mark.airflow_processes
+pytestmark = [pytest.mark.airflow_processes, pytest.mark.long]
 
 DAG = """
 import pendulum

@@ -12,8 +12,9 @@ import pytest
 from airflow_provider_dify import exceptions
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from tests.airflow.airflow_runs import dag_bag, dag_file, run_parsed
-from tests.airflow.python_blocks import BLOCKS, PAGES, ROOT, Block
+from tests.airflow.python_blocks import BLOCKS, EXAMPLE, PAGES, ROOT, Block
 from tests.dify_stand_in import DifyStandIn, Start
+from tests.failures_page import FAILURES, TEXTS, begins_as, messages_of_the_table, sections, sources, template
 
 REPOSITORY = "https://github.com/airflow-provider-dify/airflow-provider-dify/"
 OUTPUTS = {"text": "hello", "summary": "short"}
@@ -23,7 +24,7 @@ UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 def test_no_python_block_has_another_form() -> None:
     assert BLOCKS
     fences = sum(len(re.findall(r"^\s*[`~]{3,} *\{?(?:py|python)", page.read_text(), re.M)) for page in PAGES)
-    assert fences == len(BLOCKS)
+    assert fences == len(BLOCKS) + sum(len(EXAMPLE.findall(page.read_text())) for page in PAGES)
 
 
 @pytest.fixture
@@ -77,34 +78,18 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_and_image_leads_somewhere(page: Path) -> None:
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
-    targets = [*re.findall(r"\]\(\s*<?([^)\s>]+)", text), *re.findall(r'(?:src|href)="([^"]+)"', text)]
-    for target in targets:
-        in_repository = target.startswith(REPOSITORY)
-        if target.startswith(("http://", "https://")) and not in_repository:
-            continue
-        path, _, anchor = re.sub(f"{REPOSITORY}(tree|blob)/main/", "", target).partition("#")
-        leads_to = (ROOT if in_repository else page.parent) / path if path else page
-        assert leads_to.exists(), f"{page.name}: {target}"
-        if anchor:
-            assert anchor in anchors(leads_to), f"{page.name}: {target}"
-
-
-def test_every_page_is_in_the_navigation() -> None:
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    trees = re.findall(r"^```\{toctree\}\n(.*?)^```$", index, re.M | re.S)
-    listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
-    assert sorted(listed) == sorted(
-        page.stem for page in PAGES if page.parent == ROOT / "docs" and page.stem != "index"
-    )
-
-
-def test_every_example_is_on_a_page() -> None:
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    included = set(re.findall(r"^```\{literalinclude\} \.\./example_dags/(\w+\.py)$", text, re.M))
-    assert included == {path.name for path in (ROOT / "example_dags").glob("*.py")}
+def test_every_link_and_image_leads_somewhere() -> None:
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        targets = [*re.findall(r"\]\(\s*<?([^)\s>]+)", text), *re.findall(r'(?:src|href)="([^"]+)"', text)]
+        for target in targets:
+            in_repository = target.startswith(REPOSITORY)
+            if target.startswith(("http://", "https://")) and not in_repository:
+                continue
+            path, _, anchor = re.sub(f"{REPOSITORY}(tree|blob)/main/", "", target).partition("#")
+            leads_to = (ROOT if in_repository else page.parent) / path if path else page
+            assert leads_to.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(leads_to), f"{page.name}: {target}"
 
 
 def test_no_row_of_a_table_stands_on_two_pages() -> None:
@@ -120,38 +105,11 @@ def test_no_row_of_a_table_stands_on_two_pages() -> None:
 
 # --- messages
 
-FAILURES = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
 # Airflow's own exceptions are raised with our words, too.
-RAISING = {name for name in vars(exceptions) if name.startswith("Dify")} | {"AirflowSensorTimeout"}
+OURS = {name for name in vars(exceptions) if name.startswith("Dify")}
+RAISING = OURS | {"AirflowSensorTimeout"}
 # What a wait goes on or succeeds with is no failure to look up.
 FINE = {"Dify workflow run … is …….", "Dify workflow run … succeeded…."}
-# A row must name at least so much of a message that it can be distinguished from others.
-SHORTEST = len(" is no port")
-
-
-def messages_of_the_table() -> list[str]:
-    tables = re.findall(r"^\| message begins with .*\n\|[ -|]+\n((?:\|.*\n)+)", FAILURES, re.M)
-    rows = [row for table in tables for row in table.splitlines()]
-    messages = [re.match(r"\| `([^`]+)` \| [^|]+ \| [^|]+ \|$", row) for row in rows]
-    assert all(messages), [row for row, message in zip(rows, messages, strict=True) if not message]
-    return [message[1] for message in messages if message]
-
-
-def template(node: ast.AST) -> str | None:
-    """Return a text of the sources with ``…`` for what is filled in."""
-    if isinstance(node, ast.JoinedStr):
-        return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%(\.\d+)?[sdrfg]", "…", node.value)
-    return None
-
-
-def sources() -> Iterator[ast.AST]:
-    for path in (ROOT / "airflow_provider_dify").rglob("*.py"):
-        yield from ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-
-
-TEXTS = {text for node in sources() if (text := template(node))}
 
 
 def failures_and_warnings() -> set[str]:
@@ -169,34 +127,44 @@ def failures_and_warnings() -> set[str]:
     return {text for text in found - FINE if text and text != "…"}
 
 
-def begins_as(message: str, text: str) -> bool:
-    """Return whether a row's message is the beginning of a text whose places are filled in."""
-    first, *pieces = re.split("…+", text)
-    if not message.startswith(first):
-        return len(message) >= SHORTEST and first.startswith(message)
-    rest, named = message.removeprefix(first), len(first)
-    for piece in pieces:
-        # A place that is filled in has a character at least.
-        _, found, after = rest[1:].partition(piece) if piece else (rest, "", "")
-        if not found:
-            cut = max((cut for cut in range(1, len(piece)) if rest[1:].endswith(piece[:cut])), default=0)
-            # It ends in this piece, or in the place before: in other words of the package, or in Dify's.
-            in_place = rest.startswith("HTTP ") or ("…" not in rest and any(rest in other for other in TEXTS))
-            return named + cut >= SHORTEST and (cut > 0 or in_place)
-        rest, named = after, named + len(piece)
-        if not rest:
-            break
-    return not rest and named >= SHORTEST
+def raised_errors() -> Iterator[tuple[str, str]]:
+    """Return the text of each error that is made with one, and the section that its address names."""
+    named = {name: value for name, value in vars(exceptions).items() if name.endswith("_SECTION")}
+    for path in (ROOT / "airflow_provider_dify").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        explained = {
+            id(node.func.value): named[node.args[0].id]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "explained_in"
+            and isinstance(node.args[0], ast.Name)
+            and node.args[0].id in named
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in OURS and node.args:
+                text = template(node.args[0])
+                # What is wrong with a connection is said again, with the connection's name.
+                if text and text != "…" and (path.stem != "connection" or id(node) in explained):
+                    yield text, explained.get(id(node), getattr(exceptions, node.func.id).section)
 
 
-@pytest.mark.parametrize("message", messages_of_the_table())
-def test_a_message_of_the_table_is_one_of_the_package(message: str) -> None:
-    assert any(begins_as(message, text) for text in TEXTS)
+@pytest.mark.parametrize(("text", "section"), sorted(set(raised_errors())))
+def test_the_address_of_an_error_leads_to_the_section_of_its_row(text: str, section: str) -> None:
+    rows = [found for message, found in sections().items() if begins_as(message, text)]
+    assert section in set().union(*rows)
 
 
-@pytest.mark.parametrize("text", sorted(failures_and_warnings()))
-def test_a_message_of_the_package_is_in_the_table(text: str) -> None:
-    assert any(begins_as(message, text) for message in messages_of_the_table())
+def test_each_message_of_the_table_is_one_of_the_package() -> None:
+    messages = messages_of_the_table()
+    assert len(messages) > 100
+    assert [message for message in messages if not any(begins_as(message, text) for text in TEXTS)] == []
+
+
+def test_each_message_of_the_package_is_in_the_table() -> None:
+    messages, texts = messages_of_the_table(), failures_and_warnings()
+    assert len(texts) > 100
+    assert [text for text in sorted(texts) if not any(begins_as(message, text) for message in messages)] == []
 
 
 def test_every_exception_is_in_the_table() -> None:

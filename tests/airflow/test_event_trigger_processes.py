@@ -17,6 +17,8 @@ import pytest
 import requests
 
 from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses, airflow_processes
+from tests.airflow.shared_airflow import KEY, SETTINGS, Scenario, SharedAirflow
+from tests.combinations import each_or_long
 from tests.dify_stand_in import DifyStandIn, Start
 
 pytestmark = [
@@ -24,7 +26,6 @@ pytestmark = [
     pytest.mark.skipif(AIRFLOW_2, reason="Airflow 2 starts no Dag on an event"),
 ]
 
-KEY = "app-zQ9-the-key-of-this-test"
 # Seconds of an outage of Dify that one triggerer lives through; none by default, where the triggerer is killed in one.
 OUTAGE = float(os.environ.get("EVENTS_OUTAGE", "0"))
 RUNS_A_MINUTE = 500
@@ -37,9 +38,11 @@ import pendulum
 from airflow.sdk import Asset, AssetWatcher, dag, task
 from airflow_provider_dify.triggers.dify_events import DifyWorkflowRunsTrigger
 
-every = DifyWorkflowRunsTrigger(poll_interval=2, lookback={lookback})
+every = DifyWorkflowRunsTrigger({conn_id!r}, poll_interval={poll}, lookback={lookback})
 runs = Asset("runs", watchers=[AssetWatcher(name="all", trigger=every)])
-nightly = DifyWorkflowRunsTrigger(poll_interval=2, user="nightly-*", statuses=["succeeded"], lookback={lookback})
+nightly = DifyWorkflowRunsTrigger(
+    {conn_id!r}, poll_interval={poll}, user="nightly-*", statuses=["succeeded"], lookback={lookback}
+)
 nights = Asset("nights", watchers=[AssetWatcher(name="nightly", trigger=nightly)])
 
 
@@ -68,17 +71,24 @@ EXAMPLE = Path(__file__).parent.parent.parent / "example_dags" / "example_dify_r
 
 @dataclass
 class Watched:
-    """What was started at Dify, what the Dags received, and what it took."""
+    """What was started at Dify, and what the Dags received."""
 
-    airflow: AirflowProcesses
-    dify: DifyStandIn
+    scenario: Scenario
+    file: Path
     started: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def airflow(self) -> AirflowProcesses:
+        return self.scenario.airflow
+
+    @property
+    def dify(self) -> DifyStandIn:
+        return self.scenario.dify
 
     @property
     def received(self) -> list[tuple[str, dict[str, object]]]:
         """The events that tasks read: the asset's name, and the payload."""
-        text = (self.airflow.home / "received.jsonl").read_text()
-        return [(name, payload) for name, payload in map(json.loads, text.splitlines())]
+        return [(name, payload) for name, payload in map(json.loads, self.file.read_text().splitlines())]
 
     def ids(self, asset: str = "runs") -> list[str]:
         return [str(payload["workflow_run_id"]) for name, payload in self.received if name == asset]
@@ -114,82 +124,102 @@ class Watched:
             return {phase: ids for phase, ids in found.items() if ids and phase not in but}
 
         try:
-            self.airflow.wait_for(lambda: not missing(), seconds)
+            self.scenario.wait_for(lambda: not missing(), seconds)
         except AssertionError as error:
             stored = self.airflow.query("SELECT extra FROM asset_event")
             events = {run_id: run_id in str(stored) for ids in missing().values() for run_id in ids}
             raise AssertionError(f"Not received: {missing()}; whether Airflow has an event of it: {events}") from error
 
 
-@pytest.fixture(scope="module")
-def watched() -> Iterator[Watched]:
+@pytest.fixture(scope="module", params=each_or_long(["in peace", "through outages"], short=["in peace"]))
+def watched(
+    request: pytest.FixtureRequest, shared: SharedAirflow, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Watched]:
     """An Airflow that received every run."""
+    received = tmp_path_factory.mktemp("received") / "received.jsonl"
+    received.touch()
+    if request.param == "in peace":
+        with shared.scenario("events", dialect="1.16.1") as scenario:
+            watched = Watched(scenario, received)
+            watch(watched)
+            yield watched
+        return
+    # Its triggerer is killed.
     with DifyStandIn("1.16.1") as dify:
         dify.api_keys = {KEY}
-        dify.add_logged_runs(100, ending=time.time() - 3600)
-        environment = {
-            "AIRFLOW_CONN_DIFY_DEFAULT": json.dumps({"conn_type": "dify", "host": dify.base_url, "password": KEY}),
-            # How soon another triggerer takes over.
-            "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "10",
-            "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "2",
-        }
-        with airflow_processes(environment) as airflow:
-            result = Watched(airflow, dify)
-            received = airflow.home / "received.jsonl"
-            received.touch()
-            lookback = 0 if keeps_state() else 300
-            (airflow.dags / "dags.py").write_text(DAG.format(received=str(received), lookback=lookback))
-            example = EXAMPLE.read_text(encoding="utf-8").replace("poll_interval=30", "poll_interval=2")
-            (airflow.dags / EXAMPLE.name).write_text(example)
-            three = "SELECT count(*) FROM trigger WHERE triggerer_id IS NOT NULL"
-            airflow.wait_for(lambda: airflow.query(three) == [(3,)] and have_looked(airflow, dify), seconds=240)
+        fields = json.dumps({"conn_type": "dify", "host": dify.base_url, "password": KEY})
+        with airflow_processes({**SETTINGS, "AIRFLOW_CONN_DIFY_DEFAULT": fields}) as airflow:
+            watched = Watched(Scenario(airflow, dify, "events", "dify_default"), received)
+            watch(watched)
+            live_through_outages(watched)
+            yield watched
 
-            result.start_runs("quick", 3, duration=1.0)
-            result.start_runs("nightly", 2, user="nightly-1", duration=1.0)
-            for run_id in result.start_runs("scheduled", 2, duration=3.0):
-                dify.runs[run_id].triggered_from = "schedule"
-            result.start_runs("failed", 1, recording="run_streaming_failed", duration=1.0)
-            long = result.start_runs("long", 1, duration=3600.0)
-            paused = result.start_runs("paused", 1, recording="run_streaming_paused", duration=1.0)
-            # Three pages of newer ones, as fast as they may come.
-            for _ in range(BURST):
-                result.started.setdefault("burst", []).extend(dify.add_logged_runs(1))
-                time.sleep(60 / RUNS_A_MINUTE)
-            result.wait_until_received("long", "paused")
-            assert not {*long, *paused} & set(result.ids())
-            airflow.wait_for(lambda: is_stored(airflow, result.started["burst"][-1]), seconds=60)
 
-            # Dify goes away, and the triggerer, too; both come back, and what happened in between is there.
-            looked = looks(dify)
-            airflow.wait_for(lambda: looks(dify) > looked, seconds=60)
-            with dify.refusing_connections():
-                result.started["outage"] = dify.add_logged_runs(5)
-                time.sleep(5)
-                airflow.stop("triggerer", signal.SIGKILL)
-                result.started["while no triggerer was there"] = dify.add_logged_runs(3)
-                airflow.start("triggerer")
-                end_run(dify, paused[0], "paused")
-                end_run(dify, long[0], "running")
-                time.sleep(5)
-            result.wait_until_received()
-            if OUTAGE:
-                with dify.refusing_connections():
-                    result.started["long outage"] = dify.add_logged_runs(5)
-                    time.sleep(OUTAGE)
-                result.wait_until_received()
-            # As an HTTP node at the end of a workflow does.
-            call_airflow(airflow, "called", {"workflow_run_id": long[0]})
-            airflow.wait_for(lambda: bool(result.ids("called")), seconds=120)
-            # One too many would come now.
-            time.sleep(8)
-            yield result
+def watch(watched: Watched) -> None:
+    """Let others start runs of all kinds once the Dags watch."""
+    scenario, airflow, dify = watched.scenario, watched.airflow, watched.dify
+    dify.add_logged_runs(100, ending=time.time() - 3600)
+    lookback = 0 if keeps_state() else 300
+    scenario.add_dag(DAG, received=str(watched.file), lookback=lookback, poll=1)
+    example = EXAMPLE.read_text(encoding="utf-8").replace("poll_interval=30", "poll_interval=1")
+    example = example.replace("DifyHook()", 'DifyHook("dify_default")').replace("dify_default", scenario.conn_id)
+    (airflow.dags / EXAMPLE.name).write_text(example)
+    of_events = "triggerer_id IS NOT NULL AND classpath LIKE '%DifyWorkflowRunsTrigger'"
+    three = f"SELECT count(*) FROM trigger WHERE {of_events}"
+    scenario.wait_for(lambda: airflow.query(three) == [(3,)] and have_looked(airflow, dify), seconds=240)
+
+    watched.start_runs("quick", 3, duration=0.5)
+    watched.start_runs("nightly", 2, user="nightly-1", duration=0.5)
+    for run_id in watched.start_runs("scheduled", 2, duration=2.0):
+        dify.runs[run_id].triggered_from = "schedule"
+    watched.start_runs("failed", 1, recording="run_streaming_failed", duration=0.5)
+    long = watched.start_runs("long", 1, duration=3600.0)
+    paused = watched.start_runs("paused", 1, recording="run_streaming_paused", duration=0.5)
+    watched.wait_until_received("long", "paused")
+    assert not {*long, *paused} & set(watched.ids())
+    end_run(dify, paused[0], "paused")
+    end_run(dify, long[0], "running")
+    watched.wait_until_received()
+    # As an HTTP node at the end of a workflow does.
+    call_airflow(airflow, "called", {"workflow_run_id": long[0]})
+    scenario.wait_for(
+        lambda: watched.ids("called") and len(used(watched)) == 2 and len(set(watched.ids("nights"))) == 2, seconds=180
+    )
+
+
+def live_through_outages(watched: Watched) -> None:
+    """Let runs start faster than Dify's log has pages, and go on while Dify and the triggerer are away."""
+    airflow, dify = watched.airflow, watched.dify
+    # Three pages of newer ones, as fast as they may come.
+    for _ in range(BURST):
+        watched.started.setdefault("burst", []).extend(dify.add_logged_runs(1))
+        time.sleep(60 / RUNS_A_MINUTE)
+    watched.wait_until_received()
+    airflow.wait_for(lambda: is_stored(airflow, watched.started["burst"][-1]), seconds=60)
+
+    # Dify goes away, and the triggerer, too; both come back, and what happened in between is there.
+    looked = looks(dify)
+    airflow.wait_for(lambda: looks(dify) > looked, seconds=60)
+    with dify.refusing_connections():
+        watched.started["outage"] = dify.add_logged_runs(5)
+        time.sleep(5)
+        airflow.stop("triggerer", signal.SIGKILL)
+        watched.started["while no triggerer was there"] = dify.add_logged_runs(3)
+        airflow.start("triggerer")
+        time.sleep(5)
+    watched.wait_until_received()
+    if OUTAGE:
+        with dify.refusing_connections():
+            watched.started["long outage"] = dify.add_logged_runs(5)
+            time.sleep(OUTAGE)
+        watched.wait_until_received()
+    # One too many would come now.
+    time.sleep(8)
 
 
 def call_airflow(airflow: AirflowProcesses, asset: str, extra: dict[str, str]) -> None:
     """Create an event of an asset, with the requests that docs/reacting-to-runs.md describes."""
-    token = requests.get(f"{airflow.api}/auth/token", timeout=30).json()["access_token"]
-    headers = {"Authorization": f"Bearer {token}"}
-    found = requests.get(f"{airflow.api}/api/v2/assets?name_pattern={asset}", headers=headers, timeout=30).json()
+    found = airflow.ask_api("GET", f"/assets?name_pattern={asset}")
     airflow.ask_api("POST", "/assets/events", {"asset_id": found["assets"][0]["id"], "extra": extra})
 
 
@@ -251,11 +281,16 @@ def test_filters_choose_which_runs_trigger_it(watched: Watched) -> None:
     assert sorted(set(watched.ids("nights"))) == sorted(watched.started["nightly"])
 
 
-def test_the_example_reads_the_runs_that_started_it(watched: Watched) -> None:
+def used(watched: Watched) -> set[str]:
+    """Return the runs that the example has read."""
     rows = watched.airflow.query(
         "SELECT value FROM xcom WHERE dag_id = ? AND task_id = 'use' AND key = 'return_value'", EXAMPLE.stem
     )
-    assert {json.loads(value)["run"] for (value,) in rows} == set(watched.started["scheduled"])
+    return {json.loads(value)["run"] for (value,) in rows}
+
+
+def test_the_example_reads_the_runs_that_started_it(watched: Watched) -> None:
+    assert used(watched) == set(watched.started["scheduled"])
 
 
 def test_an_event_that_dify_itself_creates_has_the_runs_id(watched: Watched) -> None:

@@ -45,6 +45,7 @@ def run_example(
     return run
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("airflow_db", "dify_connection")
 def test_an_example_runs_from_airflows_command_line(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running", "succeeded", outputs={"text": "hello"}, total_tokens=42)
@@ -68,6 +69,7 @@ def test_the_example_passes_an_output_and_the_tokens_to_the_next_task(dify: Dify
     assert "The workflow answered 'hello' and used 42 tokens." in said
 
 
+@pytest.mark.long
 def test_the_mapped_example_collects_every_run(dify: DifyStandIn, run_example: Run) -> None:
     runs = [dify.add_run("succeeded", outputs={f"n{n}": n}) for n in range(3)]
     said = run_example("example_dify_workflow_runs_mapped", {"workflow_run_ids": runs})
@@ -79,6 +81,7 @@ def queue(dify: DifyStandIn, outputs: dict[str, object], **fields: object) -> No
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"outputs": outputs, **fields}))
 
 
+@pytest.mark.long
 def test_the_example_that_starts_and_waits_passes_an_output_to_the_next_task(
     dify: DifyStandIn, run_example: Run
 ) -> None:
@@ -88,6 +91,7 @@ def test_the_example_that_starts_and_waits_passes_an_output_to_the_next_task(
     assert [run.inputs for run in dify.started] == [{"query": "Who is there?"}]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("conf", "inputs"),
     [
@@ -107,6 +111,7 @@ def test_the_example_with_a_sensor_waits_on_the_run_that_it_started(
     assert len(dify.runs[dify.started[0].workflow_run_id].polls) == 2
 
 
+@pytest.mark.long
 def test_the_example_that_fans_out_collects_every_run(dify: DifyStandIn, run_example: Run) -> None:
     for number in range(3):
         fields = {"outputs": {"text": f"answer {number}"}, "total_tokens": 14}
@@ -137,6 +142,7 @@ def test_the_example_with_a_batch_runs_every_row_of_its_file(
     assert len({run.user for run in dify.started}) == len(asked)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("score", "shown", "not_shown"),
     [(0.75, "Published: hello", "To be"), (0.25, "To be reviewed: hello", "Published:")],
@@ -150,6 +156,7 @@ def test_the_example_that_branches_follows_an_output(
     assert not_shown not in said
 
 
+@pytest.mark.long
 def test_the_example_with_a_file_starts_a_run_with_the_uploaded_file(
     dify: DifyStandIn, run_example: Run, tmp_path: Path
 ) -> None:
@@ -163,6 +170,7 @@ def test_the_example_with_a_file_starts_a_run_with_the_uploaded_file(
     assert started.user == "airflow-reports"
 
 
+@pytest.mark.long
 def test_the_example_with_an_alert_says_why_the_run_failed(dify: DifyStandIn, run_example: Run) -> None:
     dify.starts.append(Start(recording="run_streaming_failed", statuses=("failed",)))
     said = run_example("example_dify_alert", {"query": "Who is there?"}, state="failed")
@@ -170,6 +178,7 @@ def test_the_example_with_an_alert_says_why_the_run_failed(dify: DifyStandIn, ru
     assert f"Alert: task run: Dify run {run_id} ended as failed: " in said
 
 
+@pytest.mark.long
 def test_the_example_with_a_knowledge_file_waits_until_it_is_indexed(
     dify: DifyStandIn, run_example: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +217,7 @@ def test_every_example_has_a_form_that_can_be_submitted(airflow_db: Path) -> Non
             assert schema["type"] == "object" or schema.get("minLength") or schema.get("minItems")
 
 
+@pytest.mark.long
 def test_the_example_with_the_latest_run_waits_for_a_run_of_difys_schedule(dify: DifyStandIn, run_example: Run) -> None:
     runs = [dify.add_run("succeeded", user="u", outputs={"text": "hi"}, created_at=int(time.time())) for _ in range(2)]
     dify.runs[runs[0]].triggered_from = "schedule"

@@ -9,25 +9,15 @@ import pytest
 
 from airflow_provider_dify.exceptions import DifyConnectionError
 from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
-from tests.airflow.airflow_runs import run_operator
+from tests.airflow.airflow_runs import START_WAYS, run_operator
+from tests.combinations import pairs
 from tests.dify_stand_in import DifyStandIn, Start, respond
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
-WAYS: dict[str, dict[str, Any]] = {
-    "worker": {},
-    "deferrable": {"deferrable": True},
-    "no wait": {"wait_for_completion": False},
-}
-
 
 class BackendError(Exception):
     """What a backend of one's own raises."""
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return WAYS[request.param]
 
 
 @pytest.fixture
@@ -75,6 +65,13 @@ def fail_task_state(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return fail
 
 
+each_key = pytest.mark.parametrize(
+    ("key", "start_way"),
+    pairs(["workflow_run_id", "task_id", "dify-run-log"], list(START_WAYS)),
+    indirect=["start_way"],
+)
+
+
 def assert_stopped(dify: DifyStandIn, result: Any) -> None:
     assert result.states["run"] == "failed"
     assert [type(error) for error in result.raised["run"]] == [BackendError]
@@ -82,43 +79,43 @@ def assert_stopped(dify: DifyStandIn, result: Any) -> None:
     assert dify.stopped == [(started.task_id, started.user)]
 
 
-@pytest.mark.parametrize("key", ["workflow_run_id", "task_id", "dify-run-log"])
+@each_key
 def test_a_last_try_whose_xcom_backend_fails_stops_its_run(
-    dify: DifyStandIn, way: dict[str, Any], key: str, fail_xcoms: Callable[..., None]
+    dify: DifyStandIn, start_way: dict[str, Any], key: str, fail_xcoms: Callable[..., None]
 ) -> None:
     dify.starts.append(Start(statuses=("running",), duration=30))
     fail_xcoms(key)
-    assert_stopped(dify, run_operator(retries=0, **way))
+    assert_stopped(dify, run_operator(retries=0, **start_way))
 
 
 def test_a_last_try_whose_task_state_fails_stops_its_run(
-    dify: DifyStandIn, way: dict[str, Any], fail_task_state: Callable[[int], None]
+    dify: DifyStandIn, start_way: dict[str, Any], fail_task_state: Callable[[int], None]
 ) -> None:
     dify.starts.append(Start(statuses=("running",), duration=30))
     # The first write comes before the start.
     fail_task_state(2)
-    assert_stopped(dify, run_operator(retries=0, **way))
+    assert_stopped(dify, run_operator(retries=0, **start_way))
 
 
 def test_a_task_state_that_fails_before_the_start_starts_nothing(
-    dify: DifyStandIn, way: dict[str, Any], fail_task_state: Callable[[int], None]
+    dify: DifyStandIn, start_way: dict[str, Any], fail_task_state: Callable[[int], None]
 ) -> None:
     fail_task_state(1)
-    result = run_operator(retries=1, retry_delay=0, **way)
+    result = run_operator(retries=1, retry_delay=0, **start_way)
     assert result.state == "success"
     assert [type(error) for error in result.raised["run"]] == [BackendError]
     assert len(dify.started) == 1
 
 
-@pytest.mark.parametrize("key", ["workflow_run_id", "task_id", "dify-run-log"])
+@each_key
 def test_a_retry_finds_the_run_of_a_try_whose_xcom_backend_failed(
-    dify: DifyStandIn, way: dict[str, Any], key: str, fail_xcoms: Callable[..., None]
+    dify: DifyStandIn, start_way: dict[str, Any], key: str, fail_xcoms: Callable[..., None]
 ) -> None:
-    if AIRFLOW_3_0 and "deferrable" in way:
+    if AIRFLOW_3_0 and "deferrable" in start_way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
-    dify.starts.append(Start(statuses=("running", "running", "succeeded"), duration=1.0))
+    dify.starts.append(Start(statuses=("running", "running", "succeeded"), duration=0.4))
     fail_xcoms(key)
-    result = run_operator(retries=1, retry_delay=0, **way)
+    result = run_operator(retries=1, retry_delay=0, **start_way)
     assert result.state == "success"
     assert result.tries["run"] == 2
     assert len(dify.started) == 1
@@ -126,11 +123,11 @@ def test_a_retry_finds_the_run_of_a_try_whose_xcom_backend_failed(
 
 
 def test_a_retry_finds_the_run_of_a_try_whose_task_state_failed(
-    dify: DifyStandIn, way: dict[str, Any], fail_task_state: Callable[[int], None]
+    dify: DifyStandIn, start_way: dict[str, Any], fail_task_state: Callable[[int], None]
 ) -> None:
-    dify.starts.append(Start(statuses=("running", "running", "succeeded"), duration=1.0))
+    dify.starts.append(Start(statuses=("running", "running", "succeeded"), duration=0.4))
     fail_task_state(2)
-    result = run_operator(retries=1, retry_delay=0, **way)
+    result = run_operator(retries=1, retry_delay=0, **start_way)
     assert result.state == "success"
     assert len(dify.started) == 1
     assert dify.stopped == []
@@ -139,8 +136,7 @@ def test_a_retry_finds_the_run_of_a_try_whose_task_state_failed(
 def test_a_stop_that_fails_does_not_hide_why_the_task_failed(
     dify: DifyStandIn,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    capfd: pytest.CaptureFixture[str],
+    everything_said: Callable[[], str],
 ) -> None:
     def fail(*_: Any) -> Any:
         raise BackendError("no thread could be started")
@@ -150,7 +146,6 @@ def test_a_stop_that_fails_does_not_hide_why_the_task_failed(
     dify.misbehave_always(respond(503), only="GET .*/workflows/run/")
     result = run_operator(max_consecutive_failures=1, retries=0)
     assert [type(error) for error in result.raised["run"]] == [DifyConnectionError]
-    printed = capfd.readouterr()
     (started,) = dify.started
     run = f"The workflow run of user {started.user!r}"
-    assert f"{run} could not be stopped and goes on: BackendError: no thread" in printed.out + printed.err + caplog.text
+    assert f"{run} could not be stopped and keeps running: BackendError: no thread" in everything_said()

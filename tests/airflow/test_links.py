@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
-from tests.airflow.airflow_runs import run_dag, run_operator, run_sensor
-from tests.dify_stand_in import API_KEY, DifyStandIn, Start
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
+from tests.airflow.airflow_runs import SENSOR_WAYS, run_dag, run_operator, run_sensor
+from tests.combinations import each_or_long, pairs
+from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn, Start
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection")
 
@@ -18,24 +19,17 @@ APP_ID = "9e3e0c88-818b-46b2-b9d0-294b4efd0c56"  # of the recorded stream
 INPUTS = json.dumps({"query": "Who is there?", "sys.app_id": APP_ID})
 LINK = "Dify run log"
 
-WAYS: dict[str, dict[str, Any]] = {"poke": {}, "reschedule": {"mode": "reschedule"}, "deferrable": {"deferrable": True}}
-if CAN_END_FROM_TRIGGER:
-    WAYS["end_from_trigger"] = {"end_from_trigger": True}
+WAYS = dict(SENSOR_WAYS)
 if CAN_START_FROM_TRIGGER:
+    # Neither a sensor that looks for its run nor a mapped one begins on the triggerer.
     WAYS["start_from_trigger"] = {"start_from_trigger": True, "end_from_trigger": True}
-OPERATOR_WAYS = {
-    name: arguments for name, arguments in WAYS.items() if not {"mode", "start_from_trigger"} & arguments.keys()
-}
-# Neither a sensor that looks for its run nor a mapped one begins on the triggerer.
-WORKER_WAYS = [name for name in WAYS if name != "start_from_trigger"]
-OPERATOR_WAYS["start_only"] = {"wait_for_completion": False}
 
 
 def console_of(dify: DifyStandIn) -> str:
     return dify.base_url.removesuffix("/v1")
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("dialect", "way"), pairs(DIALECTS, list(WAYS)), indirect=["dialect"])
 def test_the_sensors_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, dialect: str, way: str) -> None:
     run_id = dify.add_run("running", "running", "succeeded", inputs=INPUTS)
     result = run_sensor(workflow_run_id=run_id, **WAYS[way])
@@ -43,23 +37,21 @@ def test_the_sensors_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, 
     assert result.links == {"wait": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
 
 
-@pytest.mark.parametrize("way", OPERATOR_WAYS)
-def test_the_operators_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, way: str) -> None:
+def test_the_operators_button_leads_to_the_log_of_the_runs_app(dify: DifyStandIn, start_way: dict[str, Any]) -> None:
     dify.starts.append(Start(statuses=("running", "succeeded"), fields={"inputs": INPUTS}))
-    result = run_operator(**OPERATOR_WAYS[way])
+    result = run_operator(**start_way)
     assert result.state == "success"
     assert result.links == {"run": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
 
 
-@pytest.mark.parametrize("way", WORKER_WAYS)
 def test_the_button_of_a_sensor_that_looks_for_its_run_leads_to_the_log_of_the_runs_app(
-    dify: DifyStandIn, way: str
+    dify: DifyStandIn, sensor_way: dict[str, Any]
 ) -> None:
     dify.add_run("succeeded", user="nightly", created_at=int(time.time()), inputs=INPUTS)
     result = run_dag(
         f"""
         DifyLatestWorkflowRunSensor(
-            task_id="wait", created_after="2026-01-01T00:00:00Z", poke_interval=0.1, timeout=20, **{WAYS[way]!r}
+            task_id="wait", created_after="2026-01-01T00:00:00Z", poke_interval=0.1, timeout=20, **{sensor_way!r}
         )
         """
     )
@@ -79,13 +71,12 @@ def test_the_button_of_a_batch_leads_to_the_log_of_its_runs_app(dify: DifyStandI
     assert result.links == {"run": {LINK: f"{console_of(dify)}/app/{APP_ID}/logs"}}
 
 
-@pytest.mark.parametrize("way", WORKER_WAYS)
-def test_each_mapped_task_has_the_button_of_its_own_run(dify: DifyStandIn, way: str) -> None:
+def test_each_mapped_task_has_the_button_of_its_own_run(dify: DifyStandIn, sensor_way: dict[str, Any]) -> None:
     apps = [APP_ID, "1c9f1a0e-5b7c-4a57-9c0b-3a1f0f6d2e11"]
     run_ids = [dify.add_run("running", "succeeded", inputs=json.dumps({"sys.app_id": app})) for app in apps]
     result = run_dag(
         f"""
-        DifyWorkflowRunSensor.partial(task_id="wait", poke_interval=0.1, **{WAYS[way]!r}).expand(
+        DifyWorkflowRunSensor.partial(task_id="wait", poke_interval=0.1, **{sensor_way!r}).expand(
             workflow_run_id={run_ids!r}
         )
         """
@@ -119,7 +110,7 @@ def test_the_button_leads_to_the_console_that_the_connection_names(
 
 @pytest.mark.parametrize(
     "inputs",
-    [None, {}, {"sys.app_id": None}, {"sys.app_id": "../../x"}, {"sys.app_id": 5}],
+    each_or_long([None, {}, {"sys.app_id": None}, {"sys.app_id": "../../x"}, {"sys.app_id": 5}], short=[None]),
     ids=["no inputs", "empty", "null", "no UUID", "a number"],
 )
 def test_there_is_no_button_when_the_run_does_not_name_its_app(dify: DifyStandIn, inputs: Any) -> None:

@@ -11,6 +11,7 @@ from tests.airflow.shared_airflow import SharedAirflow
 
 pytestmark = [
     pytest.mark.airflow_processes,
+    pytest.mark.long,
     pytest.mark.skipif(not CAN_END_FROM_TRIGGER, reason="this Airflow ends no task on the triggerer"),
 ]
 

@@ -6,12 +6,13 @@ import asyncio
 import json
 import re
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_START_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyInputsRejected,
@@ -27,30 +28,21 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0
-from tests.airflow.airflow_runs import run_dag, run_operator
+from tests.airflow.airflow_runs import OPERATOR_WAYS, error_of, run_dag, run_operator
+from tests.combinations import pairs
 from tests.dify_stand_in import (
+    API_KEY,
     DifyStandIn,
     Start,
     form_field,
     rejects,
     replay,
-    reset,
     respond,
-    too_many_requests,
 )
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
 
 OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None]}}
-
-WAYS: dict[str, dict[str, Any]] = {"worker": {}, "deferrable": {"deferrable": True}}
-if CAN_END_FROM_TRIGGER:
-    WAYS["end_from_trigger"] = {"end_from_trigger": True}
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return WAYS[request.param]
 
 
 def start(*statuses: str | None, **arguments: Any) -> Start:
@@ -59,11 +51,11 @@ def start(*statuses: str | None, **arguments: Any) -> Start:
 
 
 def test_a_run_is_started_and_its_outputs_reach_the_next_task(
-    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+    dify: DifyStandIn, dialect: str, operator_way: dict[str, Any]
 ) -> None:
     dify.starts.append(start("running", "succeeded"))
     inputs = {"query": "二", "n": 3, "list": [1, None], "who": "{{ ds }}"}
-    result = run_operator(inputs=inputs, **way)
+    result = run_operator(inputs=inputs, **operator_way)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
     (started,) = dify.started
@@ -80,16 +72,17 @@ def test_a_run_is_started_and_its_outputs_reach_the_next_task(
     assert dify.stopped == []
 
 
-def test_the_user_names_dag_task_run_and_try(dify: DifyStandIn) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "user"),
+    [({}, r"airflow/[0-9a-f]{8}/dag_\d+/run/manual__\S+/1"), ({"user": "{{ 'data' }}-team"}, "data-team")],
+    ids=["by default", "of one's own"],
+)
+def test_the_user_names_dag_task_run_and_try_or_is_ones_own(
+    dify: DifyStandIn, arguments: dict[str, Any], user: str
+) -> None:
     dify.starts.append(start("succeeded"))
-    run_operator()
-    assert re.fullmatch(r"airflow/[0-9a-f]{8}/dag_\d+/run/manual__\S+/1", dify.started[0].user)
-
-
-def test_a_user_of_ones_own_is_used(dify: DifyStandIn) -> None:
-    dify.starts.append(start("succeeded"))
-    run_operator(user="{{ 'data' }}-team", workflow_id="2d7a7544-770c-496f-8ef9-4e622682b330")
-    assert dify.started[0].user == "data-team"
+    run_operator(workflow_id="2d7a7544-770c-496f-8ef9-4e622682b330", **arguments)
+    assert re.fullmatch(user, dify.started[0].user)
     assert dify.started[0].workflow_id == "2d7a7544-770c-496f-8ef9-4e622682b330"
 
 
@@ -157,28 +150,30 @@ ENDINGS = [
     ),
     pytest.param(
         start("running", **CUT),
-        {"timeout": 1.5},
+        {"timeout": 1},
         DifyWorkflowRunTimeout,
-        "timeout of 1.5 seconds is over",
+        "timeout of 1 seconds is over",
         id="timeout",
     ),
 ]
 
 
-@pytest.mark.parametrize(("script", "arguments", "exception", "message"), ENDINGS)
+@pytest.mark.parametrize(
+    ("script", "arguments", "exception", "message", "operator_way"),
+    pairs(ENDINGS, list(OPERATOR_WAYS)),
+    indirect=["operator_way"],
+)
 def test_a_run_that_does_not_succeed_fails_the_task_without_retry_and_is_not_left_running(
     dify: DifyStandIn,
-    way: dict[str, Any],
+    operator_way: dict[str, Any],
     script: Start,
     arguments: dict[str, Any],
     exception: type[Exception],
     message: str,
 ) -> None:
     dify.starts.append(script)
-    result = run_operator(retries=2, retry_delay=0, **way, **arguments)
-    assert result.states["run"] == "failed"
-    assert result.tries["run"] == 1
-    (error,) = result.raised["run"]
+    result = run_operator(retries=2, retry_delay=0, **operator_way, **arguments)
+    error = error_of(result)
     assert type(error) is exception
     assert re.search(message, str(error))
     (started,) = dify.started
@@ -187,26 +182,26 @@ def test_a_run_that_does_not_succeed_fails_the_task_without_retry_and_is_not_lef
     assert dify.stopped == ([] if over else [(started.task_id, started.user)])
 
 
+SHUT_DOWN = {"error": "Aborted: Workflow stopped because the worker is shutting down."}
+FAILED_RUNS = [
+    pytest.param(start("running", "failed"), {}, "Connection refused", id="failed"),
+    pytest.param(start("partial-succeeded"), {"fail_on_partial_success": True}, "partial", id="partial"),
+    pytest.param(start("stopped", fields=SHUT_DOWN), {}, "shutting down", id="worker shut down"),
+]
+
+
 @pytest.mark.parametrize(
-    ("first", "arguments", "message"),
-    [
-        (start("running", "failed"), {}, "Connection refused"),
-        (start("partial-succeeded"), {"fail_on_partial_success": True}, "partial"),
-        (
-            start("stopped", fields={"error": "Aborted: Workflow stopped because the worker is shutting down."}),
-            {},
-            "shutting down",
-        ),
-    ],
-    ids=["failed", "partial", "worker shut down"],
+    ("first", "arguments", "message", "operator_way"),
+    pairs(FAILED_RUNS, list(OPERATOR_WAYS)),
+    indirect=["operator_way"],
 )
 def test_a_failed_run_leaves_the_task_its_retries_and_each_starts_a_new_run(
-    dify: DifyStandIn, way: dict[str, Any], first: Start, arguments: dict[str, Any], message: str
+    dify: DifyStandIn, operator_way: dict[str, Any], first: Start, arguments: dict[str, Any], message: str
 ) -> None:
-    if AIRFLOW_3_0 and way:
+    if AIRFLOW_3_0 and operator_way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.extend([first, start("succeeded")])
-    result = run_operator(retries=1, retry_delay=0, **way, **arguments)
+    result = run_operator(retries=1, retry_delay=0, **operator_way, **arguments)
     assert result.state == "success"
     assert result.tries["run"] == 2
     assert type(result.raised["run"][0]) is DifyWorkflowRunFailed
@@ -215,35 +210,41 @@ def test_a_failed_run_leaves_the_task_its_retries_and_each_starts_a_new_run(
     assert dify.stopped == []
 
 
-def test_stopping_can_be_left_out(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_stopping_can_be_left_out(dify: DifyStandIn, operator_way: dict[str, Any]) -> None:
     dify.starts.append(start("running", **CUT))
-    assert run_operator(timeout=1, stop_on_failure=False, **way).state == "failed"
+    assert run_operator(timeout=0.5, stop_on_failure=False, **operator_way).state == "failed"
     assert dify.stopped == []
 
 
 def test_a_run_that_is_written_late_is_polled_until_it_appears(
-    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+    dify: DifyStandIn, dialect: str, operator_way: dict[str, Any]
 ) -> None:
     dify.starts.append(start(None, None, "running", "succeeded"))
-    assert run_operator(**way).state == "success"
+    assert run_operator(**operator_way).state == "success"
 
 
 # --- the start
 
 
-@pytest.mark.parametrize("recording", ["run_streaming_missing_input", "run_unpublished"])
+@pytest.mark.parametrize(
+    ("recording", "operator_way"),
+    pairs(["run_streaming_missing_input", "run_unpublished"], list(OPERATOR_WAYS)),
+    indirect=["operator_way"],
+)
 def test_a_rejected_start_fails_without_retry_and_says_what_dify_said(
-    dify: DifyStandIn, way: dict[str, Any], recording: str
+    dify: DifyStandIn, operator_way: dict[str, Any], recording: str
 ) -> None:
     dify.misbehave_always(replay(recording), only="POST")
-    result = run_operator(retries=2, retry_delay=0, **way)
-    assert result.tries["run"] == 1
-    (error,) = result.raised["run"]
+    result = run_operator(retries=2, retry_delay=0, **operator_way)
+    error = error_of(result)
     assert isinstance(error, DifyRequestError)
     assert isinstance(error, DifyInputsRejected) == (recording == "run_streaming_missing_input")
     assert re.search("query is required in input form|Workflow not published", str(error))
     assert re.search(r"\S See https://\S+/docs/failures\.md#[a-z-]+$", str(error))
     assert sum(request.method == "POST" for request in dify.requests) == 1
+
+
+KINDS_OF_TEXT = [("version", "select"), ("yes", "paragraph")]
 
 
 def run_with_native_rendering(inputs: dict[str, str]) -> Any:
@@ -256,7 +257,10 @@ def run_with_native_rendering(inputs: dict[str, str]) -> Any:
     )
 
 
-@pytest.mark.parametrize(("param", "kind"), [("order", "text-input"), ("version", "select"), ("yes", "paragraph")])
+@pytest.mark.parametrize(
+    ("param", "kind"),
+    [("order", "text-input"), *(pytest.param(*each, marks=pytest.mark.long) for each in KINDS_OF_TEXT)],
+)
 def test_a_text_that_native_rendering_has_made_a_number_of_is_rejected_with_the_likely_cause(
     dify: DifyStandIn, param: str, kind: str
 ) -> None:
@@ -274,36 +278,6 @@ def test_a_text_that_native_rendering_has_made_a_number_of_is_rejected_with_the_
     assert dify.started[0].inputs == {"what": {"order": "4711", "version": "1.10", "yes": "True"}[param]}
 
 
-def test_too_many_requests_before_a_start_are_retried(dify: DifyStandIn, way: dict[str, Any]) -> None:
-    dify.misbehave(too_many_requests(), replay("run_rate_limited_streaming"), only="POST")
-    dify.starts.append(start("succeeded"))
-    assert run_operator(**way).state == "success"
-    assert len(dify.started) == 1
-
-
-@pytest.mark.parametrize("then", ["close", "reset"])
-def test_a_start_that_broke_off_is_found_by_its_user_and_not_sent_twice(
-    dify: DifyStandIn, way: dict[str, Any], then: str
-) -> None:
-    dify.starts.append(start("running", "running", "succeeded", cut=10, then=then))
-    result = run_operator(**way)
-    assert result.state == "success"
-    assert result.received["outputs"] == OUTPUTS
-    assert len(dify.started) == 1
-    assert result.xcoms["run"]["workflow_run_id"] == dify.started[0].workflow_run_id
-
-
-@pytest.mark.parametrize("fault", [reset(), respond(504, "<html>")])
-def test_a_start_of_which_nothing_can_be_found_fails_without_retry(
-    dify: DifyStandIn, way: dict[str, Any], fault: Any
-) -> None:
-    dify.misbehave(fault, only="POST")
-    result = run_operator(retries=2, retry_delay=0, not_found_grace=0.3, **way)
-    assert result.tries["run"] == 1
-    assert type(result.raised["run"][0]) is DifyWorkflowRunUncertain
-    assert sum(request.method == "POST" for request in dify.requests) == 1
-
-
 @pytest.mark.parametrize("failed_requests", [5, 100])
 def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
     dify: DifyStandIn, failed_requests: int
@@ -314,10 +288,15 @@ def test_a_start_that_broke_off_is_not_sent_twice_where_the_log_cannot_be_read(
     async def then_go_away(request: Any) -> Any:
         if request.method == "POST" and "/run" in request.path:
             return await dify.respond_to(request)
-        return await respond(503)(request) if next(requests) < failed_requests else await dify.respond_to(request)
+        number = next(requests)
+        return await (
+            respond((503, 429)[number % 2])(request) if number < failed_requests else dify.respond_to(request)
+        )
 
     dify.misbehave_always(then_go_away)
-    result = run_operator(retries=2, retry_delay=0, not_found_grace=3)
+    # It goes on through ten times the grace.
+    grace = 3 if failed_requests == 5 else 0.1
+    result = run_operator(retries=2, retry_delay=0, not_found_grace=grace)
     assert len(dify.started) == 1
     assert result.tries["run"] == 1
     if failed_requests == 5:
@@ -346,15 +325,6 @@ def test_a_log_that_refuses_does_not_hide_that_a_start_broke_off(dify: DifyStand
     assert len(dify.started) == 1
 
 
-def test_a_log_that_is_busy_does_not_end_the_search_for_a_start(dify: DifyStandIn) -> None:
-    dify.starts.append(start("running", "succeeded", cut=10, then="reset"))
-    dify.misbehave(respond(429), times=3, only="GET .*/logs")
-    result = run_operator(retries=2, retry_delay=0)
-    assert result.tries["run"] == 1
-    assert result.received["outputs"] == OUTPUTS
-    assert len(dify.started) == 1
-
-
 def test_a_start_that_broke_off_is_found_behind_pages_of_other_runs_where_the_server_ignores_the_user(
     dify: DifyStandIn,
 ) -> None:
@@ -380,8 +350,7 @@ def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: DifyStandIn
 
     dify.starts.extend([start("running", cut=10), start("running", cut=10)])
     dify.misbehave(send_twice, only="POST")
-    result = run_operator(not_found_grace=1)
-    (error,) = result.raised["run"]
+    error = error_of(run_operator(not_found_grace=0.3))
     assert type(error) is DifyWorkflowRunUncertain
     assert len(dify.started) == 2
     assert all(started.workflow_run_id in str(error) for started in dify.started)
@@ -390,26 +359,20 @@ def test_a_start_that_several_runs_may_be_fails_and_names_them(dify: DifyStandIn
 # --- the wait on a worker
 
 
-def test_the_log_has_a_line_for_each_node(
-    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    caplog.set_level("INFO")
+def test_the_log_has_a_line_for_each_node(dify: DifyStandIn, everything_said: Callable[[], str]) -> None:
     dify.starts.append(start("failed", recording="run_streaming_failed"))
     run_operator()
-    printed = capfd.readouterr()
-    said = printed.out + printed.err + caplog.text
+    said = everything_said()
     for line in ("Node 'start' (start) started.", "Node 'http' (http-request) failed after 0.03 seconds: [Errno 111]"):
         assert line in said
     assert "text_chunk" not in said
 
 
-@pytest.mark.parametrize("then", ["close", "reset", "stall", "pings"])
-@pytest.mark.parametrize("cut", [650, 2000])
+@pytest.mark.parametrize(("then", "cut"), pairs(["close", "reset", "stall", "pings"], [650, 2000]))
 def test_polls_follow_a_stream_that_breaks(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, then: str, cut: int
 ) -> None:
-    connection = {"conn_type": "dify", "host": dify.base_url, "password": "app-key-of-the-stand-in",
-                  "extra": {"timeout": 0.5}}  # fmt: skip
+    connection = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 0.5}}
     monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
     dify.starts.append(start("running", "running", "succeeded", cut=cut, then=then))
     result = run_operator()
@@ -426,14 +389,11 @@ def test_a_paused_run_that_only_pings_ends_with_the_timeout(dify: DifyStandIn) -
 
 
 def test_the_detail_decides_where_the_stream_says_something_else(
-    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    dify: DifyStandIn, everything_said: Callable[[], str]
 ) -> None:
-    caplog.set_level("INFO")
     dify.starts.append(start("stopped", recording="run_streaming_echo"))
-    result = run_operator()
-    assert result.states["run"] == "failed"
-    printed = capfd.readouterr()
-    assert "The event stream said succeeded, the run's detail says stopped" in printed.out + printed.err + caplog.text
+    assert run_operator().states["run"] == "failed"
+    assert "The event stream said succeeded, the run's detail says stopped" in everything_said()
 
 
 def test_a_task_that_is_killed_stops_its_run(dify: DifyStandIn) -> None:
@@ -516,61 +476,49 @@ def test_what_a_deferred_task_leaves_to_the_triggerer(
 
 @pytest.fixture
 def deferrals(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The times at which tasks deferred."""
-    times: list[float] = []
+    """Seconds since the test began at which tasks deferred."""
+    began, times = time.monotonic(), []
     defer = DifyRunWorkflowOperator.defer
 
     def defer_and_note(self: Any, **arguments: Any) -> Any:
-        times.append(time.monotonic())
+        times.append(time.monotonic() - began)
         return defer(self, **arguments)
 
     monkeypatch.setattr(DifyRunWorkflowOperator, "defer", defer_and_note)
     return times
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "worker"], indirect=True)
+@pytest.mark.parametrize("operator_way", [way for way in OPERATOR_WAYS if way != "worker"], indirect=True)
+@pytest.mark.parametrize("status", ["succeeded", "failed"])
 def test_a_run_that_is_over_soon_ends_on_the_worker_that_started_it(
-    dify: DifyStandIn, way: dict[str, Any], deferrals: list[float]
+    dify: DifyStandIn, operator_way: dict[str, Any], deferrals: list[float], status: str
 ) -> None:
-    dify.starts.append(start("succeeded", duration=1.0))
-    result = run_operator(**{**way, "defer_after": 30})
-    assert result.state == "success"
-    assert result.received["outputs"] == OUTPUTS
+    dify.starts.append(start(status, duration=0.5))
+    result = run_operator(**{**operator_way, "defer_after": 30})
+    assert result.states["run"] == {"succeeded": "success"}.get(status, status)
+    assert result.received == ({"outputs": OUTPUTS} if status == "succeeded" else {})
     assert deferrals == []
 
 
-@pytest.mark.usefixtures("quick_resumption")
 @pytest.mark.parametrize("seconds", [0, 0.5])
 def test_a_run_that_takes_longer_is_left_to_the_triggerer_after_defer_after(
     dify: DifyStandIn, deferrals: list[float], seconds: float
 ) -> None:
-    dify.starts.append(start("succeeded", duration=2.5))
-    began = time.monotonic()
+    dify.starts.append(start("succeeded", duration=1.5))
     result = run_operator(deferrable=True, defer_after=seconds)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
     (deferred,) = deferrals
-    assert deferred - began >= seconds
+    assert deferred >= seconds
     assert len(dify.started) == 1
     assert dify.stopped == []
-
-
-@pytest.mark.parametrize("statuses", [("failed",), ("stopped",)])
-def test_a_run_that_fails_soon_fails_the_task_on_its_worker(
-    dify: DifyStandIn, deferrals: list[float], statuses: tuple[str]
-) -> None:
-    dify.starts.append(start(*statuses, duration=0.5))
-    result = run_operator(deferrable=True, defer_after=30)
-    assert result.states["run"] == "failed"
-    assert deferrals == []
 
 
 def test_a_timeout_that_comes_before_defer_after_is_kept_on_the_worker(
     dify: DifyStandIn, deferrals: list[float]
 ) -> None:
     dify.starts.append(start("succeeded", duration=30))
-    result = run_operator(deferrable=True, defer_after=30, timeout=4)
-    (error,) = result.raised["run"]
+    error = error_of(run_operator(deferrable=True, defer_after=30, timeout=1))
     assert type(error) is DifyWorkflowRunTimeout
     assert deferrals == []
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
@@ -626,12 +574,12 @@ def test_a_task_that_is_killed_before_it_leaves_the_wait_to_others_is_retried(
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow stores rendered fields before a task runs only")
-def test_rendered_templates_show_the_default_user(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_rendered_templates_show_the_default_user(dify: DifyStandIn, operator_way: dict[str, Any]) -> None:
     from airflow.models.renderedtifields import RenderedTaskInstanceFields
     from airflow.utils.session import create_session
 
     dify.starts.extend([start("failed"), start("succeeded")])
-    assert run_operator(retries=1, retry_delay=0, **way).tries["run"] == 2
+    assert run_operator(retries=1, retry_delay=0, **operator_way).tries["run"] == 2
     with create_session() as session:
         shown = [row.rendered_fields.get("user") for row in session.query(RenderedTaskInstanceFields).all()]
     assert dify.started[1].user.endswith("/2")
@@ -670,11 +618,11 @@ def the_first_try_loses_sight_of_its_run(dify: DifyStandIn) -> None:
     dify.misbehave_always(sometimes)
 
 
-def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn, way: dict[str, Any]) -> None:
-    if AIRFLOW_3_0 and way:
+def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn, operator_way: dict[str, Any]) -> None:
+    if AIRFLOW_3_0 and operator_way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     the_first_try_loses_sight_of_its_run(dify)
-    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=3, **way)
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=3, **operator_way)
     assert result.state == "success"
     assert result.tries["run"] == 2
     assert type(result.raised["run"][0]) is DifyConnectionError
@@ -726,26 +674,10 @@ def test_a_retry_whose_run_is_over_does_not_defer_again(dify: DifyStandIn) -> No
     assert len(polls) == 4 + 2
 
 
-def test_a_retry_survives_an_outage_that_is_longer_than_the_first_try(dify: DifyStandIn) -> None:
-    dify.starts.append(start(*["running"] * 3, "succeeded", cut=700))
-    polls = iter(range(100))
-
-    async def go_away(request: Any) -> Any:
-        # The form's request fails, two polls of the first try, and one look-up of the retry.
-        if request.method == "GET" and next(polls) < 4:
-            return await respond(503)(request)
-        return await dify.respond_to(request)
-
-    dify.misbehave_always(go_away)
-    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=1)
-    assert result.state == "success"
-    assert result.tries["run"] == 2
-    assert len(dify.started) == 1
-    assert result.received["outputs"] == OUTPUTS
-
-
-def test_a_retry_starts_a_new_run_when_the_first_trys_run_failed(dify: DifyStandIn, way: dict[str, Any]) -> None:
-    if AIRFLOW_3_0 and way:
+def test_a_retry_starts_a_new_run_when_the_first_trys_run_failed(
+    dify: DifyStandIn, operator_way: dict[str, Any]
+) -> None:
+    if AIRFLOW_3_0 and operator_way:
         pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
     dify.starts.extend([start("running", cut=700), start("succeeded")])
     polls = iter(range(100))
@@ -757,7 +689,7 @@ def test_a_retry_starts_a_new_run_when_the_first_trys_run_failed(dify: DifyStand
         return await dify.respond_to(request)
 
     dify.misbehave_always(lose_sight)
-    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=3, **way)
+    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=3, **operator_way)
     assert result.state == "success"
     assert result.tries["run"] == 2
     assert len(dify.started) == 2

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from importlib import resources, util
 from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import jsonschema
 import pytest
 
-from airflow_provider_dify import __version__
+from airflow_provider_dify import DOCUMENTATION, __version__
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, get_provider_info
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
@@ -33,6 +34,16 @@ def test_the_form_names_what_is_required_and_what_may_be_empty() -> None:
 
 def test_the_page_of_providers_has_no_word_that_belongs_to_an_address() -> None:
     assert "://" not in get_provider_info()["description"]
+
+
+def test_the_guides_are_pages_of_this_version() -> None:
+    (integration,) = get_provider_info()["integrations"]
+    docs = Path(__file__).parent.parent.parent / "docs"
+    assert integration["how-to-guide"]
+    for guide in integration["how-to-guide"]:
+        folder, _, page = guide.rpartition("/")
+        assert folder == DOCUMENTATION
+        assert (docs / page).exists()
 
 
 def test_the_entry_point_leads_to_the_provider_info() -> None:
@@ -78,13 +89,14 @@ print(json.dumps(shown))
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("airflow_db")
 def test_airflows_commands_show_the_provider() -> None:
     shown_by = {
         "list": ["airflow-provider-dify", "Dify", __version__],
         "hooks": ["dify", "airflow_provider_dify.hooks.dify.DifyHook", "airflow-provider-dify"],
         "links": ["airflow_provider_dify.links.dify.DifyWorkflowRunLink"],
-        "get": ["conn-fields", "wait on them"],
+        "get": ["conn-fields", "wait for them"],
     }
     # Without it these commands know no hook's on Airflow 3.0 and 3.1.
     if not version("apache-airflow").startswith(("3.0.", "3.1.")) or util.find_spec("flask_appbuilder"):
@@ -109,6 +121,7 @@ print(dify.model_dump_json())
 
 
 @pytest.mark.skipif(AIRFLOW_2, reason="its form is made by the hook, see below")
+@pytest.mark.long
 @pytest.mark.usefixtures("airflow_db")
 def test_airflow_3_shows_labels_and_extra_fields_in_its_form() -> None:
     if version("apache-airflow").startswith("3.0."):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from tests.airflow.shared_airflow import SharedAirflow
+from tests.airflow.airflow_processes import airflow_processes
+from tests.airflow.shared_airflow import Scenario
+from tests.dify_stand_in import API_KEY, DifyStandIn
 
-pytestmark = pytest.mark.airflow_processes
+pytestmark = [pytest.mark.airflow_processes, pytest.mark.long]
 
 TASKS = 12
 
@@ -29,13 +33,17 @@ quick()
 """
 
 
-def test_a_task_that_could_resume_at_once_is_not_taken_for_dead(shared: SharedAirflow) -> None:
+def test_a_task_that_could_resume_at_once_is_not_taken_for_dead() -> None:
     # Airflow's executor has to see the end of the worker's process before the task is queued again.
-    with shared.scenario("quick", dialect="1.16.1") as scenario:
-        scenario.dify.run_duration = 0.5
+    with DifyStandIn("1.16.1") as dify:
+        fields = json.dumps({"conn_type": "dify", "host": dify.base_url, "password": API_KEY})
+        dify.run_duration = 0.5
         # Over when the trigger polls first.
-        run_ids = [scenario.dify.add_run("running", "succeeded") for _ in range(TASKS)]
-        scenario.add_dag(DAG, tasks=TASKS, run_ids=run_ids)
-        scenario.wait_until_over(seconds=400)
-        rows = scenario.query("task_id, state", "task_instance")
-        assert sorted(rows) == sorted((task_id, "success") for task_id in ("run", "wait") for _ in range(TASKS))
+        run_ids = [dify.add_run("running", "succeeded") for _ in range(TASKS)]
+        # With the settings that Airflow and the package come with.
+        with airflow_processes({"AIRFLOW_CONN_DIFY_DEFAULT": fields}, quick=False) as airflow:
+            scenario = Scenario(airflow, dify, "quick", "dify_default")
+            scenario.add_dag(DAG, tasks=TASKS, run_ids=run_ids)
+            scenario.wait_until_over(seconds=400)
+            rows = scenario.query("task_id, state", "task_instance")
+            assert sorted(rows) == sorted((task_id, "success") for task_id in ("run", "wait") for _ in range(TASKS))

@@ -1,4 +1,4 @@
-"""The API key is in nothing that a run of a Dag leaves behind, at the most talkative log level."""
+"""Neither API key nor header is in anything that a run of a Dag leaves behind, at the fullest log level."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.dify_stand_in import DifyStandIn, replay, respond
 
 # Unlike the stand-in's usual key, nothing else on the machine reads like it.
 KEY = "app-pBc7-a-key-to-search-for"
+HEADER = "Qx3-a-header-to-search-for"
 
 # Each with a mode of the sensor.
 ENDINGS = {"succeeded": "poke", "refused": "poke", "broken": "poke", "failed": "reschedule"}
@@ -40,15 +41,16 @@ secrecy()
 
 SEARCH = """
 import pathlib, sys
-key = sys.argv[1].encode()
-for folder in sys.argv[2:]:
+secrets = [secret.encode() for secret in sys.argv[1:3]]
+for folder in sys.argv[3:]:
     for path in pathlib.Path(folder).rglob("*"):
-        if path.is_file() and key in path.read_bytes():
+        if path.is_file() and any(secret in path.read_bytes() for secret in secrets):
             print(path)
 print("searched")
 """
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("airflow_db")
 def test_runs_leave_the_key_nowhere(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
@@ -61,7 +63,9 @@ def test_runs_leave_the_key_nowhere(tmp_path: Path) -> None:
         }
         servers["refused"].misbehave_always(replay("auth_bad_key"))
         # A server that gives back what it was sent.
-        servers["broken"].misbehave(respond(500, json.dumps({"message": f"no such key: {KEY}", "code": "unknown"})))
+        servers["broken"].misbehave(
+            respond(500, json.dumps({"message": f"no such key: {KEY}, {HEADER}", "code": "unknown"}))
+        )
         (tmp_path / "secrecy.py").write_text(DAG.format(endings=ENDINGS))
         done = subprocess.run(
             [sys.executable, "-m", "airflow", "dags", "test", "secrecy", "--conf", json.dumps({"runs": runs})],
@@ -74,7 +78,12 @@ def test_runs_leave_the_key_nowhere(tmp_path: Path) -> None:
                 "AIRFLOW__CORE__HIDE_SENSITIVE_VAR_CONN_FIELDS": "False",
                 **{
                     f"AIRFLOW_CONN_DIFY_{ending.upper()}": json.dumps(
-                        {"conn_type": "dify", "host": dify.base_url, "password": KEY}
+                        {
+                            "conn_type": "dify",
+                            "host": dify.base_url,
+                            "password": KEY,
+                            "extra": {"headers": {"X-Key": HEADER}},
+                        }
                     )
                     for ending, dify in servers.items()
                 },
@@ -87,10 +96,12 @@ def test_runs_leave_the_key_nowhere(tmp_path: Path) -> None:
         for ending, dify in servers.items():
             assert len(dify.requests) >= (1 if ending == "refused" else 2), said[-3000:]
             assert dify.requests[0].headers["Authorization"] == f"Bearer {KEY}"
+            assert dify.requests[0].headers["X-Key"] == HEADER
             assert runs[ending] in said
     assert "DEBUG" in said.upper()
     assert KEY not in said
+    assert HEADER not in said
     # By a process of its own: to read a database that this one has open would lift SQLite's locks on it.
-    search = [sys.executable, "-c", SEARCH, KEY, str(AIRFLOW_HOME), str(tmp_path)]
+    search = [sys.executable, "-c", SEARCH, KEY, HEADER, str(AIRFLOW_HOME), str(tmp_path)]
     found = subprocess.run(search, check=True, capture_output=True, text=True)
     assert found.stdout == "searched\n"

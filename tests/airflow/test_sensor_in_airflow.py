@@ -7,12 +7,13 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
 import pytest
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, CAN_PUSH_NONE
+from airflow_provider_dify.airflow_versions import CAN_PUSH_NONE
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -25,7 +26,8 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 from tests.airflow.airflow_processes import AIRFLOW_3_0
-from tests.airflow.airflow_runs import run_dag, run_operator, run_sensor
+from tests.airflow.airflow_runs import SENSOR_WAYS, error_of, run_dag, run_operator, run_sensor
+from tests.combinations import pairs
 from tests.dify_stand_in import DifyStandIn, Recording, Start, html, replay, reset, respond
 
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
@@ -33,28 +35,12 @@ pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_ret
 OUTPUTS = {"answer": "héllo 你好 🎉", "nested": {"items": [1, "二", None, {"a": 1.5}]}, "nothing": None}
 
 
-# Each way to wait, as the arguments that ask for it. Starting on the triggerer takes a scheduler, and is tried in
-# test_airflow_processes.py.
-WAYS = {
-    "poke": {"mode": "poke"},
-    "reschedule": {"mode": "reschedule"},
-    "deferrable": {"deferrable": True},
-    "end_from_trigger": {"end_from_trigger": True},
-}
-if not CAN_END_FROM_TRIGGER:
-    del WAYS["end_from_trigger"]
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return WAYS[request.param]
-
-
+@pytest.mark.parametrize("sensor_way", SENSOR_WAYS, indirect=True)
 def test_a_succeeded_run_passes_its_outputs_to_the_next_task(
-    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+    dify: DifyStandIn, dialect: str, sensor_way: dict[str, Any]
 ) -> None:
     run_id = dify.add_run("running", "paused", "scheduled", "running", "succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, **way)
+    result = run_sensor(workflow_run_id=run_id, **sensor_way)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
     # A deferred wait reads the finished run once more.
@@ -89,8 +75,8 @@ def test_a_run_without_outputs_returns_an_empty_dict(dify: DifyStandIn, dialect:
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
 
 
-def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: DifyStandIn, way: dict[str, Any]) -> None:
-    result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), **way)
+def test_an_output_named_as_our_own_xcom_keeps_the_outputs_whole(dify: DifyStandIn, sensor_way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("succeeded", outputs={"workflow_run": 1, "b": 2}), **sensor_way)
     assert result.state == "success"
     assert result.received["outputs"] == {"workflow_run": 1, "b": 2}
     assert result.xcoms["wait"]["workflow_run"]["status"] == "succeeded"
@@ -102,34 +88,18 @@ def test_multiple_outputs_can_be_turned_off(dify: DifyStandIn) -> None:
     assert result.xcoms["wait"].keys() == {"return_value", "workflow_run"}
 
 
-def test_nothing_is_pushed_without_xcom_push(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_nothing_is_pushed_without_xcom_push(dify: DifyStandIn, sensor_way: dict[str, Any]) -> None:
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_dag(
-        f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={run_id!r}, do_xcom_push=False, **{way!r})"
+        f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={run_id!r}, do_xcom_push=False, **{sensor_way!r})"
     )
     assert result.state == "success"
     assert result.xcoms == {}
 
 
-def test_one_output_can_be_taken_by_its_name(dify: DifyStandIn) -> None:
-    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
-    result = run_dag(
-        f"""
-        wait = DifyWorkflowRunSensor(task_id="wait", workflow_run_id={run_id!r})
-
-        @task
-        def use(answer, run):
-            received("answer", answer)
-            received("tokens", run["total_tokens"])
-
-        use(wait.output["answer"], wait.output["workflow_run"])
-        """
-    )
-    assert result.state == "success"
-    assert result.received == {"answer": OUTPUTS["answer"], "tokens": 0}
-
-
-def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(
+    dify: DifyStandIn, sensor_way: dict[str, Any]
+) -> None:
     runs = [dify.add_run("running", "succeeded", outputs={"n": n}) for n in range(3)]
     result = run_dag(
         f"""
@@ -138,7 +108,7 @@ def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: DifySta
             return {runs!r}
 
         wait = DifyWorkflowRunSensor.partial(
-            task_id="wait", poke_interval=0.05, **{way!r}, run_timeout=datetime.timedelta(days=1e4)
+            task_id="wait", poke_interval=0.05, **{sensor_way!r}, run_timeout=datetime.timedelta(days=1e4)
         ).expand(workflow_run_id=start())
 
         @task
@@ -152,28 +122,10 @@ def test_mapped_sensors_wait_on_several_runs_from_an_upstream_task(dify: DifySta
     assert result.received["outputs"] == [{"n": 0}, {"n": 1}, {"n": 2}]
 
 
-@pytest.mark.parametrize("template", ["{{ params.run }}", "{{ dag_run.conf['run'] }}"])
-def test_the_run_id_may_be_a_template(dify: DifyStandIn, template: str) -> None:
+def test_the_run_id_may_be_a_template(dify: DifyStandIn) -> None:
     run_id = dify.add_run("succeeded", outputs=OUTPUTS)
     result = run_dag(
-        f"DifyWorkflowRunSensor(task_id='wait', workflow_run_id={template!r})",
-        conf={"run": run_id},
-        params={"run": run_id},
-    )
-    assert result.state == "success"
-    assert result.xcoms["wait"]["return_value"] == OUTPUTS
-
-
-def test_the_run_id_may_come_from_an_upstream_task(dify: DifyStandIn) -> None:
-    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
-    result = run_dag(
-        f"""
-        @task
-        def start():
-            return {run_id!r}
-
-        DifyWorkflowRunSensor(task_id="wait", workflow_run_id=start())
-        """
+        """DifyWorkflowRunSensor(task_id="wait", workflow_run_id="{{ dag_run.conf['run'] }}")""", conf={"run": run_id}
     )
     assert result.state == "success"
     assert result.xcoms["wait"]["return_value"] == OUTPUTS
@@ -207,11 +159,15 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("statuses", "arguments", "exception", "message"), FAILURES)
+@pytest.mark.parametrize(
+    ("statuses", "arguments", "exception", "message", "sensor_way"),
+    pairs(FAILURES, list(SENSOR_WAYS)),
+    indirect=["sensor_way"],
+)
 def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
     dify: DifyStandIn,
     dialect: str,
-    way: dict[str, Any],
+    sensor_way: dict[str, Any],
     statuses: list[str | None],
     arguments: dict[str, Any],
     exception: type[Exception],
@@ -222,10 +178,9 @@ def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
     # Created long ago for every one that is not over.
     created = {} if statuses[-1] not in ("running", "paused") else {"created_at": 1_700_000_000}
     run_id = dify.add_run(*statuses, **created)
-    result = run_sensor(workflow_run_id=run_id, **way, retries=2, retry_delay=0, **arguments)
-    assert result.states == {"wait": "failed", "use": "upstream_failed"}
-    assert result.tries["wait"] == 1
-    (error,) = result.raised["wait"]
+    result = run_sensor(workflow_run_id=run_id, **sensor_way, retries=2, retry_delay=0, **arguments)
+    assert result.states["use"] == "upstream_failed"
+    error = error_of(result, "wait")
     assert type(error) is exception
     assert re.search(message, str(error))
     assert run_id in str(error)
@@ -239,40 +194,41 @@ def test_a_run_that_cannot_succeed_fails_the_task_without_retry(
 
 @pytest.mark.parametrize("dialect", ["1.13.0"])
 def test_a_run_that_dify_1_13_0_does_not_know_fails_the_task_as_a_fault_of_the_server(
-    dify: DifyStandIn, dialect: str, way: dict[str, Any]
+    dify: DifyStandIn, dialect: str, sensor_way: dict[str, Any]
 ) -> None:
     run_id = dify.add_run(None)
-    result = run_sensor(workflow_run_id=run_id, **way, max_consecutive_failures=1)
+    result = run_sensor(workflow_run_id=run_id, **sensor_way, max_consecutive_failures=1)
     assert result.states == {"wait": "failed", "use": "upstream_failed"}
     (error,) = result.raised["wait"]
     assert type(error) is DifyConnectionError
     assert run_id in str(error)
 
 
-@pytest.mark.parametrize("skip", ["soft_fail", "never_fail"])
-@pytest.mark.parametrize("status", ["failed", None])
+@pytest.mark.parametrize(("skip", "status"), pairs(["soft_fail", "never_fail"], ["failed", None]))
 def test_soft_fail_and_never_fail_skip_on_a_run_that_cannot_succeed(
-    dify: DifyStandIn, way: dict[str, Any], skip: str, status: str | None
+    dify: DifyStandIn, sensor_way: dict[str, Any], skip: str, status: str | None
 ) -> None:
-    result = run_sensor(workflow_run_id=dify.add_run(status), **way, retries=2, retry_delay=0, **{skip: True})
+    result = run_sensor(workflow_run_id=dify.add_run(status), **sensor_way, retries=2, retry_delay=0, **{skip: True})
     assert result.states["wait"] == "skipped"
     assert result.tries["wait"] == 1
 
 
 def test_a_partial_success_is_a_success_with_a_warning(
-    dify: DifyStandIn, dialect: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    dify: DifyStandIn, dialect: str, everything_said: Callable[[], str]
 ) -> None:
     run_id = dify.add_run("partial-succeeded", outputs={"body": "the default body"})
     result = run_sensor(workflow_run_id=run_id)
     assert result.state == "success"
     assert result.received["outputs"]["body"] == "the default body"
     assert result.xcoms["wait"]["workflow_run"]["status"] == "partial-succeeded"
-    assert _logged("partial-succeeded", caplog, capfd)
+    assert "partial-succeeded" in everything_said()
 
 
-def test_an_unknown_run_is_polled_during_the_grace_period(dify: DifyStandIn, dialect: str, way: dict[str, Any]) -> None:
+def test_an_unknown_run_is_polled_during_the_grace_period(
+    dify: DifyStandIn, dialect: str, sensor_way: dict[str, Any]
+) -> None:
     run_id = dify.add_run(None, None, "running", "succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, **way, not_found_grace=60)
+    result = run_sensor(workflow_run_id=run_id, **sensor_way, not_found_grace=60)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
@@ -286,21 +242,15 @@ def test_an_unknown_status_is_polled_until_the_run_has_finished(dify: DifyStandI
 
 
 def test_a_status_is_logged_once_and_not_at_every_poll(
-    dify: DifyStandIn, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    dify: DifyStandIn, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_id = dify.add_run("running", "running", "running", "paused", "paused", "running", "succeeded")
     caplog.set_level(logging.INFO)
+    run_id = dify.add_run("running", "running", "running", "paused", "paused", "running", "succeeded")
     run_sensor(workflow_run_id=run_id)
-    assert _logged(f"{run_id} is running", caplog, capfd) == 2
-    assert _logged(f"{run_id} is paused", caplog, capfd) == 1
-
-
-def _logged(text: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> int:
     # Airflow 2 logs through logging, Airflow 3 prints what its structured log says.
-    printed = capfd.readouterr()
-    _logged.printed = getattr(_logged, "printed", "") + printed.out + printed.err  # type: ignore[attr-defined]
-    in_records = sum(text in record.getMessage() for record in caplog.records)
-    return in_records or _logged.printed.count(text)  # type: ignore[attr-defined]
+    said = caplog.text if run_id in caplog.text else "".join(capfd.readouterr())
+    assert said.count(f"{run_id} is running") == 2
+    assert said.count(f"{run_id} is paused") == 1
 
 
 REJECTIONS = [
@@ -310,16 +260,16 @@ REJECTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("recording", "exception", "message"), REJECTIONS)
+@pytest.mark.parametrize(
+    ("recording", "exception", "message", "sensor_way"), pairs(REJECTIONS, list(SENSOR_WAYS)), indirect=["sensor_way"]
+)
 def test_a_rejected_request_fails_the_task_without_retry(
-    dify: DifyStandIn, way: dict[str, Any], recording: str, exception: type[Exception], message: str
+    dify: DifyStandIn, sensor_way: dict[str, Any], recording: str, exception: type[Exception], message: str
 ) -> None:
     dify.misbehave(dify_response(dify))
     dify.misbehave_always(replay(recording))
-    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, retries=2, retry_delay=0)
-    assert result.states["wait"] == "failed"
-    assert result.tries["wait"] == 1
-    (error,) = result.raised["wait"]
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **sensor_way, retries=2, retry_delay=0)
+    error = error_of(result, "wait")
     assert type(error) is exception
     assert re.search(message, str(error))
     assert isinstance(error, DifyRequestError)
@@ -329,45 +279,36 @@ def test_a_rejected_request_fails_the_task_without_retry(
     assert len(dify.requests) == 2
 
 
-@pytest.mark.parametrize("rendered", ["", "None", "{{ none }}", "../../info", "not-a-uuid"])
-def test_a_run_id_that_is_none_fails_before_any_request(dify: DifyStandIn, way: dict[str, Any], rendered: str) -> None:
-    result = run_sensor(workflow_run_id=rendered, **way, retries=2, retry_delay=0)
-    assert result.states["wait"] == "failed"
-    assert result.tries["wait"] == 1
-    assert isinstance(result.raised["wait"][0], DifyConfigurationError)
-    assert repr("None" if "none" in rendered else rendered) in str(result.raised["wait"][0])
+@pytest.mark.parametrize(
+    ("rendered", "sensor_way"),
+    pairs(["", "None", "{{ none }}", "../../info", "not-a-uuid"], list(SENSOR_WAYS)),
+    indirect=["sensor_way"],
+)
+def test_a_run_id_that_is_none_fails_before_any_request(
+    dify: DifyStandIn, sensor_way: dict[str, Any], rendered: str
+) -> None:
+    result = run_sensor(workflow_run_id=rendered, **sensor_way, retries=2, retry_delay=0)
+    error = error_of(result, "wait")
+    assert isinstance(error, DifyConfigurationError)
+    assert repr("None" if "none" in rendered else rendered) in str(error)
     assert dify.requests == []
 
 
-@pytest.mark.parametrize("deferrable", [{"deferrable": True}, WAYS.get("end_from_trigger")])
-def test_failed_polls_on_the_triggerer_are_retried(
-    dify: DifyStandIn, dialect: str, deferrable: dict[str, Any] | None
-) -> None:
-    if deferrable is None:
-        pytest.skip("this Airflow cannot end a task from its trigger")
+@pytest.mark.parametrize(
+    "sensor_way", [way for way in SENSOR_WAYS if "trigger" in way or "defer" in way], indirect=True
+)
+def test_failed_polls_on_the_triggerer_are_retried(dify: DifyStandIn, dialect: str, sensor_way: dict[str, Any]) -> None:
     run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
     dify.misbehave(dify_response(dify), respond(503), html(502), respond(429), respond(500), respond(408))
     dify.misbehave(dify_response(dify))
     dify.misbehave(respond(504), times=5)
-    result = run_sensor(workflow_run_id=run_id, retries=0, **deferrable)
+    result = run_sensor(workflow_run_id=run_id, retries=0, **sensor_way)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
 
-@pytest.mark.skipif(AIRFLOW_3_0, reason="its dag.test() takes the retry of a deferred task for its resumption")
-def test_one_failed_poll_too_many_on_the_triggerer_ends_the_try_and_leaves_it_to_retries(dify: DifyStandIn) -> None:
-    dify.misbehave(dify_response(dify), respond(503), respond(503), respond(503))
-    run_id = dify.add_run("running", "succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, deferrable=True, max_consecutive_failures=2, retries=1, retry_delay=0)
-    assert result.state == "success"
-    assert result.tries["wait"] == 2
-    (error,) = result.raised["wait"]
-    assert type(error) is DifyConnectionError
-    assert error.status_code == 503
-
-
 def test_a_rotated_key_does_not_end_a_wait(
-    dify: DifyStandIn, way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    dify: DifyStandIn, sensor_way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
 
@@ -378,7 +319,7 @@ def test_a_rotated_key_does_not_end_a_wait(
         return await dify.respond_to(request)
 
     dify.misbehave(dify_response(dify), rotate)
-    result = run_sensor(workflow_run_id=run_id, **way)
+    result = run_sensor(workflow_run_id=run_id, **sensor_way)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
 
@@ -402,47 +343,64 @@ def dify_response(dify: DifyStandIn) -> Any:
     return fault
 
 
-def test_one_failed_poll_too_many_ends_the_try_in_poke_mode_and_leaves_it_to_retries(dify: DifyStandIn) -> None:
-    dify.misbehave(respond(503), times=4 * 3)
-    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, max_consecutive_failures=2, retries=1, retry_delay=0)
+@pytest.mark.parametrize(
+    ("way", "failed_requests"),
+    [
+        # A worker's poll asks four times, and a rescheduled one is a try of its own.
+        ({"max_consecutive_failures": 2}, 4 * 3),
+        ({"mode": "reschedule"}, 4),
+        pytest.param(
+            {"max_consecutive_failures": 2, "deferrable": True},
+            4,
+            marks=pytest.mark.skipif(AIRFLOW_3_0, reason="it takes the retry of a deferred task for its resumption"),
+        ),
+    ],
+    ids=["poke", "reschedule", "deferrable"],
+)
+def test_one_failed_poll_too_many_ends_the_try_and_leaves_it_to_retries(
+    dify: DifyStandIn, way: dict[str, Any], failed_requests: int
+) -> None:
+    if "deferrable" in way:
+        dify.misbehave(dify_response(dify))
+    dify.misbehave(respond(503), times=failed_requests)
+    run_id = dify.add_run(*["running"] * ("deferrable" in way), "succeeded", outputs=OUTPUTS)
+    result = run_sensor(workflow_run_id=run_id, retries=1, retry_delay=0, **way)
     assert result.state == "success"
     assert result.tries["wait"] == 2
-    (error,) = result.raised["wait"]
-    assert type(error) is DifyConnectionError
-    assert error.status_code == 503
+    if way.get("mode") != "reschedule":
+        (error,) = result.raised["wait"]
+        assert type(error) is DifyConnectionError
+        assert error.status_code == 503
 
 
-def test_a_failed_poll_is_left_to_retries_in_reschedule_mode(dify: DifyStandIn) -> None:
-    dify.misbehave(respond(503), times=4)
-    run_id = dify.add_run("succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, mode="reschedule", retries=1, retry_delay=0)
-    assert result.state == "success"
-    assert result.tries["wait"] == 2
-
-
-def test_soft_fail_does_not_hide_a_temporary_failure(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_soft_fail_does_not_hide_a_temporary_failure(dify: DifyStandIn, sensor_way: dict[str, Any]) -> None:
     dify.misbehave(dify_response(dify))
     dify.misbehave_always(respond(503))
-    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, soft_fail=True, max_consecutive_failures=0)
+    result = run_sensor(
+        workflow_run_id=dify.add_run("running"), **sensor_way, soft_fail=True, max_consecutive_failures=0
+    )
     assert result.states["wait"] == "failed"
 
 
-def test_silent_fail_keeps_waiting_after_any_number_of_failed_polls(dify: DifyStandIn, way: dict[str, Any]) -> None:
+def test_silent_fail_keeps_waiting_after_any_number_of_failed_polls(
+    dify: DifyStandIn, sensor_way: dict[str, Any]
+) -> None:
     dify.misbehave(respond(503), times=8)
-    result = run_sensor(workflow_run_id=dify.add_run("succeeded"), **way, silent_fail=True, max_consecutive_failures=0)
+    result = run_sensor(
+        workflow_run_id=dify.add_run("succeeded"), **sensor_way, silent_fail=True, max_consecutive_failures=0
+    )
     assert result.state == "success"
 
 
-def test_the_sensor_times_out_as_any_sensor(dify: DifyStandIn, way: dict[str, Any]) -> None:
-    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, timeout=0.3)
+def test_the_sensor_times_out_as_any_sensor(dify: DifyStandIn, sensor_way: dict[str, Any]) -> None:
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **sensor_way, timeout=0.3)
     assert result.states["wait"] == "failed"
     (error,) = result.raised["wait"]
     assert type(error).__name__ == "AirflowSensorTimeout"
     assert re.search(
         r"timed out after 0.3 seconds. Dify workflow run \S+ was not over: its last status was running", str(error)
     )
-    result = run_sensor(workflow_run_id=dify.add_run("running"), **way, timeout=0.3, soft_fail=True)
+    result = run_sensor(workflow_run_id=dify.add_run("running"), **sensor_way, timeout=0.3, soft_fail=True)
     assert result.states["wait"] == "skipped"
 
 

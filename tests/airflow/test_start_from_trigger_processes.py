@@ -16,6 +16,7 @@ from tests.dify_stand_in import API_KEY, DifyStandIn
 
 pytestmark = [
     pytest.mark.airflow_processes,
+    pytest.mark.long,
     pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="this Airflow cannot start a task on the triggerer"),
 ]
 
@@ -197,18 +198,12 @@ def test_what_the_package_calls_empty_there_is_empty(
     assert recorded[task_id] == ["rendered", ""], template
 
 
-def test_no_task_waits_for_a_template_longer_than_its_timeout(
-    airflow: AirflowProcesses, recorded: dict[str, list[str]]
-) -> None:
-    (seconds,) = airflow.query(
-        "SELECT (julianday(end_date) - julianday(start_date)) * 86400 FROM task_instance WHERE task_id = 'hanging'"
-    )[0]
+def test_no_task_waits_for_a_template_longer_than_its_timeout(recorded: dict[str, list[str]]) -> None:
     kind, message = recorded["hanging"]
+    # Airflow's own limit, two minutes later, would have ended it with another error.
     assert kind == "DifyError"
     # What is left of its five seconds when the triggerer gets to it.
     assert re.match("Airflow did not respond for [0-5] seconds to what the sensor's templates ask for", message)
-    # Airflow's own limit would have ended it after 125 seconds.
-    assert seconds < 100
 
 
 def test_an_execution_timeout_takes_nothing_away_from_the_sensors_timeout(airflow: AirflowProcesses) -> None:

@@ -14,7 +14,7 @@ from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
 from tests.airflow.shared_airflow import SharedAirflow, side_by_side
 from tests.dify_stand_in.runs import Started
 
-pytestmark = pytest.mark.airflow_processes
+pytestmark = [pytest.mark.airflow_processes, pytest.mark.long]
 
 # Airflow 2 ends a deferral at the task's execution_timeout by itself; on Airflow 3 that is left to us.
 SECONDS = 4 if AIRFLOW_2 else 10
@@ -45,7 +45,7 @@ def tell(context):
 @dag({dag_id!r}, schedule="@once", start_date=pendulum.datetime(2026, 1, 1), catchup=False)
 def limited():
     for name, way in json.loads({tasks!r}).items():
-        arguments = {{"retries": 1, "execution_timeout": {seconds}, "timeout": 150, **way}}
+        arguments = {{"retries": 1, "execution_timeout": {seconds}, "timeout": 600, **way}}
         limit = timedelta(seconds=arguments.pop("execution_timeout"))
         DifyRunWorkflowOperator(
             task_id=name, dify_conn_id={conn_id!r}, inputs={{}}, poll_interval=1, defer_after=0,
@@ -55,7 +55,7 @@ def limited():
     limit = timedelta(seconds={seconds})
     for name, way in json.loads({sensors!r}).items():
         DifyWorkflowRunSensor(
-            task_id=name, dify_conn_id={conn_id!r}, workflow_run_id={run_id!r}, poke_interval=1, timeout=150,
+            task_id=name, dify_conn_id={conn_id!r}, workflow_run_id={run_id!r}, poke_interval=1, timeout=600,
             deferrable=True, execution_timeout=limit, on_failure_callback=tell, on_retry_callback=tell,
             retry_delay=timedelta(seconds=1), **way,
         )
@@ -85,7 +85,7 @@ def run_limited(shared: SharedAirflow, folder: Path, dag_id: str, tasks: Any, se
     errors.touch()
     with shared.scenario(dag_id, dialect="1.16.1") as scenario:
         dify = scenario.dify
-        dify.run_duration = 300.0
+        dify.run_duration = 3600.0
         dify.slots = slots
         scenario.add_dag(
             DAG,
@@ -95,7 +95,7 @@ def run_limited(shared: SharedAirflow, folder: Path, dag_id: str, tasks: Any, se
             run_id=dify.add_run("running"),
             seconds=SECONDS,
         )
-        scenario.wait_until_over(seconds=400)
+        scenario.wait_until_over(seconds=900)
         lines = [json.loads(line) for line in errors.read_text().splitlines()]
         logs = shared.airflow.home / "logs" / f"dag_id={dag_id}"
         seconds_of_try = "(julianday(end_date) - julianday(start_date)) * 86400"
@@ -150,7 +150,7 @@ if AIRFLOW_2:
         task = ended["deferred_without_xcoms"]
         assert task.state == "failed"
         # It sends no events from which its task id could be learnt.
-        assert f"Workflow run {task.started[0].workflow_run_id} goes on: its task id" in task.log
+        assert f"Workflow run {task.started[0].workflow_run_id} keeps running: its task id" in task.log
 
 else:
 
@@ -161,7 +161,7 @@ else:
         assert kind == "DifyTaskKilled"
         assert text.startswith("The task's execution_timeout of 0:00:10 is over (try 1). Dify workflow run ")
         assert task.stopped == [run.task_id for run in task.started]
-        assert SECONDS <= task.seconds < 120
+        assert task.seconds >= SECONDS
 
     @pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 takes the retry of a deferred task for its resumption")
     def test_after_a_deferral_that_took_too_long_the_retry_starts_a_new_run(ended: dict[str, Ended]) -> None:
@@ -183,10 +183,11 @@ def test_a_sensors_deferral_that_took_too_long_ends_as_on_a_worker(ended: dict[s
     task = ended["waiting"]
     assert task.state == "failed"
     assert [kind for kind, _ in task.errors] == ["AirflowTaskTimeout"]
-    assert SECONDS <= task.seconds < 120
+    assert task.seconds >= SECONDS
 
 
 @pytest.mark.skipif(AIRFLOW_2, reason="Airflow 2 ends the task before its sensor has a say")
 def test_a_sensor_that_may_skip_does_so_after_a_deferral_that_took_too_long(ended: dict[str, Ended]) -> None:
     assert ended["skipping"].state == "skipped"
-    assert ended["skipping"].seconds < 120
+    # Its own timeout would have let it skip, too.
+    assert ended["skipping"].seconds < 400

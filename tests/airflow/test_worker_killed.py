@@ -13,9 +13,10 @@ from concurrent.futures import Future
 import pytest
 
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER
-from tests.airflow.airflow_processes import AIRFLOW_3_0
-from tests.airflow.shared_airflow import KEY, Scenario, SharedAirflow, side_by_side
-from tests.dify_stand_in import Start, stall
+from tests.airflow.airflow_processes import AIRFLOW_3_0, airflow_processes
+from tests.airflow.shared_airflow import KEY, SETTINGS, Scenario, SharedAirflow, chosen_params, side_by_side
+from tests.combinations import each_or_long
+from tests.dify_stand_in import DifyStandIn, Start, stall
 
 pytestmark = pytest.mark.airflow_processes
 
@@ -73,24 +74,25 @@ def fail_the_deferred_task(scenario: Scenario) -> None:
 
 
 @pytest.fixture(scope="module")
-def outcomes(shared: SharedAirflow) -> dict[str, Future[Scenario]]:
+def outcomes(request: pytest.FixtureRequest, shared: SharedAirflow) -> dict[str, Future[Scenario]]:
     """How each scenario ended; all of them ran at the same time."""
     scenarios: dict[str, Callable[[Scenario], None]] = {
         name: functools.partial(kill_the_first_try, user) for name, user in USERS.items()
     }
     if CAN_START_FROM_TRIGGER:
         scenarios["failed_by_a_user"] = fail_the_deferred_task
+    chosen = chosen_params(request, "name")
 
     def run(name: str) -> Scenario:
         with shared.scenario(f"killed_{name}") as scenario:
             scenarios[name](scenario)
             return scenario
 
-    return side_by_side({name: functools.partial(run, name) for name in scenarios})
+    return side_by_side({name: functools.partial(run, name) for name in scenarios if name in chosen})
 
 
 @pytest.mark.skipif(AIRFLOW_3_0, reason="Airflow 3.0 does not retry a task whose process was killed")
-@pytest.mark.parametrize("name", USERS)
+@pytest.mark.parametrize("name", each_or_long(USERS, short=["of_the_try"]))
 def test_the_retry_continues_the_run_of_the_killed_try(outcomes: dict[str, Future[Scenario]], name: str) -> None:
     scenario = outcomes[name].result()
     assert scenario.query("state, try_number", "task_instance") == [("success", 2)]
@@ -103,39 +105,48 @@ def test_the_retry_continues_the_run_of_the_killed_try(outcomes: dict[str, Futur
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger cannot see that its task is ended")
+@pytest.mark.parametrize("name", ["failed_by_a_user"])
 def test_a_deferred_task_that_a_user_ends_stops_its_run_although_dify_is_slow(
-    outcomes: dict[str, Future[Scenario]],
+    outcomes: dict[str, Future[Scenario]], name: str
 ) -> None:
-    dify = outcomes["failed_by_a_user"].result().dify
+    dify = outcomes[name].result().dify
     assert dify.stopped == [(dify.started[0].task_id, dify.started[0].user)]
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 a trigger cannot see that it is cancelled")
-def test_a_run_is_not_stopped_when_another_triggerer_takes_its_wait_over(shared: SharedAirflow) -> None:
-    with shared.scenario("moved") as scenario:
-        airflow, dify = scenario.airflow, scenario.dify
-        dify.starts.append(Start(statuses=("running",)))
-        scenario.add_dag(DAG, user=None, deferrable=True)
-        owner = "SELECT triggerer_id FROM trigger WHERE triggerer_id IS NOT NULL"
-        airflow.wait_for(lambda: bool(airflow.query(owner)) and len(dify.requests) > 2, seconds=180)
-        first = airflow.query(owner)
-        # It is frozen for a while, as on a machine under load; a second one takes over meanwhile.
-        frozen = airflow.processes["triggerer frozen"] = airflow.processes.pop("triggerer")
-        os.kill(frozen.pid, signal.SIGSTOP)
-        try:
-            airflow.start("triggerer")
-            airflow.wait_for(lambda: airflow.query(owner) not in ([], first), seconds=120)
-        finally:
-            os.kill(frozen.pid, signal.SIGCONT)
-        logs = airflow.home / "logs" / "dag_id=moved"
-        airflow.wait_for(
-            lambda: any("invoking on_kill" in path.read_text() for path in logs.rglob("attempt*")), seconds=60
-        )
-        # It asks within two seconds, if it asks.
-        time.sleep(5)
-        assert dify.stopped == []
-        dify.add_run("succeeded", run_id=dify.started[0].workflow_run_id, outputs=OUTPUTS)
-        scenario.wait_until_over(seconds=120)
-        airflow.stop("triggerer frozen", signal.SIGKILL)
-        assert scenario.query("state, try_number", "task_instance") == [("success", 1)]
-        assert len(dify.started) == 1
+@pytest.mark.long
+def test_a_run_is_not_stopped_when_another_triggerer_takes_its_wait_over() -> None:
+    # Other Dags need the shared Airflow's triggerer.
+    with DifyStandIn() as dify:
+        dify.api_keys = {KEY}
+        fields = json.dumps({"conn_type": "dify", "host": dify.base_url, "password": KEY})
+        with airflow_processes({**SETTINGS, "AIRFLOW_CONN_DIFY_DEFAULT": fields}) as airflow:
+            take_the_wait_over(Scenario(airflow, dify, "moved", "dify_default"))
+
+
+def take_the_wait_over(scenario: Scenario) -> None:
+    """Freeze the triggerer for a while, as on a machine under load; a second one takes over meanwhile."""
+    airflow, dify = scenario.airflow, scenario.dify
+    dify.starts.append(Start(statuses=("running",)))
+    scenario.add_dag(DAG, user=None, deferrable=True)
+    owner = "SELECT triggerer_id FROM trigger WHERE triggerer_id IS NOT NULL"
+    airflow.wait_for(lambda: bool(airflow.query(owner)) and len(dify.requests) > 2, seconds=180)
+    first = airflow.query(owner)
+    frozen = airflow.processes["triggerer frozen"] = airflow.processes.pop("triggerer")
+    os.kill(frozen.pid, signal.SIGSTOP)
+    try:
+        airflow.start("triggerer")
+        airflow.wait_for(lambda: airflow.query(owner) not in ([], first), seconds=120)
+    finally:
+        os.kill(frozen.pid, signal.SIGCONT)
+    airflow.wait_for(
+        lambda: any("invoking on_kill" in path.read_text() for path in scenario.logs.rglob("attempt*")), seconds=60
+    )
+    # It asks within two seconds, if it asks.
+    time.sleep(5)
+    assert dify.stopped == []
+    dify.add_run("succeeded", run_id=dify.started[0].workflow_run_id, outputs=OUTPUTS)
+    scenario.wait_until_over(seconds=120)
+    airflow.stop("triggerer frozen", signal.SIGKILL)
+    assert scenario.query("state, try_number", "task_instance") == [("success", 1)]
+    assert len(dify.started) == 1

@@ -29,7 +29,7 @@ class Dialect:
     """
     How one version of Dify behaves, where the versions differ.
 
-    :param version: the version, as its ``X-Version`` header says it.
+    :param version: the version.
     :param queues_starts: whether a streaming start waits for a free slot, after a first ping.
     :param rejection: what a streaming start with wrong inputs gets: ``error`` (a 400), ``silence`` (a ping, then
         nothing, then the end of the stream) or ``phantom`` (the events of a run that fails and that no route knows).
@@ -37,6 +37,7 @@ class Dialect:
     :param has_human_input_api: whether it has the routes for events and forms.
     :param stop_is_recorded: whether a run's detail says ``stopped`` after a stop.
     :param resumed_status: how a run ends that a form lets continue (1.13.0 has not been measured).
+    :param stop_text: what a stream says of a stop (on 1.17 mostly).
     :param checks_file_owner: whether it rejects a file that another user uploaded.
     """
 
@@ -47,7 +48,13 @@ class Dialect:
     has_human_input_api: bool = True
     stop_is_recorded: bool = False
     resumed_status: str = "succeeded"
+    stop_text: str = "Stopped by user."
     checks_file_owner: bool = True
+
+    @property
+    def server_version(self) -> str:
+        """The version as the header ``X-Version`` says it. The source of 1.17 still says 1.16.1, its release this."""
+        return "1.17.0" if self.version == "1.17" else self.version
 
     def recording(self, name: str) -> Recording:
         """Load this version's recording, or the nearest version's."""
@@ -59,7 +66,7 @@ class Dialect:
 
     def event_stream(self) -> web.StreamResponse:
         """Return the response for a stream of events, still to be prepared."""
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Version": self.version}
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "X-Version": self.server_version}
         return web.StreamResponse(headers=headers)
 
     def run_detail(self, status: str, run_id: str, replaced: dict[str, Any]) -> dict[str, Any]:
@@ -110,9 +117,10 @@ _DIALECTS = (
     Dialect("1.14.2", rejection="silence"),
     Dialect("1.15.0"),
     Dialect("1.16.1", stop_is_recorded=True, resumed_status="stopped"),
+    Dialect("1.17", stop_is_recorded=True, stop_text="Aborted: User requested stop"),
 )
 DIALECT_OF_VERSION = {dialect.version: dialect for dialect in _DIALECTS}
 assert tuple(DIALECT_OF_VERSION) == VERSIONS
-DIALECT_OF_VERSION["current"] = DIALECT_OF_VERSION["1.16.1"]
+DIALECT_OF_VERSION["current"] = DIALECT_OF_VERSION["1.17"]
 
 DIALECTS = VERSIONS

@@ -41,7 +41,7 @@ def rejects(status: int, code: str, message: str, *, content_type: str = "applic
 
     async def fault(request: web.Request) -> web.StreamResponse:
         body = json.dumps({"code": code, "message": message, "status": status})
-        headers = {"X-Version": request.app[STAND_IN].dialect}
+        headers = {"X-Version": request.app[STAND_IN].dialect_rules.server_version}
         return await respond(status, body, content_type=content_type, headers=headers)(request)
 
     return fault

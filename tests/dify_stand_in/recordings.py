@@ -11,7 +11,8 @@ from typing import Any
 from aiohttp import web
 
 ROOT = Path(__file__).parent.parent / "recorded"
-VERSIONS = ("1.12.1", "1.13.0", "1.14.2", "1.15.0", "1.16.1")
+# 1.17 is upstream's source of 2026-08-15, ten days before its release.
+VERSIONS = ("1.12.1", "1.13.0", "1.14.2", "1.15.0", "1.16.1", "1.17")
 RECORDED = ROOT / "1.12.1"
 
 # They belong to one connection, which is the server's own business.
@@ -62,9 +63,11 @@ def json_response(fields: Any, status: int = 200) -> web.Response:
 @functools.cache
 def _read(path: Path) -> Recording:
     raw = path.read_bytes()
+    # The recordings of 1.17 were written without the carriage returns.
+    line_end = b"\r\n" if raw.partition(b"\n")[0].endswith(b"\r") else b"\n"
     while True:
-        head, _, raw = raw.partition(b"\r\n\r\n")
-        first, *lines = head.decode("latin-1").split("\r\n")
+        head, _, raw = raw.partition(line_end * 2)
+        first, *lines = head.decode("latin-1").splitlines()
         status = int(first.split(" ")[1])
         if status != 100:
             return Recording(status, dict(line.split(": ", 1) for line in lines), raw)

@@ -54,7 +54,7 @@ class Routes:
 
     def _with_version(self, response: web.StreamResponse) -> web.StreamResponse:
         if not response.prepared:
-            response.headers["X-Version"] = self.dialect.version
+            response.headers["X-Version"] = self.dialect.server_version
         return response
 
     async def _get(self, request: web.Request, path: list[str]) -> web.StreamResponse:

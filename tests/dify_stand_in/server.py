@@ -84,6 +84,8 @@ class DifyStandIn:
         self.user_input_form: Form | None = None
         #: Headers that something in front of Dify adds to each response.
         self.added_headers: dict[str, str] = {}
+        #: Whether the response to a start names its run in a header, as a branch of Dify does.
+        self.announces_runs = False
         #: Bytes of a file that are too many.
         self.upload_limit = 15 * 1024 * 1024
         #: Whether a run's row appears in the log only at its end, as before about Dify 1.9.

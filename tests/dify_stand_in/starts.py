@@ -59,6 +59,8 @@ class Starts:
         if not accepted.streaming:
             return await self._blocking(accepted)
         response = self.dialect.event_stream()
+        if self.stand_in.announces_runs and accepted.run is not None:
+            response.headers["X-Workflow-Run-ID"] = accepted.run.id
         await response.prepare(request)
         # What becomes of the client changes nothing for the run.
         with contextlib.suppress(ConnectionError):

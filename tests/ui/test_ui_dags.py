@@ -23,10 +23,10 @@ OUTPUTS = {"text": "hello", "summary": "short", "score": 0.75}
 FAILING = "failing"
 # One of each class, and of each way to wait.
 TASKS_WITH_A_LINK = [
-    ("answers", "run"),
+    ("example_dify_start_and_wait", "run"),
     ("example_dify_batch", "run"),
     ("example_dify_latest_run", "wait"),
-    ("summaries", "wait"),
+    ("example_dify_workflow_run", "wait"),
     ("waits_without_a_worker", "wait"),
 ]
 
@@ -78,10 +78,8 @@ def entries(dify: DifyStandIn, tmp_path_factory: pytest.TempPathFactory) -> dict
     dify.misbehave(respond(200, json.dumps({"data": [document]})), only="/indexing-status")
     add_run_of_difys_schedule(dify)
     runs = [dify.add_run("succeeded", outputs=OUTPUTS, total_tokens=42) for _ in range(2)]
-    one_run = {"workflow_run_id": runs[0]}
     return {
-        "summaries": one_run,
-        "example_dify_workflow_run": one_run,
+        "example_dify_workflow_run": {"workflow_run_id": runs[0]},
         "example_dify_workflow_runs_mapped": {"workflow_run_ids": "\n".join(runs)},
         "example_dify_batch": {"folder": f"file://{folder}/results"},
         "example_dify_file": {"path": str(report)},
@@ -142,12 +140,12 @@ def test_a_failing_runs_log_shows_its_cause_at_1400_pixels(
     # Those that are left would succeed.
     dify.starts.clear()
     dify.starts.append(Start(statuses=("failed",), fields={"error": cause}))
-    ui.trigger("answers", FAILING)
+    ui.trigger("example_dify_start_and_wait", FAILING)
     ended = "SELECT state FROM task_instance WHERE run_id = ? AND task_id = 'run' AND end_date IS NOT NULL"
     airflow.wait_for(lambda: len(airflow.query(ended, FAILING)) == 1, seconds=300)
     assert airflow.query(ended, FAILING) == [("up_for_retry",)]
     ui.page.set_viewport_size({"width": 1400, "height": 900})
-    ui.open_run("answers", FAILING)
+    ui.open_run("example_dify_start_and_wait", FAILING)
     ui.open_task("run")
     # The message as a whole may be longer than its line; its cause has to be there without scrolling.
     shown = ui.page.get_by_text(cause).first

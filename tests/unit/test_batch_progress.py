@@ -27,24 +27,27 @@ def add(progress: BatchProgress, *statuses: str, error: str | None = None, token
 def test_the_line_tells_all_that_a_waiting_person_asks_for() -> None:
     progress = progress_of(1000, 5)
     progress.begin(1000)
+    assert progress.line(8, 1030) == "0 of 1,000 runs are over, 8 active"
     add(progress, *["succeeded"] * 409, tokens=3000)
     add(progress, "failed", "failed", "stopped")
     line = progress.line(8, 1000 + 412 / 3.4)
     assert line == "412 of 1,000 runs are over (3 failed), 8 active, 1.2 M tokens, 3.4 runs/s, about 3 min left"
 
 
-def test_a_line_before_anything_is_over_promises_nothing() -> None:
-    progress = progress_of(10)
+@pytest.mark.parametrize(
+    ("total", "earlier", "now", "seconds", "said"),
+    [
+        # Rows of an earlier try do not count for the speed.
+        (1000, 500, 10, 10, "1.0 runs/s, about 8 min left"),
+        (10, 0, 1, 60, "1.0 runs/min, about 9 min left"),
+    ],
+)
+def test_the_speed_is_that_of_this_try(total: int, earlier: int, now: int, seconds: float, said: str) -> None:
+    progress = progress_of(total)
+    add(progress, *["succeeded"] * earlier)
     progress.begin(1000)
-    assert progress.line(8, 1030) == "0 of 10 runs are over, 8 active"
-
-
-def test_rows_of_an_earlier_try_do_not_count_for_the_speed() -> None:
-    progress = progress_of(1000)
-    add(progress, *["succeeded"] * 500)
-    progress.begin(1000)
-    add(progress, *["succeeded"] * 10)
-    assert "1.0 runs/s, about 8 min left" in progress.line(8, 1010)
+    add(progress, *["succeeded"] * now)
+    assert said in progress.line(8, 1000 + seconds)
 
 
 def test_the_speed_is_that_of_the_last_lines() -> None:
@@ -57,37 +60,15 @@ def test_the_speed_is_that_of_the_last_lines() -> None:
     assert "1.0 runs/s" in line
 
 
-def test_slow_runs_are_counted_by_the_minute() -> None:
-    progress = progress_of(10)
-    progress.begin(0)
-    add(progress, "succeeded")
-    assert "1.0 runs/min, about 9 min left" in progress.line(1, 60)
-
-
 def test_the_summary_has_the_eight_counts_at_the_start_and_at_the_end() -> None:
     progress = progress_of(6, output_path="s3://bucket/results.jsonl")
-    assert progress.summary(1000) == {
-        "total": 6,
-        "succeeded": 0,
-        "partial_succeeded": 0,
-        "failed": 0,
-        "stopped": 0,
-        "total_tokens": 0,
-        "elapsed_time": 0.0,
-        "output_path": "s3://bucket/results.jsonl",
-    }
+    counts = ["succeeded", "partial_succeeded", "failed", "stopped", "total_tokens", "elapsed_time"]
+    beginning = {"total": 6, **dict.fromkeys(counts, 0), "output_path": "s3://bucket/results.jsonl"}
+    assert progress.summary(1000) == beginning
+    assert list(progress.summary(1000)) == list(beginning)
     # A status that nobody knows yet is no success.
     add(progress, "succeeded", "succeeded", "partial-succeeded", "failed", "stopped", "exploded", tokens=2)
-    assert progress.summary(1002.5) == {
-        "total": 6,
-        "succeeded": 2,
-        "partial_succeeded": 1,
-        "failed": 2,
-        "stopped": 1,
-        "total_tokens": 12,
-        "elapsed_time": 2.5,
-        "output_path": "s3://bucket/results.jsonl",
-    }
+    assert progress.summary(1002.5) == {**beginning, **dict(zip(counts, (2, 1, 2, 1, 12, 2.5), strict=True))}
     assert progress.failed_rows == 3
 
 
@@ -122,13 +103,6 @@ def test_a_limit_that_is_neither_is_refused(value: Any) -> None:
         FailureLimit(value)
 
 
-def test_a_batch_within_its_limit_does_not_fail() -> None:
-    progress = progress_of(4, 0.5)
-    add(progress, "failed", "failed", "succeeded", "succeeded")
-    assert not progress.has_failed
-    progress.raise_if_failed(0)
-
-
 def test_a_batch_beyond_its_limit_fails_with_its_most_frequent_errors() -> None:
     progress = progress_of(100, 2, output_path="results.jsonl")
     add(progress, "succeeded", "succeeded")
@@ -141,6 +115,9 @@ def test_a_batch_beyond_its_limit_fails_with_its_most_frequent_errors() -> None:
     assert progress.has_failed
     with pytest.raises(DifyBatchFailed) as failure:
         progress.raise_if_failed(1010)
+    within = progress_of(4, 0.5)
+    add(within, "failed", "failed", "succeeded", "succeeded")
+    within.raise_if_failed(0)
     text = str(failure.value)
     assert text.startswith(
         "11 of 100 runs failed (max_failed_runs is 2). Most frequent errors: 5 times 'Rate limit, try "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from airflow.providers.common.compat.sdk import ObjectStoragePath
 
 from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.output import FileOutput, ResultFiles, merge_parts
@@ -30,6 +31,7 @@ from airflow_provider_dify.batch.results import (
 )
 from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
+from tests.combinations import each_or_long
 from tests.unit.memory_storage import attach_memory
 from tests.unit.test_workflow_run import make_run
 
@@ -49,8 +51,8 @@ def write_parts(files: ResultFiles, *parts: list[int], since: float = 0.0) -> No
         files.write(buffer.take())
 
 
-def rows_in(path: str | Path) -> list[int]:
-    return [json.loads(line)["index"] for line in Path(path).read_text().splitlines()]
+def rows_in(text: str) -> list[int]:
+    return [json.loads(line)["index"] for line in text.splitlines()]
 
 
 # --- a result
@@ -59,16 +61,8 @@ def rows_in(path: str | Path) -> list[int]:
 def test_a_result_is_one_line_with_the_eight_fields() -> None:
     line = RESULT.to_line()
     assert line.count("\n") == 1
-    assert list(json.loads(line)) == [
-        "index",
-        "status",
-        "outputs",
-        "error",
-        "workflow_run_id",
-        "total_tokens",
-        "elapsed_time",
-        "attempts",
-    ]
+    fields = ["index", "status", "outputs", "error", "workflow_run_id", "total_tokens", "elapsed_time", "attempts"]
+    assert list(json.loads(line)) == fields
     assert RowResult.from_line(line) == RESULT
 
 
@@ -101,12 +95,11 @@ def test_a_part_is_due_when_it_is_full_or_old() -> None:
     buffer.take()
     buffer.add(replace(RESULT, outputs={"text": "x" * PART_BYTES}), 100)
     assert buffer.is_due(100)
-
-
-def test_what_the_log_of_dify_does_not_know_is_written_soon() -> None:
-    buffer = PartBuffer(Checkpoint(8))
+    # What Dify's log does not know is written soon.
+    buffer.take()
     buffer.add(RESULT, 100)
     buffer.add(RowResult(9, "failed", error="Line 10 is no JSON.", attempts=0), 100)
+    buffer.add(replace(RESULT, index=10), 100)
     assert buffer.is_due(100 + UNLOGGED_SECONDS)
 
 
@@ -129,9 +122,7 @@ def test_a_checkpoint_names_the_runs_that_were_stopped_and_the_last_row_that_got
     checkpoint = buffer.take(("run-1",)).checkpoint
     assert Checkpoint.from_line(checkpoint.to_line()) == Checkpoint(8, ("run-1",), 1, 5, 7)
     assert buffer.take().checkpoint == Checkpoint(8, (), 1, 5, 7)
-
-
-def test_a_checkpoint_of_another_version_is_read() -> None:
+    # Of another version.
     line = '{"checkpoint": {"open_since": 9.5, "max_active_runs": 8, "stopped_runs": ["run-1"], "rows": 3}}\n'
     assert Checkpoint.from_line(line) == Checkpoint(8, ("run-1",), 3)
 
@@ -166,33 +157,23 @@ def output_path(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 def read(path: str) -> str:
-    from airflow.providers.common.compat.sdk import ObjectStoragePath
-
     return str(ObjectStoragePath(path).read_text())
 
 
 def exists(path: str) -> bool:
-    from airflow.providers.common.compat.sdk import ObjectStoragePath
-
     return bool(ObjectStoragePath(path).exists())
 
 
-def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str) -> None:
+@pytest.mark.parametrize("parts", [[[0, 2, 3], [1, 9], [4, 5, 6], [7, 8]], []], ids=["parts", "no rows"])
+def test_parts_are_merged_in_row_order_and_leave_nothing(output_path: str, parts: list[list[int]]) -> None:
     files = ResultFiles(output_path, BATCH)
     files.begin(Checkpoint(8))
-    write_parts(files, [0, 2, 3], [1, 9], [4, 5, 6], [7, 8])
+    write_parts(files, *parts)
     files.merge(0)
-    assert read(output_path) == "".join(result.to_line() for result in results_of(list(range(10))))
+    assert read(output_path) == "".join(result.to_line() for result in results_of(list(range(sum(map(len, parts))))))
     files.remove_parts()
     assert not exists(f"{output_path}.parts")
     assert exists(output_path)
-
-
-def test_a_batch_without_rows_has_an_empty_file(output_path: str) -> None:
-    files = ResultFiles(output_path, BATCH)
-    files.begin(Checkpoint(8))
-    files.merge(0)
-    assert read(output_path) == ""
 
 
 def test_results_that_were_written_are_read_back(output_path: str) -> None:
@@ -211,16 +192,6 @@ def test_results_that_were_written_are_read_back(output_path: str) -> None:
     assert (written.checkpoint.since, written.checkpoint.last_lost) == (5, 4)
     assert set(written.checkpoint.stopped_runs) == {"a", "b"}
     assert not written.is_complete
-
-
-def test_another_batch_with_the_same_path_has_parts_of_its_own(output_path: str) -> None:
-    write_parts(ResultFiles(output_path, BATCH), [0, 1])
-    other = ResultFiles(output_path, BatchName("1" * 16))
-    assert len(other.read_written().rows) == 0
-    write_parts(other, [0])
-    other.merge(0)
-    other.remove_parts()
-    assert len(ResultFiles(output_path, BATCH).read_written().rows) == 2
 
 
 def test_two_mapped_tasks_with_one_file_are_refused_before_anything_is_started(output_path: str) -> None:
@@ -253,7 +224,8 @@ def test_parts_of_before_the_task_was_cleared_are_removed_in_the_end(output_path
     assert [len(files.read_written().rows) for files in others] == [2, 2, 2]
 
 
-def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", each_or_long([1, 29], short=[29]))
+def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path, step: int) -> None:
     output = tmp_path / "results.jsonl"
     files = ResultFiles(str(output), BATCH)
     files.begin(Checkpoint(8, since=1))
@@ -261,7 +233,7 @@ def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) ->
     folder = tmp_path / "results.jsonl.parts" / BATCH.folder
     (part,) = [path for path in folder.iterdir() if path.stat().st_size > 200]
     whole = part.read_bytes()
-    for length in range(len(whole)):
+    for length in range(0, len(whole), step):
         part.write_bytes(whole[:length])
         lines = whole[:length].count(b"\n")
         written = files.read_written()
@@ -269,14 +241,12 @@ def test_a_part_that_was_cut_counts_up_to_its_last_whole_line(tmp_path: Path) ->
         # What the cut part would have said of the rest isn't true without its rows.
         assert written.checkpoint == Checkpoint(8, since=1)
         files.merge(0)
-        assert rows_in(output) == list(range(min(lines, 3)))
+        assert rows_in(read(str(output))) == list(range(min(lines, 3)))
         (folder / "merged").unlink()
 
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_part_that_was_removed_is_missed(output_path: str, damaged: bool) -> None:
-    from airflow.providers.common.compat.sdk import ObjectStoragePath
-
     files = ResultFiles(output_path, BATCH)
     files.begin(Checkpoint(8, since=200))
     buffer = PartBuffer(Checkpoint(8, since=200))
@@ -296,7 +266,7 @@ def test_a_row_that_two_parts_have_is_there_once(output_path: str) -> None:
     write_parts(files, [0, 1, 2], [1, 2, 3], [2])
     assert len(files.read_written().rows) == 4
     files.merge(0)
-    assert [json.loads(line)["index"] for line in read(output_path).splitlines()] == [0, 1, 2, 3]
+    assert rows_in(read(output_path)) == [0, 1, 2, 3]
 
 
 def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,12 +287,10 @@ def test_an_interrupted_merge_is_done_again(output_path: str, monkeypatch: pytes
     again = ResultFiles(output_path, BATCH)
     assert len(again.read_written().rows) == 100
     again.merge(0)
-    assert [json.loads(line)["index"] for line in read(output_path).splitlines()] == list(range(100))
+    assert rows_in(read(output_path)) == list(range(100))
 
 
 def test_after_the_merge_the_file_counts_and_not_what_is_left_of_the_parts(output_path: str) -> None:
-    from airflow.providers.common.compat.sdk import ObjectStoragePath
-
     files = ResultFiles(output_path, BATCH)
     write_parts(files, [0, 1], [2, 3])
     files.merge(0)
@@ -343,9 +311,7 @@ def test_a_storage_that_can_not_be_written_is_a_dify_error(tmp_path: Path) -> No
     (tmp_path / "results.jsonl.parts").write_text("a file where a folder should be")
     with pytest.raises(DifyError, match="could not be written"):
         ResultFiles(str(tmp_path / "results.jsonl"), BATCH).begin(Checkpoint(8))
-
-
-def test_a_storage_that_is_not_known_fails_without_retry() -> None:
+    # This one fails without a retry.
     with pytest.raises(DifyConfigurationError, match="nosuch"):
         ResultFiles("nosuch://bucket/results.jsonl", BATCH)
 
@@ -384,6 +350,7 @@ def test_any_order_of_ends_is_merged_in_row_order() -> None:
         assert [row for row, _ in merge_parts(streams)] == rows
 
 
+@pytest.mark.long
 def test_a_merge_holds_no_more_than_a_few_lines_of_each_part(tmp_path: Path) -> None:
     files = ResultFiles(str(tmp_path / "results.jsonl"), BATCH)
     for start in range(0, 20_000, 1000):
@@ -413,13 +380,10 @@ def test_a_return_value_has_the_results_in_row_order() -> None:
     assert json.loads(json.dumps(returned)) == returned
 
 
-def test_too_many_rows_for_a_return_value_are_refused_before_anything_is_started() -> None:
+def test_too_much_for_a_return_value_ends_the_batch_as_soon_as_it_is_known() -> None:
     ReturnedResults(MAX_RETURNED_ROWS)
     with pytest.raises(DifyConfigurationError, match=r"1,001 rows.*output_path.*Nothing was started"):
         ReturnedResults(MAX_RETURNED_ROWS + 1)
-
-
-def test_too_much_for_a_return_value_ends_the_batch_as_soon_as_it_is_known() -> None:
     results = ReturnedResults(3)
     results.add(RowResult(0, "succeeded", {"text": "x" * 600_000}))
     with pytest.raises(DifyOutputsError, match="output_path"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import pendulum
@@ -17,6 +16,7 @@ from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.resuming import EarlierTries, FoundRun, Resumption, RowPlan, plan_row
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
+from tests.unit.batches import ti_of
 
 SINCE = time.time()
 USERS = RowUsers("airflow/1234/dag/task/run/2")
@@ -24,11 +24,6 @@ USERS = RowUsers("airflow/1234/dag/task/run/2")
 RUNNING, PAUSED, SUCCEEDED, PARTIAL, FAILED, STOPPED = (
     WorkflowRunStatus(status) for status in ("running", "paused", "succeeded", "partial-succeeded", "failed", "stopped")
 )
-
-
-def ti_of(**fields: Any) -> Any:
-    known = {"dag_id": "dag", "task_id": "task", "map_index": -1, "run_id": "manual", "try_number": 1, "max_tries": 2}
-    return SimpleNamespace(**{**known, **fields})
 
 
 def found(attempt: int, status: WorkflowRunStatus | str, run_id: str = "") -> FoundRun:
@@ -55,16 +50,15 @@ def test_another_task_has_other_users(change: dict[str, Any]) -> None:
     assert BatchName.of_task(ti_of()) != BatchName.of_task(ti_of(**change))
 
 
-def test_each_try_of_a_task_has_the_same_users() -> None:
+def test_each_try_of_a_task_has_the_same_users_and_another_installation_has_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     one, other = ti_of(try_number=1), ti_of(try_number=2)
     assert RowUsers.of_task(one) == RowUsers.of_task(other)
     assert BatchName.of_task(one) == BatchName.of_task(other)
-
-
-def test_another_installation_has_other_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = RowUsers.of_task(ti_of())
+    here = RowUsers.of_task(one)
     monkeypatch.setenv("AIRFLOW__CORE__FERNET_KEY", "another")
-    assert RowUsers.of_task(ti_of()) != one
+    assert RowUsers.of_task(one) != here
 
 
 @pytest.mark.parametrize("user", [None, "u", "é" * 200, "u" * 255])
@@ -76,13 +70,8 @@ def test_a_user_has_at_most_255_characters_and_tells_row_and_attempt(user: str |
     assert max(map(len, names)) <= 255
     if user is not None:
         assert users.prefix.startswith(user[:200])
-        other = RowUsers.of_task(ti_of(dag_id=dag_id, run_id="other"), user)
-        assert other.prefix != users.prefix
-
-
-def test_long_names_that_begin_alike_are_distinguished() -> None:
-    one, other = (RowUsers.of_task(ti_of(dag_id="d" * 250, run_id=run_id)) for run_id in "ab")
-    assert one.prefix != other.prefix
+    other = RowUsers.of_task(ti_of(dag_id=dag_id, run_id="other"), user)
+    assert other.prefix != users.prefix
 
 
 # --- a row
@@ -115,11 +104,6 @@ def test_a_row_goes_on_from_what_its_runs_are(runs: list[FoundRun], retries: int
     assert plan_row(runs[::-1], run_retries=retries) == plan
 
 
-def test_a_run_that_was_stopped_is_not_followed_although_its_record_is_running() -> None:
-    plan = plan_row([found(0, RUNNING)], run_retries=0, stopped_runs=frozenset({"run-0"}))
-    assert plan == RowPlan(1)
-
-
 # --- the window
 
 
@@ -130,6 +114,8 @@ def raise_it(error: DifyConnectionError, failures: int) -> None:
 def resumption(log: dict[str, str] | None = None, **earlier: Any) -> Played:
     """Return a resumption over a log of statuses by row and attempt, such as ``{"3.0": "running"}``."""
     arguments = {name: earlier.pop(name) for name in ("max_active_runs", "run_retries") if name in earlier}
+    if "known_limit" in earlier:
+        earlier["max_active_runs"] = earlier.pop("known_limit")
     known = EarlierTries(**{"since": SINCE, "can_be": True, "number": 1, "has_parts": True, **earlier})
     return Played(Resumption(USERS, known, **{"max_active_runs": 2, **arguments}), log or {})
 
@@ -167,40 +153,34 @@ class Played:
         return sorted({int(name.partition(".")[0]) for name in self.asked})
 
 
-def test_a_fresh_batch_looks_for_no_row() -> None:
-    assert resumption(can_be=False, number=0, has_parts=False).rows_looked_for(range(20)) == []
+FOUND = {f"{row}.0": "succeeded" for row in range(3, 50, 4)}
 
 
-def test_no_more_rows_are_looked_for_than_an_earlier_try_may_have_begun() -> None:
-    # Two under way, and two that Dify turned away since the last part.
-    assert resumption().rows_looked_for(range(20)) == [0, 1, 2, 3]
-    assert resumption(number=2).rows_looked_for(range(20)) == list(range(8))
-    assert resumption(max_active_runs=1, number=0).rows_looked_for(range(20)) == [0, 1]
-
-
-def test_the_limit_of_the_try_that_crashed_counts_if_it_was_higher() -> None:
-    known = EarlierTries(SINCE, can_be=True, number=1, has_parts=True, max_active_runs=3)
-    assert Played(Resumption(USERS, known, max_active_runs=1), {}).rows_looked_for(range(20)) == list(range(6))
-
-
-def test_rows_before_the_last_known_one_are_looked_for_and_the_window_begins_behind_it() -> None:
-    assert resumption(last_row=7).rows_looked_for([2, 5, *range(8, 30)]) == [2, 5, 8, 9, 10, 11]
-
-
-def test_a_run_that_is_found_carries_the_window_on() -> None:
-    log = {f"{row}.0": "succeeded" for row in range(3, 50, 4)}
-    assert resumption(log).rows_looked_for(range(80)) == list(range(52))
-
-
-def test_rows_that_dify_is_never_asked_to_run_take_nothing_of_the_window() -> None:
-    assert resumption().rows_looked_for(range(100, 120)) == [100, 101, 102, 103]
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_without_the_parts_of_an_earlier_try_every_row_is_looked_for(number: int) -> None:
-    looked_for = resumption(number=number, has_parts=False).rows_looked_for(range(20))
-    # A task that was cleared has no earlier try.
-    assert looked_for == (list(range(20)) if number else [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("earlier", "rows", "looked_for"),
+    [
+        # The first try.
+        ({"can_be": False, "number": 0, "has_parts": False}, range(20), []),
+        # Two under way, and two that Dify turned away since the last part; so for each try.
+        ({}, range(20), [0, 1, 2, 3]),
+        ({"number": 2}, range(20), list(range(8))),
+        ({"max_active_runs": 1, "number": 0}, range(20), [0, 1]),
+        # The limit of the try that crashed, if it was higher.
+        ({"known_limit": 3}, range(20), list(range(6))),
+        # Rows before the last known one, and those behind it; rows that Dify is never asked to run don't count.
+        ({"last_row": 7}, [2, 5, *range(8, 30)], [2, 5, 8, 9, 10, 11]),
+        ({}, range(100, 120), [100, 101, 102, 103]),
+        # Without the parts of an earlier try: all of them. A task that was cleared has no earlier try.
+        ({"has_parts": False, "number": 1}, range(20), list(range(20))),
+        ({"has_parts": False, "number": 0}, range(20), [0, 1, 2, 3]),
+        # Each run that is found carries the window on.
+        ({"log": FOUND}, range(80), list(range(52))),
+    ],
+)
+def test_no_more_rows_are_looked_for_than_earlier_tries_may_have_begun(
+    earlier: dict[str, Any], rows: Iterable[int], looked_for: list[int]
+) -> None:
+    assert resumption(**earlier).rows_looked_for(rows) == looked_for
 
 
 def test_a_row_behind_the_window_waits_for_the_looks_that_may_carry_it_on() -> None:
@@ -250,6 +230,6 @@ def test_a_rows_attempts_are_asked_for_as_far_as_there_may_be_any(
     assert played.asked == asked
 
 
-def test_a_run_that_was_stopped_with_the_task_is_not_followed() -> None:
+def test_a_run_that_was_stopped_with_the_task_is_not_followed_although_its_record_is_running() -> None:
     played = resumption({"0.0": "running"}, stopped_runs=frozenset({"run-0.0"}))
     assert played.plan(0) == RowPlan(1)

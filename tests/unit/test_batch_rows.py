@@ -22,7 +22,7 @@ def write(path: Path, content: str | bytes) -> str:
 
 
 def test_the_rows_of_a_list_are_its_dicts_in_order() -> None:
-    assert list(read_rows([{"n": 1}, {"n": 2}])) == [Row(0, None, {"n": 1}), Row(1, None, {"n": 2})]
+    assert list(read_rows([{"n": 1}, {"n": ""}])) == [Row(0, None, {"n": 1}), Row(1, None, {"n": ""})]
     assert count_rows([{"n": 1}, {"n": 2}]) == 2
     assert list(read_rows([])) == []
 
@@ -42,8 +42,10 @@ def test_inputs_that_are_no_rows_are_refused(inputs: Any) -> None:
 
 
 def test_the_rows_of_json_lines_keep_their_lines(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", '{"n": 1}\r\n\n  \n{"n": "\\u2028 \u2028"}\n{"n": 3}')
-    assert list(read_rows(path)) == [Row(0, 1, {"n": 1}), Row(1, 4, {"n": "\u2028 \u2028"}), Row(2, 5, {"n": 3})]
+    path = write(tmp_path / "rows.jsonl", '{"n": 1}\r\n\n  \n{"n": "\\u2028 \u2028"}\n{"n": "", "m": null}')
+    # An empty text is an input.
+    last = Row(2, 5, {"n": "", "m": None})
+    assert list(read_rows(path)) == [Row(0, 1, {"n": 1}), Row(1, 4, {"n": "\u2028 \u2028"}), last]
     assert count_rows(path) == 3
 
 
@@ -87,24 +89,16 @@ def test_a_line_that_is_too_long_is_an_error_and_is_not_kept(tmp_path: Path, mon
 
 
 def test_the_first_line_of_csv_names_the_inputs_and_values_are_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.csv", '\ufeffid, name\r\n1,"a, b"\r\n\r\n2,"two\nlines"\r\n3,\r\n')
+    path = write(tmp_path / "rows.csv", '\ufeffid, name\r\n1,"a, b"\r\n\r\n2,"two\nlines"\r\n"",fast\r\n3," "\r\n,\r\n')
+    # An empty cell is no input.
     assert list(read_rows(path)) == [
         Row(0, 2, {"id": "1", "name": "a, b"}),
         Row(1, 4, {"id": "2", "name": "two\nlines"}),
-        Row(2, 6, {"id": "3"}),
+        Row(2, 6, {"name": "fast"}),
+        Row(3, 7, {"id": "3", "name": " "}),
+        Row(4, 8, {}),
     ]
-    assert count_rows(path) == 3
-
-
-def test_an_empty_cell_of_csv_is_no_input(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.csv", 'query,mode,meta\nhello,,\n"",fast," "\n,,\n')
-    assert [row.inputs for row in read_rows(path)] == [{"query": "hello"}, {"mode": "fast", "meta": " "}, {}]
-
-
-def test_an_empty_text_of_json_lines_and_of_a_list_is_one(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", '{"query": "", "mode": null}\n')
-    assert [row.inputs for row in read_rows(path)] == [{"query": "", "mode": None}]
-    assert [row.inputs for row in read_rows([{"query": ""}])] == [{"query": ""}]
+    assert count_rows(path) == 5
 
 
 def test_the_cells_of_a_json_column_of_csv_are_parsed(tmp_path: Path) -> None:
@@ -201,42 +195,27 @@ def test_a_storage_that_fails_is_a_dify_error_that_may_pass(tmp_path: Path, monk
     assert not isinstance(failure.value, DifyConfigurationError)
 
 
-def write_rows_of_text(path: Path, *, length: int, count: int) -> Path:
-    """Write a file of rows that each have one input of so many characters."""
-    is_csv = path.suffix == ".csv"
-    text = "x" * length
+@pytest.mark.long
+@pytest.mark.parametrize(("length", "count", "most"), [(1000, 20_000, 8_000_000), (1_000_000, 50, 12_000_000)])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_file_is_never_in_memory_and_few_long_rows_are_read_ahead(
+    tmp_path: Path, name: str, length: int, count: int, most: int
+) -> None:
+    path, text = tmp_path / name, "x" * length
     with path.open("w") as file:
-        file.write("text\n" if is_csv else "")
-        file.writelines([(text if is_csv else json.dumps({"text": text})) + "\n"] * count)
-    return path
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_a_file_is_never_in_memory(tmp_path: Path, name: str) -> None:
-    path = write_rows_of_text(tmp_path / name, length=1000, count=20_000)
-    tracemalloc.start()
-    try:
-        assert sum(row.inputs is not None for row in read_rows(str(path))) == 20_000
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 8_000_000
-
-
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_few_long_rows_are_read_ahead(tmp_path: Path, name: str) -> None:
-    path = write_rows_of_text(tmp_path / name, length=1_000_000, count=50)
+        file.write("text\n" if name == "rows.csv" else "")
+        file.writelines([(text if name == "rows.csv" else json.dumps({"text": text})) + "\n"] * count)
 
     async def read_all() -> int:
-        ahead, count = RowsAhead(read_rows(str(path))), 0
-        while await ahead.next() is not None:
-            count += 1
-        return count
+        ahead, read = RowsAhead(read_rows(str(path))), 0
+        while (row := await ahead.next()) is not None:
+            read += row.inputs is not None
+        return read
 
     tracemalloc.start()
     try:
-        assert asyncio.run(read_all()) == 50
+        assert asyncio.run(read_all()) == count
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 12_000_000
+    assert peak < most

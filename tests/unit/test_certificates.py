@@ -47,8 +47,9 @@ def connect(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, **extra: Any) ->
 
 
 @both_ways
-@pytest.mark.parametrize("named_by", ["connection", "environment"])
-def test_a_certificate_that_is_named_is_taken(
+@pytest.mark.parametrize("named_by", ["connection", "environment", "nobody"])
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_a_certificate_is_taken_that_is_named_or_where_the_connection_says_that_nothing_is_verified(
     secure_dify: DifyStandIn,
     certificate: tuple[ssl.SSLContext, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -56,10 +57,9 @@ def test_a_certificate_that_is_named_is_taken(
     look_up: Callable[[str], str],
 ) -> None:
     bundle = str(certificate[1])
-    if named_by == "connection":
-        connect(secure_dify, monkeypatch, verify=bundle)
-    else:
-        connect(secure_dify, monkeypatch)
+    verify = {"connection": {"verify": bundle}, "environment": {}, "nobody": {"verify": False}}[named_by]
+    connect(secure_dify, monkeypatch, **verify)
+    if named_by == "environment":
         monkeypatch.setenv("REQUESTS_CA_BUNDLE", bundle)
     assert look_up(secure_dify.add_run("succeeded")) == "succeeded"
 
@@ -100,12 +100,3 @@ def test_a_certificate_that_does_not_name_its_issuer_is_explained(
         with pytest.raises(DifyConnectionError, match=why):
             ask(dify.add_run("succeeded"))
         assert dify.requests == []
-
-
-@both_ways
-@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
-def test_nothing_is_verified_where_the_connection_says_so(
-    secure_dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, look_up: Callable[[str], str]
-) -> None:
-    connect(secure_dify, monkeypatch, verify=False)
-    assert look_up(secure_dify.add_run("succeeded")) == "succeeded"

@@ -12,6 +12,10 @@ from airflow_provider_dify.api.connection import DifyConnection, make_base_url
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 KEY = "app-some-key"
+NO_CONSOLES = """
+    dify.example.com //dify.example.com ftp://dify.example.com javascript://dify.example.com https:// https://dify:port
+    https://dify:99999 https://dify/?x=1 https://dify/#x https://me:secret@dify
+"""
 
 
 def read(**fields: Any) -> DifyConnection:
@@ -28,11 +32,9 @@ def read(**fields: Any) -> DifyConnection:
     ("fields", "base_url"),
     [
         ({}, "https://api.dify.ai/v1"),
-        ({"host": ""}, "https://api.dify.ai/v1"),
         ({"host": "  "}, "https://api.dify.ai/v1"),
         ({"schema": "https"}, "https://api.dify.ai/v1"),
         ({"host": "api.dify.ai"}, "https://api.dify.ai/v1"),
-        ({"host": "https://dify.example.com"}, "https://dify.example.com/v1"),
         ({"host": "https://dify.example.com/"}, "https://dify.example.com/v1"),
         ({"host": "https://dify.example.com/v1/"}, "https://dify.example.com/v1"),
         ({"host": "HTTPS://Dify.Example.com//v1//"}, "https://dify.example.com/v1"),
@@ -59,20 +61,13 @@ def test_a_host_becomes_the_expected_base_url(fields: dict[str, Any], base_url: 
 @pytest.mark.parametrize(
     "fields",
     [
-        {"host": "https://"},
-        {"host": "http:///v1"},
-        {"host": "ftp://dify.example.com"},
+        *(
+            {"host": host}
+            for host in ["https://", "http:///v1", "ftp://dify.example.com", "dify..example.com", "[::1", "[zz]", "-"]
+        ),
+        *({"host": f"dify.example.com:{port}"} for port in ("port", "99999", "0")),
+        *({"host": f"https://dify.example.com/{path}"} for path in ("v 1", "v1?x=1", "v1#x")),
         {"host": "dify example.com"},
-        {"host": "https://dify.example.com/v 1"},
-        {"host": "dify.example.com:port"},
-        {"host": "dify.example.com:99999"},
-        {"host": "dify.example.com:0"},
-        {"host": "[::1"},
-        {"host": "[zz]"},
-        {"host": "dify..example.com"},
-        {"host": "-"},
-        {"host": "https://dify.example.com/v1?x=1"},
-        {"host": "https://dify.example.com/v1#x"},
         {"host": "https://dify.example.com", "schema": "http"},
         {"host": "https://dify.example.com:8443", "port": 443},
         {"host": "dify", "schema": "v1"},
@@ -80,6 +75,7 @@ def test_a_host_becomes_the_expected_base_url(fields: dict[str, Any], base_url: 
         {"schema": "http"},
         {"port": 8443},
     ],
+    ids=str,
 )
 def test_an_invalid_host_is_reported_with_its_connection(fields: dict[str, Any]) -> None:
     with pytest.raises(DifyConfigurationError, match="'my_dify'") as caught:
@@ -95,19 +91,14 @@ def test_a_missing_or_broken_key_is_reported_and_not_shown(password: str | None)
 
 
 @pytest.mark.parametrize(
-    ("password", "problem"),
-    [
-        ("{app-some-key}", "stands in braces or quotes"),
-        ('"app-some-key"', "stands in braces or quotes"),
-        ("'app-some-key'", "stands in braces or quotes"),
-        ("'app-some-key", "stands in braces or quotes"),
-        ('"dataset-some-key"', "stands in braces or quotes"),
-    ],
+    "password", ["{app-some-key}", '"app-some-key"', "'app-some-key'", "'app-some-key", '"dataset-some-key"']
 )
-def test_what_is_wrong_with_a_key_is_named_and_the_key_is_not_shown(password: str, problem: str) -> None:
-    with pytest.raises(DifyConfigurationError, match=rf"'my_dify' cannot be used: its password {problem}") as caught:
+def test_a_key_in_braces_or_quotes_is_told_so_and_not_shown(password: str) -> None:
+    why = "'my_dify' cannot be used: its password stands in braces or quotes"
+    with pytest.raises(DifyConfigurationError, match=why) as caught:
         read(password=password)
     assert "some-key" not in str(caught.value)
+    assert read(password=f" {KEY}\n").api_key == KEY
 
 
 @pytest.mark.parametrize(
@@ -138,10 +129,6 @@ def test_a_path_of_a_gateway_is_taken(path: str) -> None:
     assert read(host=f"https://example.com/{path}").base_url == f"https://example.com/{path}"
 
 
-def test_white_space_around_a_key_does_not_count() -> None:
-    assert read(password=f" {KEY}\n").api_key == KEY
-
-
 def test_a_user_and_password_in_the_host_are_reported_and_not_shown() -> None:
     with pytest.raises(DifyConfigurationError, match="user name or password") as caught:
         read(host="https://me:secret@dify.example.com/v1")
@@ -154,55 +141,37 @@ def test_the_key_is_not_in_the_repr_of_a_connection() -> None:
     assert "secret" not in shown
 
 
-def test_extras_are_read_and_unknown_ones_ignored(tmp_path: Any) -> None:
-    bundle = tmp_path / "ca.pem"
-    bundle.touch()
-    extra = {"timeout": 5, "verify": str(bundle), "proxies": {"https": "http://proxy:3128"}, "team": "data"}
+PROXIES = {"http": "http://proxy:3128"}
+
+
+@pytest.mark.parametrize(
+    ("extra", "timeout", "verify", "proxies"),
+    [
+        ({"timeout": 5, "verify": __file__, "proxies": PROXIES, "team": "data"}, 5.0, __file__, PROXIES),
+        # The text that a form saves.
+        ({"timeout": "2.5", "verify": "False", "proxies": json.dumps(PROXIES)}, 2.5, False, PROXIES),
+        *((empty, None, True, {}) for empty in (None, {}, {"timeout": "", "verify": "", "proxies": ""})),
+        ({"timeout": None}, None, True, {}),
+    ],
+)
+def test_extras_are_read_and_unknown_ones_ignored(
+    extra: dict[str, Any] | None, timeout: float | None, verify: Any, proxies: dict[str, str]
+) -> None:
     connection = read(extra=extra)
-    assert connection.timeout == 5.0
-    assert connection.verify == str(bundle)
-    assert connection.proxies == {"https": "http://proxy:3128"}
-
-
-def test_extras_may_be_the_text_that_a_form_saves() -> None:
-    connection = read(extra={"timeout": "2.5", "verify": "False", "proxies": '{"http": "http://proxy:3128"}'})
-    assert (connection.timeout, connection.verify) == (2.5, False)
-    assert connection.proxies == {"http": "http://proxy:3128"}
-
-
-@pytest.mark.parametrize("extra", [None, {}, {"timeout": "", "verify": "", "proxies": ""}, {"timeout": None}])
-def test_empty_extras_are_the_defaults(extra: dict[str, Any] | None) -> None:
-    connection = read(extra=extra)
-    assert (connection.timeout, connection.verify, connection.proxies) == (None, True, {})
+    assert (connection.timeout, connection.verify, connection.proxies) == (timeout, verify, proxies)
 
 
 @pytest.mark.parametrize(
     "extra",
     [
-        {"timeout": "soon"},
-        {"timeout": 0},
-        {"timeout": -1},
-        {"timeout": "nan"},
-        {"timeout": True},
-        {"timeout": [5]},
-        {"verify": "/no/such/file"},
-        {"verify": 5},
+        *({"timeout": value} for value in ("soon", 0, -1, "nan", True, [5])),
+        *({"verify": value} for value in ("/no/such/file", 5)),
         {"proxies": "http://me:secret@proxy:3128"},
         {"proxies": {"https": 5, "http": "http://me:secret@proxy:3128"}},
         {"proxies": ["http://proxy"]},
-        {"console_url": 5},
-        {"console_url": "dify.example.com"},
-        {"console_url": "//dify.example.com"},
-        {"console_url": "ftp://dify.example.com"},
-        {"console_url": "javascript://dify.example.com"},
-        {"console_url": "https://"},
-        {"console_url": "https://dify example.com"},
-        {"console_url": "https://dify.example.com:port"},
-        {"console_url": "https://dify.example.com:99999"},
-        {"console_url": "https://dify.example.com/?x=1"},
-        {"console_url": "https://dify.example.com/#x"},
-        {"console_url": "https://me:secret@dify.example.com"},
+        *({"console_url": url} for url in (5, "https://dify example.com", *NO_CONSOLES.split())),
     ],
+    ids=str,
 )
 def test_a_wrong_extra_is_named(extra: dict[str, Any]) -> None:
     with pytest.raises(DifyConfigurationError, match=rf"'my_dify'.*'{next(iter(extra))}'") as caught:
@@ -230,17 +199,8 @@ def test_a_connection_knows_its_console(fields: dict[str, Any], console: str) ->
     assert read(**fields).console == console
 
 
-def test_the_extra_console_url_is_read() -> None:
-    assert read(extra={"console_url": "https://dify.example.com/"}).console_url == "https://dify.example.com"
-    assert read(extra={"console_url": ""}).console_url is None
-    assert read().console_url is None
-
-
-def test_a_base_url_ends_without_a_slash() -> None:
-    assert make_base_url("dify.example.com/v1///") == "https://dify.example.com/v1"
-
-
 def test_an_airflow_uri_is_read() -> None:
+    assert make_base_url("dify.example.com/v1///") == "https://dify.example.com/v1"
     from airflow.models.connection import Connection
 
     uri = f"dify://:{KEY}@https%3A%2F%2Fdify.example.com%2Fv1/?timeout=5"

@@ -49,6 +49,21 @@ def test_the_demo_shows_what_the_provider_and_the_example_say(demo: ModuleType, 
     assert demo.task_line(line) == shown
 
 
+@pytest.mark.parametrize(
+    ("message", "matters"),
+    [
+        ("Dify workflow run 1 succeeded after 0.4 seconds and 2 steps.", True),
+        ("50 of 50 runs are over, 0 active, 2.1 k tokens, 18.7 runs/s, about 0 s left", True),
+        (RUNNING, False),
+        ("12 of 50 runs are over, 4 active", False),
+        ("Dify 1.16.1 at http://127.0.0.1:36069/v1.", False),
+        ("Dify started workflow run 1 for user 'airflow/1/a/b/c/1'.", False),
+    ],
+)
+def test_the_demo_leaves_out_what_a_newcomer_need_not_read(demo: ModuleType, message: str, matters: bool) -> None:
+    assert bool(demo.MATTERS.match(message)) == matters
+
+
 def test_a_failed_command_ends_with_its_cause(
     demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,20 +16,12 @@ from tests.dify_stand_in import (
     DifyStandIn,
     Recording,
     Start,
-    close,
-    dribble,
-    dribble_headers,
     form_field,
-    iteration,
-    lose_response,
-    node_finished,
-    node_retry,
-    pings_only,
-    quota_reached,
-    reset,
-    respond,
-    unchunked,
 )
+from tests.dify_stand_in.dialects import DIALECT_OF_VERSION
+from tests.dify_stand_in.events import parse, split
+
+pytestmark = pytest.mark.long
 
 UNKNOWN = "e0989228-cbd1-4481-aaf0-f4bf5fe66f4c"
 QUERY_IS_REQUIRED = [form_field("query", required=True)]
@@ -62,7 +51,7 @@ class Client:
         return self.request("POST", path, json=body, **arguments)
 
     def request(self, method: str, path: str, **arguments: Any) -> requests.Response:
-        self.responses.append(self.http.request(method, self.dify.base_url + path, **{"timeout": 10, **arguments}))
+        self.responses.append(self.http.request(method, self.dify.base_url + path, **{"timeout": 60, **arguments}))
         return self.responses[-1]
 
     def start(self, *, user: str = "u1", mode: str = "streaming", **inputs: Any) -> requests.Response:
@@ -75,9 +64,8 @@ class Client:
     def status(self, run_id: str) -> str:
         return str(self.detail(run_id).json()["status"])
 
-    def log(self, **query: Any) -> dict[str, Any]:
-        page: dict[str, Any] = self.get("/workflows/logs", params=query).json()
-        return page
+    def log(self, **query: Any) -> Any:
+        return self.get("/workflows/logs", params=query).json()
 
     def stop(self, task_id: str) -> requests.Response:
         return self.post(f"/workflows/tasks/{task_id}/stop", {"user": "u1"})
@@ -115,7 +103,7 @@ def ids_of(response: requests.Response) -> tuple[str, str]:
     return started["workflow_run_id"], started["task_id"]
 
 
-def eventually(holds: Callable[[], bool], seconds: float = 5) -> bool:
+def eventually(holds: Callable[[], bool], seconds: float = 60) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if holds():
@@ -137,47 +125,43 @@ def shape_of(value: Any) -> Any:
 def assert_as_recorded(response: requests.Response, name: str, version: str) -> None:
     recording = Recording.load(name, version)
     assert response.status_code == recording.status
-    assert response.headers["X-Version"] == version
+    assert response.headers["X-Version"] == DIALECT_OF_VERSION[version].server_version
     assert response.headers["Content-Type"] == recording.headers["Content-Type"]
     if "json" in response.headers["Content-Type"]:
         assert shape_of(response.json()) == shape_of(recording.fields())
 
 
 @pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("app_info", "/info"),
-        ("app_parameters", "/parameters"),
-        ("detail_unknown_uuid", f"/workflows/run/{UNKNOWN}"),
-        ("detail_not_a_uuid", "/workflows/run/not-a-uuid"),
-        ("detail_empty_id", "/workflows/run/"),
-        ("detail_double_slash", f"//workflows/run/{UNKNOWN}"),
-        ("logs_bad_limit", "/workflows/logs?limit=101"),
-        ("logs_status_running", "/workflows/logs?status=running"),
-        ("logs_after_bad", "/workflows/logs?created_at__after=yesterday"),
-        ("logs_user_unknown", "/workflows/logs?created_by_end_user_session_id=nobody"),
-        ("events_unknown", f"/workflow/{UNKNOWN}/events?user=u1"),
-        ("form_get_unknown", "/form/human_input/RVgjTsEsFfAVVnFCnBQsm2"),
-    ],
-)
-def test_it_answers_a_get_as_recorded(client: Client, dialect: str, name: str, path: str) -> None:
-    if name == "form_get_unknown" and dialect >= "1.14":
-        pytest.skip("recorded on 1.13.0 alone")
-    assert_as_recorded(client.get(path, allow_redirects=False), name, dialect)
-
-
-@pytest.mark.parametrize(
     ("name", "path", "body"),
     [
+        ("app_info", "/info", None),
+        ("app_parameters", "/parameters", None),
+        ("detail_unknown_uuid", f"/workflows/run/{UNKNOWN}", None),
+        ("detail_not_a_uuid", "/workflows/run/not-a-uuid", None),
+        ("detail_empty_id", "/workflows/run/", None),
+        ("detail_double_slash", f"//workflows/run/{UNKNOWN}", None),
+        ("logs_bad_limit", "/workflows/logs?limit=101", None),
+        ("logs_status_running", "/workflows/logs?status=running", None),
+        ("logs_after_bad", "/workflows/logs?created_at__after=yesterday", None),
+        ("logs_user_unknown", "/workflows/logs?created_by_end_user_session_id=nobody", None),
+        ("events_unknown", f"/workflow/{UNKNOWN}/events?user=u1", None),
+        ("route_unknown", "/no-such-route", None),
+        ("form_get_unknown", "/form/human_input/RVgjTsEsFfAVVnFCnBQsm2", None),
         ("run_missing_user", "/workflows/run", {"inputs": {}, "response_mode": "streaming"}),
         ("stop_no_user", f"/workflows/tasks/{UNKNOWN}/stop", {}),
         ("stop", f"/workflows/tasks/{UNKNOWN}/stop", {"user": "u1"}),
         ("run_blocking_succeeded_echo", "/workflows/run", {"inputs": {}, "user": "u1"}),
         ("run_streaming_echo", "/workflows/run", {"inputs": {}, "response_mode": "streaming", "user": "u1"}),
+        ("run_missing_inputs", "/workflows/run", {"response_mode": "streaming", "user": "u1"}),
+        ("run_bad_response_mode", "/workflows/run", {"inputs": {}, "response_mode": "telepathy", "user": "u1"}),
+        ("stop_not_a_uuid", "/workflows/tasks/not-a-uuid/stop", {"user": "u1"}),
     ],
 )
-def test_it_answers_a_post_as_recorded(client: Client, dialect: str, name: str, path: str, body: Any) -> None:
-    assert_as_recorded(client.post(path, body), name, dialect)
+def test_it_answers_as_recorded(client: Client, dialect: str, name: str, path: str, body: Any) -> None:
+    if name == "form_get_unknown" and "1.14" <= dialect < "1.17":
+        pytest.skip("not recorded")
+    answer = client.get(path, allow_redirects=False) if body is None else client.post(path, body)
+    assert_as_recorded(answer, name, dialect)
 
 
 @pytest.mark.parametrize(
@@ -231,28 +215,10 @@ def test_a_stream_has_the_recorded_events_and_the_detail_their_end(
     assert client.status(started.workflow_run_id) == status
 
 
-def test_a_run_lasts_as_long_as_it_should_and_pings_meanwhile(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.ping_interval = 0.05
-    dify.starts.append(Start(duration=1.5))
-    response = client.start()
-    began = time.monotonic()
-    run_id, _ = ids_of(response)
-    assert client.status(run_id) == "running"
-    assert client.log(created_by_end_user_session_id="u1")["data"][0]["workflow_run"]["status"] == "running"
-    rest = names_of(response)
-    assert 1.4 < time.monotonic() - began < 10
-    # On a busy machine some pings come late, and fewer of them.
-    assert rest.count("ping") >= 2
-    assert rest[-1] == "workflow_finished"
-    assert client.status(run_id) == "succeeded"
-
-
 def test_a_streaming_start_queues_without_a_slot(client: Client, dify: DifyStandIn, dialect: str) -> None:
     dify.slots = 1
-    dify.starts.append(Start(duration=2.0))
-    first = client.start(user="first")
-    ids_of(first)
-    began = time.monotonic()
+    dify.starts.append(Start(duration=120))
+    _, task_id = ids_of(client.start(user="first"))
     second = client.start(user="second")
     assert second.status_code == 200
     events = events_of(second)
@@ -260,14 +226,12 @@ def test_a_streaming_start_queues_without_a_slot(client: Client, dify: DifyStand
         assert next(events)["event"] == "workflow_started"
         return
     assert next(events)["event"] == "ping"
-    assert time.monotonic() - began < 1.5
     queued = dify.started[1]
-    if time.monotonic() - began < 1.5:
-        assert client.detail(queued.workflow_run_id).status_code == client.detail(UNKNOWN).status_code
-        assert client.log(created_by_end_user_session_id="second")["total"] == 0
+    assert client.detail(queued.workflow_run_id).status_code == client.detail(UNKNOWN).status_code
+    assert client.log(created_by_end_user_session_id="second")["total"] == 0
+    client.stop(task_id)
     # Then silence, not a ping, up to the slot.
     assert next(events)["event"] == "workflow_started"
-    assert time.monotonic() - began > 1.2
     assert client.log(created_by_end_user_session_id="second")["total"] == 1
 
 
@@ -290,46 +254,21 @@ def test_a_queued_start_is_closed_after_the_silence_and_runs_later(
     assert client.status(dify.started[0].workflow_run_id) == "succeeded"
 
 
-def test_more_starts_than_slots_run_one_after_another(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.slots = 2
-    dify.run_duration = 0.1
-    responses = [client.start(user=f"user {number}") for number in range(6)]
-    assert all(names_of(response)[-1] == "workflow_finished" for response in responses)
-    assert [run.id for run in dify.log] == [started.workflow_run_id for started in dify.started]
-    assert {run.status for run in dify.log} == {"succeeded"}
-
-
-def test_a_blocking_start_does_not_queue(client: Client, dify: DifyStandIn, dialect: str) -> None:
+def test_a_blocking_start_does_not_queue_and_ends_with_a_pause(client: Client, dify: DifyStandIn, dialect: str) -> None:
     dify.slots = 0
-    dify.starts.extend([Start(fields={"outputs": {"a": 1}}), Start("run_streaming_failed")])
+    dify.silence_limit = 0.2
+    recordings = ("run_streaming_failed", "run_streaming_paused")
+    dify.starts.extend([Start(fields={"outputs": {"a": 1}}), *map(Start, recordings)])
     response = client.start(mode="blocking").json()
     assert response["workflow_run_id"] == dify.started[0].workflow_run_id
     assert response["data"]["outputs"] == {"a": 1}
     assert client.start(mode="blocking").json()["data"]["status"] == "failed"
-
-
-def test_a_blocking_start_of_a_run_that_pauses_ends_with_the_pause(
-    client: Client, dify: DifyStandIn, dialect: str
-) -> None:
-    dify.silence_limit = 0.2
-    dify.starts.append(Start("run_streaming_paused"))
-    response = client.start(mode="blocking")
+    paused = client.start(mode="blocking")
     if dialect == "1.12.1":
-        assert response.status_code == 504
+        assert paused.status_code == 504
     else:
-        assert_as_recorded(response, "run_blocking_paused", dialect)
-        assert response.json()["data"]["status"] == "paused"
-
-
-def test_starts_over_the_limit_of_active_runs_are_turned_away(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.active_runs_limit = 1
-    dify.run_duration = 0.3
-    first = client.start()
-    second = client.start()
-    assert_as_recorded(second, "run_rate_limited_streaming", dialect)
-    assert second.json()["message"].startswith("Too many requests. Please try again later.")
-    names_of(first)
-    assert client.start().status_code == 200
+        assert_as_recorded(paused, "run_blocking_paused", dialect)
+        assert paused.json()["data"]["status"] == "paused"
 
 
 def test_a_limit_of_active_runs_holds_for_starts_that_come_at_once_and_for_queued_ones(
@@ -337,25 +276,16 @@ def test_a_limit_of_active_runs_holds_for_starts_that_come_at_once_and_for_queue
 ) -> None:
     dify.active_runs_limit = 5
     dify.slots = 2
-    dify.run_duration = 0.4
+    dify.run_duration = 120
     with ThreadPoolExecutor(20) as pool:
         responses = list(pool.map(lambda number: client.start(user=f"u{number}"), range(20)))
-        statuses = [response.status_code for response in responses]
-        assert statuses.count(200) == len(dify.started) == 5
-        assert statuses.count(400) == 15
-        for response in responses:
-            if response.status_code == 400:
-                assert response.json()["message"].startswith("Too many requests. Please try again later.")
-                assert response.json()["message"].endswith(" 5.")
-        # What was turned away started nothing, and what was taken makes room when it is over.
-        list(pool.map(names_of, [response for response in responses if response.status_code == 200]))
-    assert client.log()["total"] == 5
-    assert client.start().status_code == 200
-
-
-def test_a_limit_that_is_lifted_lets_starts_through(client: Client, dify: DifyStandIn) -> None:
-    dify.active_runs_limit = 0
-    assert client.start().status_code == 400
+    assert [response.status_code for response in responses].count(200) == len(dify.started) == 5
+    # What was turned away started nothing.
+    for response in responses:
+        if response.status_code != 200:
+            assert_as_recorded(response, "run_rate_limited_streaming", dialect)
+            assert response.json()["message"].startswith("Too many requests. Please try again later.")
+            assert response.json()["message"].endswith(" 5.")
     dify.active_runs_limit = None
     assert client.start().status_code == 200
 
@@ -378,7 +308,7 @@ def test_a_missing_required_input_is_rejected_as_each_version_does(
         ping, begun, ended = events_of(response)
         assert (ping["event"], begun["event"], ended["event"]) == ("ping", "workflow_started", "workflow_finished")
         assert begun["task_id"] == begun["workflow_run_id"] == ended["workflow_run_id"]
-        assert begun["data"]["inputs"] == {}
+        assert not [name for name in begun["data"]["inputs"] if name.startswith("sys.")]
         assert (ended["data"]["status"], ended["data"]["error"]) == ("failed", "query is required in input form")
         assert ended["data"]["created_by"] == {}
         assert client.detail(begun["workflow_run_id"]).status_code == 404
@@ -430,7 +360,9 @@ def test_the_form_is_shown_and_what_it_does_not_know_is_dropped(
     assert [started.inputs for started in dify.started] == [{"anything": "kept"}, {"query": "q"}]
 
 
-def test_a_file_of_another_user_is_rejected_where_dify_does(client: Client, dify: DifyStandIn, dialect: str) -> None:
+def test_a_file_of_another_user_and_a_wrong_upload_are_rejected(
+    client: Client, dify: DifyStandIn, dialect: str
+) -> None:
     dify.silence_limit = 0.2
     uploaded = client.post("/files/upload", files={"file": ("r.txt", b"x", "text/plain")}, data={"user": "u-file"})
     assert_as_recorded(uploaded, "file_upload", dialect)
@@ -443,9 +375,6 @@ def test_a_file_of_another_user_is_rejected_where_dify_does(client: Client, dify
         assert events == [{"event": "ping"}]
     else:
         assert events[-1]["data"]["error"] == "Invalid upload file"
-
-
-def test_an_upload_is_rejected_as_dify_does(client: Client, dify: DifyStandIn, dialect: str) -> None:
     without_type = client.post("/files/upload", files={"file": ("r.txt", b"x")}, data={"user": "u"})
     assert (without_type.status_code, without_type.json()["code"]) == (415, "unsupported_file_type")
     nothing = client.post("/files/upload", files={"other": ("r.txt", b"x", "text/plain")})
@@ -458,20 +387,33 @@ def test_an_upload_is_rejected_as_dify_does(client: Client, dify: DifyStandIn, d
 # --- stops
 
 
-def test_a_stop_ends_the_stream_and_shows_in_the_detail_of_1_16_alone(
+def test_a_stop_ends_the_stream_and_shows_in_the_detail_from_1_16_on(
     client: Client, dify: DifyStandIn, dialect: str
 ) -> None:
-    dify.starts.append(Start(duration=20))
+    dify.ping_interval = 0.05
+    dify.starts.append(Start(duration=120))
     response = client.start()
     run_id, task_id = ids_of(response)
     assert_as_recorded(client.stop(run_id), "stop", dialect)
     assert client.status(run_id) == "running"
+    assert client.log(created_by_end_user_session_id="u1")["data"][0]["workflow_run"]["status"] == "running"
+    assert "ping" in [next(events_of(response))["event"] for _ in range(30)]
     assert client.stop(task_id).json() == {"result": "success"}
     last = list(events_of(response))[-1]
     assert (last["event"], last["data"]["status"]) == ("workflow_finished", "stopped")
-    stopped = eventually(lambda: client.status(run_id) == "stopped", seconds=10 if dialect == "1.16.1" else 0.5)
-    assert stopped == (dialect == "1.16.1")
+    stopped = eventually(lambda: client.status(run_id) == "stopped", seconds=60 if dialect >= "1.16" else 0.5)
+    assert stopped == (dialect >= "1.16")
+    if dialect == "1.17":
+        recorded = split(Recording.load("run_streaming_stopped", dialect).body)[-1]
+        assert shape_of(last) == shape_of(parse(recorded))
+        assert last["data"]["error"] == parse(recorded)["data"]["error"]
+        assert client.detail(run_id).json()["error"] == Recording.load("detail_stopped", dialect).fields()["error"]
     assert [stop[0] for stop in dify.stopped] == [run_id, task_id]
+    if dialect == "1.14.2":
+        # A stopped run that stays running has only pings on the events route.
+        again = events_of(client.get(f"/workflow/{run_id}/events?user=u1", stream=True))
+        names = [next(again)["event"] for _ in range(6)]
+        assert names[-3:] == ["ping"] * 3
 
 
 def test_a_paused_run_cannot_be_stopped(client: Client, dify: DifyStandIn, dialect: str) -> None:
@@ -514,20 +456,23 @@ def test_a_resumed_run_ends_as_each_version_ends_it(
         assert_as_recorded(client.post(path, sent), "form_submit", dialect)
         assert_as_recorded(client.post(path, sent), "form_submit_again", dialect)
         assert_as_recorded(client.get(path), "form_get_submitted", dialect)
-    if stopped and dialect != "1.16.1":
+    if stopped and dialect < "1.16":
         time.sleep(0.3)
         assert client.status(run_id) == "running"
         return
-    end = "stopped" if dialect == "1.16.1" else "succeeded"
+    end = "stopped" if dialect == "1.16.1" or stopped else "succeeded"
     assert eventually(lambda: client.status(run_id) == end)
     detail = client.detail(run_id).json()
+    if stopped and dialect == "1.17":
+        assert (detail["outputs"], detail["error"]) == ({}, "Aborted: User requested stop")
+        return
     assert detail["outputs"] == {"comment": "fine", "text": "q"}
     reason = "Aborted: Client response stream closed before app execution completed"
     assert detail["error"] == (reason if dialect == "1.16.1" else None)
 
 
 def test_the_events_of_a_running_run_come_again(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.starts.append(Start(duration=2.0))
+    dify.starts.append(Start(duration=5.0))
     response = client.start(user="u1")
     run_id, task_id = ids_of(response)
     path = f"/workflow/{run_id}/events"
@@ -535,9 +480,10 @@ def test_the_events_of_a_running_run_come_again(client: Client, dify: DifyStandI
         assert_as_recorded(client.get(f"{path}?user=u1"), "events_unknown", dialect)
         return
     assert_as_recorded(client.get(path), "events_running_no_user", dialect)
+    assert_as_recorded(client.get("/workflow/not-a-uuid/events?user=u1"), "events_not_a_uuid", dialect)
     assert_as_recorded(client.get(f"{path}?user=somebody"), "events_running_wrong_user", dialect)
     live = client.get(f"{path}?user=u1", stream=True)
-    assert live.headers["X-Version"] == dialect
+    assert live.headers["X-Version"] == DIALECT_OF_VERSION[dialect].server_version
     with_snapshot = client.get(f"{path}?user=u1&include_state_snapshot=true", stream=True)
     events = list(events_of(with_snapshot))
     assert [event["event"] for event in events[:2]] == ["ping", "workflow_started"]
@@ -571,29 +517,6 @@ def test_the_events_of_a_paused_run_come_again_and_go_on(client: Client, dify: D
     assert names[-1] == "workflow_finished"
 
 
-def test_a_stopped_run_that_stays_running_has_only_pings_on_the_events_route() -> None:
-    with DifyStandIn("1.14.2") as dify, Client(dify) as client:
-        dify.ping_interval = 0.05
-        dify.starts.append(Start(duration=20))
-        run_id, task_id = ids_of(client.start())
-        client.stop(task_id)
-        events = events_of(client.get(f"/workflow/{run_id}/events?user=u1", stream=True))
-        time.sleep(0.1)
-        names = [next(events)["event"] for _ in range(6)]
-        assert names[-3:] == ["ping"] * 3
-
-
-def test_events_that_no_recording_has_can_be_inserted(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    priced = node_finished("LLM", total_price="0.0012", currency="USD")
-    inserted = (node_retry(), priced, *iteration(items=2), *iteration(items=1, kind="loop"))
-    dify.starts.append(Start(insert=inserted))
-    events = {event["event"]: event for event in events_of(client.start())}
-    assert {"node_retry", "iteration_started", "iteration_next", "iteration_completed", "loop_completed"} <= set(events)
-    assert events["node_retry"]["task_id"] == dify.started[0].task_id
-    assert events["node_retry"]["data"]["retry_index"] == 1
-    assert events["iteration_completed"]["data"]["steps"] == 2
-
-
 # --- the log
 
 
@@ -615,13 +538,17 @@ def test_the_log_has_the_recorded_rows_newest_first(client: Client, dify: DifySt
 
 def test_ten_thousand_logged_runs_come_in_pages(client: Client, dify: DifyStandIn) -> None:
     now = int(time.time())
-    ids = dify.add_logged_runs(10_000, user="many", ending=now)
-    began = time.monotonic()
-    page = client.log(limit=100, page=3, created_by_end_user_session_id="many")
-    assert time.monotonic() - began < 5
-    assert [row["workflow_run"]["id"] for row in page["data"]] == ids[::-1][200:300]
+    ids = dify.add_logged_runs(10_000, user=lambda number: f"batch/{number % 5_000}.0", ending=now)
+    pages = [client.log(limit=100, page=page) for page in range(1, 101)]
+    rows = [row for page in pages for row in page["data"]]
+    assert [row["workflow_run"]["id"] for row in rows] == ids[::-1]
+    assert len({row["id"] for row in rows}) == 10_000
+    assert rows[0]["created_by_end_user"]["session_id"] == "batch/4999.0"
+    page = pages[2]
     assert (page["page"], page["limit"], page["total"], page["has_more"]) == (3, 100, 10_000, True)
-    assert client.log(limit=100, page=100)["has_more"] is False
+    assert pages[-1]["has_more"] is False
+    of_a_user = client.log(created_by_end_user_session_id="batch/17.0")
+    assert [row["workflow_run"]["id"] for row in of_a_user["data"]] == [ids[5_017], ids[17]]
     after = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now - 9))
     assert client.log(created_at__after=after)["total"] == 10
     before = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(now - 9_998))
@@ -640,76 +567,3 @@ def test_rows_of_one_second_stand_in_another_order_on_each_page(client: Client, 
     assert len(set(shown)) < 10
     seconds = [row["created_at"] for page in pages for row in page]
     assert seconds == sorted(seconds, reverse=True)
-
-
-def test_the_whole_log_of_ten_thousand_runs_is_read_within_seconds(client: Client, dify: DifyStandIn) -> None:
-    ids = dify.add_logged_runs(10_000, user=lambda number: f"batch/{number}.0")
-    began = time.monotonic()
-    rows = [row for page in range(1, 101) for row in client.log(limit=100, page=page)["data"]]
-    assert time.monotonic() - began < 20
-    assert [row["workflow_run"]["id"] for row in rows] == ids[::-1]
-    assert rows[0]["created_by_end_user"]["session_id"] == "batch/9999.0"
-    assert len({row["id"] for row in rows}) == 10_000
-    assert client.log(created_by_end_user_session_id="batch/17.0")["data"][0]["workflow_run"]["id"] == ids[17]
-
-
-# --- faults
-
-
-@pytest.mark.parametrize(
-    "fault", [lambda: reset(), lambda: close(), lambda: respond(502, "<html>")], ids=["reset", "close", "502"]
-)
-def test_a_start_runs_although_its_response_is_lost(
-    client: Client, dify: DifyStandIn, dialect: str, fault: Callable[[], Any]
-) -> None:
-    dify.misbehave(lose_response(fault()), only="POST .*/run")
-    assert client.get("/info").status_code == 200
-    with contextlib.suppress(requests.ConnectionError):
-        assert client.start(user="lost").status_code == 502
-    assert eventually(lambda: client.log(created_by_end_user_session_id="lost")["total"] == 1)
-    assert len(dify.started) == 1
-
-
-def test_a_response_can_come_without_chunks(client: Client, dify: DifyStandIn, dialect: str) -> None:
-    dify.misbehave(unchunked(interval=0.001))
-    response = client.start()
-    assert names_of(response)[-1] == "workflow_finished"
-    assert "Transfer-Encoding" not in response.headers
-    assert response.raw.version == 10
-    dify.misbehave(unchunked(interval=0.001))
-    assert client.status(dify.started[0].workflow_run_id) == "succeeded"
-
-
-@pytest.mark.parametrize("fault", [dribble(), dribble_headers(), pings_only()])
-def test_a_response_can_go_on_for_ever(client: Client, dify: DifyStandIn, fault: Any) -> None:
-    dify.misbehave(fault)
-    request = f"GET /v1/info HTTP/1.1\r\nHost: dify\r\nAuthorization: Bearer {API_KEY}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", dify.port), timeout=3) as connection:
-        connection.sendall(request.encode())
-        ends = time.monotonic() + 0.6
-        # No wait for a byte is longer than the timeout, and none finds the end.
-        while time.monotonic() < ends:
-            assert connection.recv(64)
-
-
-def test_a_used_up_quota_can_name_a_moment_to_try_again(client: Client, dify: DifyStandIn) -> None:
-    dify.misbehave(quota_reached("3600"))
-    response = client.start()
-    assert (response.status_code, response.json()["code"]) == (429, "rate_limit_error")
-    assert response.headers["Retry-After"] == "3600"
-
-
-def test_a_fault_can_be_for_some_requests_only(client: Client, dify: DifyStandIn) -> None:
-    dify.misbehave(respond(503), only="GET .*/logs")
-    dify.misbehave_always(respond(500), only=r"/parameters$")
-    assert client.get("/info").status_code == 200
-    assert client.get("/workflows/logs").status_code == 503
-    assert client.get("/workflows/logs").status_code == 200
-    assert client.get("/parameters").status_code == client.get("/parameters").status_code == 500
-
-
-def test_an_unknown_dialect_is_refused() -> None:
-    with pytest.raises(KeyError):
-        DifyStandIn("1.0.0")
-    assert DifyStandIn("current").dialect == "1.16.1"
-    assert uuid.UUID(UNKNOWN)

@@ -12,7 +12,7 @@ import pytest
 from airflow.providers.common.compat.sdk import AirflowException, AirflowFailException
 
 import airflow_provider_dify
-from airflow_provider_dify import DOCUMENTATION, exceptions
+from airflow_provider_dify import DOCUMENTATION, __version__, exceptions
 from airflow_provider_dify.api.models import WorkflowRun
 from tests.unit.test_workflow_run import read, recorded
 
@@ -96,7 +96,7 @@ def test_the_debug_log_has_the_frames_that_a_task_s_error_has_not(caplog: pytest
     assert "the socket's own words" in caplog.text
 
 
-def test_the_documentation_is_where_the_package_says() -> None:
-    urls = metadata("airflow-provider-dify").get_all("Project-URL") or []
-    (url,) = [url for url in urls if url.startswith("Documentation")]
-    assert url == f"Documentation, {DOCUMENTATION}/index.md"
+def test_the_documentation_is_that_of_this_version_in_the_packages_repository() -> None:
+    urls = dict(url.split(", ", 1) for url in metadata("airflow-provider-dify").get_all("Project-URL") or [])
+    assert f"{urls['Source']}/blob/v{__version__}/docs" == DOCUMENTATION
+    assert urls["Documentation"] == f"{urls['Source']}/blob/main/docs/index.md"

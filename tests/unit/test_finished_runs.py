@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pendulum
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_dify.api import calls
@@ -34,6 +33,7 @@ from airflow_provider_dify.runs.ended import (
     WindowPolicy,
     look_at_runs,
 )
+from tests.unit.fuzzing import fuzzed
 
 NOW = 1_800_000_000.0
 POLICY = WindowPolicy(poll_interval=30.0)
@@ -119,19 +119,8 @@ class SimulatedDify:
         detail = self._detail(run)
         if self.now < run.created_at + run.recorded_late:
             return RowWithoutRun(f"row {run.id}", run.user, detail.created_at)
-        return LoggedWorkflowRun(
-            run.id,
-            detail.status,
-            run.user,
-            None,
-            1,
-            1,
-            detail.created_at,
-            detail.finished_at,
-            1.0,
-            triggered_from=run.triggered_from,
-            logged_at=detail.created_at,
-        )
+        facts = (run.id, detail.status, run.user, None, 1, 1, detail.created_at, detail.finished_at, 1.0)
+        return LoggedWorkflowRun(*facts, triggered_from=run.triggered_from, logged_at=detail.created_at)
 
     def _detail(self, run: SimulatedRun) -> WorkflowRun:
         finished = self.now >= run.ends_at
@@ -149,6 +138,12 @@ class SimulatedDify:
         look: Look = done.value.value
         return look
 
+    def begin(self, seconds: float = 30.0) -> RunWindow:
+        """Look for the first time, and let so many seconds pass."""
+        window = self.look(RunWindow()).window
+        self.now += seconds
+        return window
+
     def look_until(self, end: float, window: RunWindow, policy: WindowPolicy = POLICY) -> tuple[RunWindow, list[str]]:
         """Look every interval, and return the window and the ids of the runs that ended, in the order of the looks."""
         ended: list[str] = []
@@ -160,6 +155,11 @@ class SimulatedDify:
         return window, ended
 
 
+def runs_of_a_second(numbers: Iterable[int], apart: float = 1.0) -> list[SimulatedRun]:
+    """Return runs that begin so many seconds apart, from now on, and last a second each."""
+    return [SimulatedRun(number, NOW + number * apart, NOW + number * apart + 1) for number in numbers]
+
+
 def ids(*runs: SimulatedRun) -> list[str]:
     return [run.id for run in runs]
 
@@ -168,17 +168,13 @@ def test_what_ended_before_the_first_look_is_no_news_and_what_ends_after_it_is()
     over = SimulatedRun(1, NOW - 100, NOW - 50)
     going_on = SimulatedRun(2, NOW - 90, NOW + 40)
     later = SimulatedRun(3, NOW + 10, NOW + 20)
-    dify = SimulatedDify([over, going_on, later])
-    assert dify.look_until(NOW + 120, RunWindow())[1] == ids(later, going_on)
-
-
-def test_an_app_without_runs_is_watched_from_its_first_run_on() -> None:
-    first = SimulatedRun(1, NOW + 10, NOW + 20)
-    assert SimulatedDify([first]).look_until(NOW + 120, RunWindow())[1] == ids(first)
+    assert SimulatedDify([over, going_on, later]).look_until(NOW + 120, RunWindow())[1] == ids(later, going_on)
+    # An app without runs is watched from its first run on.
+    assert SimulatedDify([later]).look_until(NOW + 120, RunWindow())[1] == ids(later)
 
 
 def test_lookback_counts_runs_that_ended_before_the_first_look() -> None:
-    runs = [SimulatedRun(number, NOW - 10 * number, NOW - 10 * number + 1) for number in range(1, 200)]
+    runs = runs_of_a_second(range(1, 200), -10)
     dify = SimulatedDify(runs)
     look = dify.look(RunWindow(), WindowPolicy(lookback=600))
     assert sorted(run.workflow_run_id for run in look.finished) == ids(*runs[:60])
@@ -193,7 +189,7 @@ def test_a_clock_that_differs_changes_nothing(clock_ahead: float) -> None:
 
 def test_a_run_that_lasts_longer_than_three_pages_of_newer_ones_is_asked_for_by_itself() -> None:
     long = SimulatedRun(0, NOW - 1, NOW + 600)
-    newer = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(1, 200)]
+    newer = runs_of_a_second(range(1, 200))
     dify = SimulatedDify([long, *newer])
     _, ended = dify.look_until(NOW + 900, RunWindow())
     assert ended == ids(*newer, long)
@@ -214,7 +210,10 @@ def test_a_run_is_asked_for_ever_less_often_but_at_least_every_few_minutes() -> 
 
 def test_a_paused_run_that_goes_on_is_news_at_its_end_only() -> None:
     run = SimulatedRun(0, NOW + 1, NOW + 5000, paused_from=NOW + 3, paused_until=NOW + 4900)
-    assert SimulatedDify([run]).look_until(NOW + 6000, RunWindow())[1] == ids(run)
+    dify = SimulatedDify([run])
+    window, ended = dify.look_until(NOW + 4800, RunWindow())
+    assert ended == []
+    assert dify.look_until(NOW + 6000, window)[1] == ids(run)
 
 
 def test_a_run_that_never_ends_leaves_after_run_timeout_and_does_not_come_back() -> None:
@@ -247,14 +246,14 @@ def test_a_row_that_is_written_late_is_news() -> None:
 @pytest.mark.parametrize("begins", [-20.0, 10.0])
 def test_a_run_whose_record_is_written_after_its_row_is_news(begins: float) -> None:
     late = SimulatedRun(1, NOW + begins, NOW + begins + 30, recorded_late=130)
-    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(20, 100)]
+    others = runs_of_a_second(range(20, 100))
     _, ended = SimulatedDify([late, *others]).look_until(NOW + 400, RunWindow())
     assert sorted(ended) == ids(late, *others)
 
 
 def test_a_row_whose_record_is_gone_costs_more_only_while_it_is_young() -> None:
     gone = SimulatedRun(1, NOW + 1, recorded_late=float("inf"))
-    others = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(2, 2000)]
+    others = runs_of_a_second(range(2, 2000))
     dify = SimulatedDify([gone, *others])
     window, ended = dify.look_until(NOW + 900, RunWindow())
     before = len(dify.requests)
@@ -266,9 +265,8 @@ def test_a_row_whose_record_is_gone_costs_more_only_while_it_is_young() -> None:
 
 def test_pages_that_shift_while_runs_arrive_miss_none() -> None:
     dify = SimulatedDify([SimulatedRun(0, NOW - 10, NOW - 9)])
-    window = dify.look(RunWindow()).window
-    dify.now += 30
-    dify.runs += [SimulatedRun(number, NOW + number / 10, NOW + number / 10 + 1) for number in range(1, 200)]
+    window = dify.begin()
+    dify.runs += runs_of_a_second(range(1, 200), 0.1)
     dify.arrives = [SimulatedRun(1000 + number, NOW + 30.1, NOW + 31) for number in range(9)]
     dify.seconds_per_request = 0.2
     window, ended = dify.look_until(NOW + 120, window)
@@ -296,7 +294,7 @@ def test_a_quiet_app_costs_one_request_a_look() -> None:
 
 
 def test_a_server_that_knows_no_filter_is_not_read_to_the_end() -> None:
-    runs = [SimulatedRun(number, NOW - 10 * number, NOW - 10 * number + 1) for number in range(1000)]
+    runs = runs_of_a_second(range(1000), -10)
     dify = SimulatedDify(runs, ignores_filter=True)
     dify.look_until(NOW + 300, RunWindow())
     assert len(dify.requests) < 20
@@ -304,18 +302,16 @@ def test_a_server_that_knows_no_filter_is_not_read_to_the_end() -> None:
 
 def test_a_server_that_shows_the_same_page_for_ever_ends_the_look() -> None:
     dify = SimulatedDify([SimulatedRun(number, NOW + 20, NOW + 21) for number in range(PAGE_SIZE)])
-    window = dify.look(RunWindow()).window
-    dify.now += 30
+    window = dify.begin()
     real = dify._page
     dify._page = lambda params: real({**params, "page": 1})  # type: ignore[method-assign]
     assert len(dify.look(window).finished) == PAGE_SIZE
 
 
 def test_a_look_that_fails_changes_nothing_and_the_next_one_brings_it_all() -> None:
-    runs = [SimulatedRun(number, NOW + number / 10, NOW + number / 10 + 1) for number in range(100)]
+    runs = runs_of_a_second(range(100), 0.1)
     dify = SimulatedDify(runs)
-    window = dify.look(RunWindow()).window
-    dify.now += 60
+    window = dify.begin(60)
     dify.failing = lambda request: DifyConnectionError("down") if len(dify.requests) == 4 else None
     with pytest.raises(DifyConnectionError):
         dify.look(window)
@@ -323,13 +319,22 @@ def test_a_look_that_fails_changes_nothing_and_the_next_one_brings_it_all() -> N
     assert [run.workflow_run_id for run in dify.look(window).finished] == ids(*runs)
 
 
-def test_one_run_that_cannot_be_read_does_not_hold_the_others_up() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        DifyConnectionError("broken"),
+        # These stop no look.
+        DifyRequestError("rejected"),
+        DifyWorkflowRunNotFound("gone", workflow_run_id="x"),
+    ],
+)
+def test_one_run_that_cannot_be_read_does_not_hold_the_others_up(error: DifyError) -> None:
     broken, fine = SimulatedRun(1, NOW - 20, NOW + 10), SimulatedRun(2, NOW - 10, NOW + 10)
     newer = [SimulatedRun(number, NOW + 1 + number, NOW + 2 + number) for number in range(3, 10)]
     dify = SimulatedDify([broken, fine])
-    window = dify.look(RunWindow()).window
+    window = dify.begin(0)
     dify.runs += newer
-    dify.failing = lambda request: DifyConnectionError("broken") if broken.id in request else None
+    dify.failing = lambda request: error if broken.id in request else None
     ended: list[str] = []
     errors = 0
     for _ in range(4):
@@ -338,29 +343,17 @@ def test_one_run_that_cannot_be_read_does_not_hold_the_others_up() -> None:
         window = look.window
         errors += look.error is not None
         ended += [run.workflow_run_id for run in look.finished]
-    assert fine.id in ended
-    assert errors
-    dify.failing = lambda request: None
-    dify.now += 30
-    assert [run.workflow_run_id for run in dify.look(window).finished] == ids(broken)
-
-
-@pytest.mark.parametrize("error", [DifyRequestError("rejected"), DifyWorkflowRunNotFound("gone", workflow_run_id="x")])
-def test_one_run_that_dify_refuses_to_show_stops_no_look(error: DifyError) -> None:
-    broken, fine = SimulatedRun(1, NOW - 20), SimulatedRun(2, NOW - 10, NOW + 10)
-    newer = [SimulatedRun(number, NOW + 1 + number, NOW + 2 + number) for number in range(3, 10)]
-    dify = SimulatedDify([broken, fine])
-    window = dify.look(RunWindow()).window
-    dify.runs += newer
-    dify.failing = lambda request: error if broken.id in request else None
-    _, ended = dify.look_until(NOW + 90, window)
     assert sorted(ended) == ids(fine, *newer)
+    assert bool(errors) == (type(error) is DifyConnectionError)
+    if errors:
+        dify.failing = lambda request: None
+        dify.now += 30
+        assert [run.workflow_run_id for run in dify.look(window).finished] == ids(broken)
 
 
 def test_a_key_that_is_refused_for_a_run_fails_the_look() -> None:
     dify = SimulatedDify([SimulatedRun(1, NOW - 20), SimulatedRun(2, NOW - 10, NOW - 5)])
-    window = dify.look(RunWindow()).window
-    dify.now += 30
+    window = dify.begin()
     dify.failing = lambda request: DifyAuthenticationError("refused") if "page=None" in request else None
     with pytest.raises(DifyAuthenticationError):
         dify.look(window)
@@ -369,7 +362,7 @@ def test_a_key_that_is_refused_for_a_run_fails_the_look() -> None:
 def test_a_run_that_was_deleted_leaves_with_run_timeout() -> None:
     run = SimulatedRun(1, NOW - 20)
     dify = SimulatedDify([run])
-    window = dify.look(RunWindow()).window
+    window = dify.begin(0)
     dify.runs = []
     assert dify.look_until(NOW + 300, window)[0].open.keys() == {run.id}
     dify.now += 10_000
@@ -379,8 +372,7 @@ def test_a_run_that_was_deleted_leaves_with_run_timeout() -> None:
 def test_an_outage_is_caught_up() -> None:
     runs = [SimulatedRun(number, NOW + number, NOW + number + 30) for number in range(2000)]
     dify = SimulatedDify(runs)
-    window = dify.look(RunWindow()).window
-    dify.now += 3000
+    window = dify.begin(3000)
     assert [run.workflow_run_id for run in dify.look(window).finished] == ids(*runs)
 
 
@@ -391,25 +383,14 @@ def test_a_status_that_this_version_does_not_know_is_an_end_if_dify_says_when() 
 
 def test_an_event_has_the_runs_facts_and_is_json() -> None:
     dify = SimulatedDify([SimulatedRun(1, NOW + 1, NOW + 2, user="us", triggered_from="schedule")])
-    window = dify.look(RunWindow()).window
-    dify.now += 30
+    window = dify.begin()
     (run,) = dify.look(window).finished
     event = run.as_event()
-    assert list(event) == [
-        "workflow_run_id",
-        "status",
-        "user",
-        "triggered_from",
-        "total_tokens",
-        "elapsed_time",
-        "created_at",
-        "finished_at",
-    ]
+    facts = ["workflow_run_id", "status", "user", "triggered_from"]
+    assert list(event) == [*facts, "total_tokens", "elapsed_time", "created_at", "finished_at"]
     assert (event["status"], event["user"], event["triggered_from"]) == ("succeeded", "us", "schedule")
     assert json.loads(json.dumps(event)) == event
-
-
-def test_an_event_is_such_that_every_database_takes_it() -> None:
+    # And such that every database takes it.
     run = FinishedRun("id", "odd\0status", "a\0b\ud800", None, 10**30, 1.0, None, None)
     event = run.as_event()
     assert (event["status"], event["user"], event["total_tokens"]) == ("odd\\x00status", "a\\x00b\\ud800", None)
@@ -440,7 +421,7 @@ def test_a_state_that_cannot_be_read_begins_from_scratch(data: Any) -> None:
 
 def test_a_row_from_a_clock_that_was_days_ahead_hides_no_later_run() -> None:
     ahead = SimulatedRun(1, NOW + 400_000, NOW + 400_001)
-    later = [SimulatedRun(number, NOW + 10 * number, NOW + 10 * number + 1) for number in range(2, 20)]
+    later = runs_of_a_second(range(2, 20), 10)
     dify = SimulatedDify([ahead, *later])
     real = dify._page
     # Its row is in the log all the time.
@@ -451,7 +432,7 @@ def test_a_row_from_a_clock_that_was_days_ahead_hides_no_later_run() -> None:
 
 
 def test_a_state_that_is_days_ahead_loses_no_run_from_now_on() -> None:
-    runs = [SimulatedRun(number, NOW + number, NOW + number + 1) for number in range(1, 20)]
+    runs = runs_of_a_second(range(1, 20))
     assert SimulatedDify(runs).look_until(NOW + 60, RunWindow(read_until=NOW + 400_000))[1] == ids(*runs)
 
 
@@ -470,8 +451,7 @@ RUNS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(RUNS, st.lists(st.integers(0, 40), max_size=10), st.sampled_from([5.0, 30.0, 120.0]))
+@fuzzed(RUNS, st.lists(st.integers(0, 40), max_size=10), st.sampled_from([5.0, 30.0, 120.0]), short=20, full=100)
 def test_each_run_is_news_once_whatever_happens(
     runs: list[tuple[float, float, float, bool]], failures: list[int], interval: float
 ) -> None:
@@ -532,6 +512,7 @@ def test_a_look_asks_for_so_many_details_and_the_next_one_for_the_others() -> No
     assert 45 < asked[2] <= 50
 
 
+@pytest.mark.long
 def test_many_runs_of_all_lengths_are_news_soon() -> None:
     # 500 a minute; most last a minute, some much longer.
     generator = random.Random(1)

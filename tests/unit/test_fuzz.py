@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from airflow.models.connection import Connection
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example
 from hypothesis import strategies as st
 
 from airflow_provider_dify.api import responses
@@ -32,16 +32,10 @@ from airflow_provider_dify.runs.verdict import judge
 from airflow_provider_dify.runs.waiting import error_from_event
 from airflow_provider_dify.tasks.xcoms import check_outputs, xcoms_from_run
 from tests.dify_stand_in import API_KEY, Recording
+from tests.unit.fuzzing import fuzzed
 from tests.unit.relays import RawServer
 
 RUN_ID = "2d7a7544-770c-496f-8ef9-4e622682b330"
-
-# Each example makes sockets and threads, so time says nothing.
-settings.register_profile(
-    "fuzz", deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow], derandomize=True
-)
-settings.load_profile("fuzz")
-over_sockets = settings(max_examples=40, suppress_health_check=list(HealthCheck))
 
 
 def nested(depth: int, inner: str = "1") -> str:
@@ -156,7 +150,7 @@ def only_dify_errors() -> Iterator[None]:
         assert_is_presentable(error)
 
 
-@given(statuses, headers, bodies)
+@fuzzed(statuses, headers, bodies)
 @example(429, {"Retry-After": "Fri, 31 Dec 9999 23:59:59 -2359"}, b"")
 @example(302, {"Location": "http://[::1/x"}, b"")
 def test_every_response_is_a_value_or_an_error_of_ours(status: int, head: dict[str, str], body: bytes) -> None:
@@ -169,7 +163,7 @@ def test_every_response_is_a_value_or_an_error_of_ours(status: int, head: dict[s
     assert_is_presentable(responses.error_from_start(response))
 
 
-@given(runs)
+@fuzzed(runs)
 @example({"id": "\x1f", "status": "succeeded", "outputs": {}})
 def test_every_run_has_a_verdict_and_xcoms_or_an_error_that_names_the_output(fields: dict[str, Any]) -> None:
     body = json.dumps(fields).encode()
@@ -184,7 +178,7 @@ def test_every_run_has_a_verdict_and_xcoms_or_an_error_that_names_the_output(fie
         verdict.raise_if_failed(run)
 
 
-@given(values | objects_with("user_input_form"), st.dictionaries(st.text(max_size=5), values, max_size=3))
+@fuzzed(values | objects_with("user_input_form"), st.dictionaries(st.text(max_size=5), values, max_size=3))
 def test_every_input_form_can_be_parsed_and_checked_against(form: Any, inputs: dict[str, Any]) -> None:
     check_inputs(parse_input_form(form), inputs)
     fits(fingerprint(inputs), inputs)
@@ -221,7 +215,7 @@ streams = st.lists(
 ).map(b"".join)
 
 
-@given(streams, st.integers(1, 50))
+@fuzzed(streams, st.integers(1, 50))
 def test_every_stream_is_events_or_one_value_error(stream: bytes, size: int) -> None:
     reader, progress = EventStreamReader(), RunProgress()
     # ValueError is what the reader promises, and what the stream makes an error of ours of.
@@ -237,16 +231,12 @@ def test_every_stream_is_events_or_one_value_error(stream: bytes, size: int) -> 
 # --- a trigger's event
 
 
-@given(values | objects_with("type", "text", "attributes"))
+@fuzzed(values | objects_with("type", "text", "attributes", "end", "message", "error", "status"))
 @example({"type": ["DifyError"], "attributes": 5})
 @example({"type": "_ResponseError", "text": None})
-def test_every_event_of_a_trigger_stands_for_an_error_of_ours(data: Any) -> None:
+def test_every_event_of_a_trigger_stands_for_an_error_of_ours_or_says_that_the_run_is_over(data: Any) -> None:
     assert isinstance(DifyError.from_event(data), DifyError)
-
-
-@given(values | objects_with("end", "message", "error", "status"))
-def test_every_event_means_an_error_or_that_the_run_is_over(event: Any) -> None:
-    error = error_from_event(event, TimeoutError)
+    error = error_from_event(data, TimeoutError)
     assert error is None or isinstance(error, (DifyError, TimeoutError))
 
 
@@ -299,7 +289,7 @@ def airflow_connection(**fields: Any) -> Connection:
     return connection
 
 
-@given(
+@fuzzed(
     hosts,
     st.sampled_from([None, "http", "https", "ftp", ""]) | st.text(max_size=8),
     st.none() | st.integers(),
@@ -308,6 +298,8 @@ def airflow_connection(**fields: Any) -> Connection:
 )
 @example("dify.invalid", "http", None, API_KEY, '{"timeout": 1e10}')
 @example("dify.invalid", "http", None, API_KEY, '{"proxies": {"http": "http://user:pw@"}}')
+@example("dify.invalid", "http", None, API_KEY, '{"proxies": {"http": "http://[::1"}}')
+@example("bücher.invalid", "http", None, API_KEY, "{}")
 @example("dify.invalid", "https", None, API_KEY, json.dumps({"verify": __file__}))
 def test_every_connection_can_be_used_or_is_an_error_of_ours(
     host: str, schema: str | None, port: int | None, password: str | None, extra: str
@@ -320,15 +312,21 @@ def test_every_connection_can_be_used_or_is_an_error_of_ours(
             settings_of_it.owns(url)
 
 
-@over_sockets
-@given(
-    hosts, extras, st.dictionaries(st.sampled_from(["http_proxy", "https_proxy", "all_proxy", "no_proxy"]), proxy_urls)
+@pytest.mark.usefixtures("nothing_resolves")
+@fuzzed(
+    hosts,
+    extras,
+    st.dictionaries(st.sampled_from(["http_proxy", "https_proxy", "all_proxy", "no_proxy"]), proxy_urls),
+    short=8,
+    full=40,
 )
 @example("https://dify.invalid", {"verify": __file__}, {})
 @example("http://dify.invalid", {}, {"http_proxy": "socks5://h:1"})
+@example("https://dify.invalid", {}, {"REQUESTS_CA_BUNDLE": "/nowhere.pem"})
+@example("https://dify.invalid", {}, {"CURL_CA_BUNDLE": "/nowhere.pem"})
 @example("http://dify.invalid", {"proxies": {"http": "http://user:pw@"}}, {})
 def test_a_hook_that_cannot_reach_anything_raises_an_error_of_ours(
-    nothing_resolves: None, host: str, extra: dict[str, Any], environment: dict[str, str]
+    host: str, extra: dict[str, Any], environment: dict[str, str]
 ) -> None:
     fields = {"conn_type": "dify", "host": host, "password": API_KEY, "extra": {"timeout": 1, **extra}}
     # Airflow itself can't read a connection with a lone surrogate from its environment.
@@ -339,21 +337,6 @@ def test_a_hook_that_cannot_reach_anything_raises_an_error_of_ours(
             with contextlib.suppress(ValueError, UnicodeError):
                 monkeypatch.setenv(name, value)
         ask_everything(expect_errors=True)
-
-
-@pytest.mark.parametrize("name", ["REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"])
-def test_a_ca_bundle_of_the_environment_that_is_missing_is_an_error_of_ours(
-    nothing_resolves: None, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    for other in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, "/nowhere.pem")
-    fields = {"conn_type": "dify", "host": "https://dify.invalid", "password": API_KEY}
-    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
-    ask_everything(expect_errors=True)
-    is_good, message = DifyHook().test_connection()
-    assert not is_good
-    assert "/nowhere.pem" in message
 
 
 # --- all of it, over sockets
@@ -388,13 +371,6 @@ def ask_everything(*, expect_errors: bool = False) -> None:
     assert not (is_good and expect_errors)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[RawServer]:
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    with RawServer() as listening:
-        yield listening
-
-
 def on_the_wire(status: int, head: dict[str, str], body: bytes) -> bytes:
     lines = [f"HTTP/1.1 {status} -", *(f"{name}: {value}" for name, value in head.items()), "Connection: close"]
     return "\r\n".join(lines).encode("latin-1", "replace") + f"\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
@@ -419,18 +395,13 @@ raw_responses = (
 )
 
 
-@over_sockets
-@given(raw_responses)
+@fuzzed(raw_responses, short=8, full=40)
 @example(on_the_wire(302, {"Location": "http://[::1/x"}, b""))
 @example(on_the_wire(302, {"Location": "http://host:99999/x"}, b""))
-def test_whatever_a_server_sends_is_a_value_or_an_error_of_ours(server: RawServer, response: bytes) -> None:
-    server.response = response
-    fields = {
-        "conn_type": "dify",
-        "host": f"http://127.0.0.1:{server.port}/v1",
-        "password": API_KEY,
-        "extra": {"timeout": 2},
-    }
-    with pytest.MonkeyPatch.context() as monkeypatch:
+def test_whatever_a_server_sends_is_a_value_or_an_error_of_ours(response: bytes) -> None:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    with RawServer(response) as server, pytest.MonkeyPatch.context() as monkeypatch:
+        host = f"http://127.0.0.1:{server.port}/v1"
+        fields = {"conn_type": "dify", "host": host, "password": API_KEY, "extra": {"timeout": 2}}
         monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
         ask_everything()

@@ -8,10 +8,10 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_dify.runs.log import fingerprint, fits
+from tests.unit.fuzzing import fuzzed
 from tests.unit.test_input_form import JSON
 
 SYSTEM = {"sys.user_id": "u1", "sys.files": [], "sys.timestamp": 1795299664, "sys.workflow_run_id": "5c0c"}
@@ -109,7 +109,7 @@ def test_a_fingerprint_is_the_same_in_every_process_and_version() -> None:
     }
 
 
-@given(st.dictionaries(st.text(), JSON))
+@fuzzed(st.dictionaries(st.text(), JSON))
 def test_inputs_fit_themselves_whatever_they_are(inputs: dict[str, Any]) -> None:
     made = fingerprint(inputs)
     assert fits(made, inputs) is (True if made else None)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
 
 from airflow_provider_dify.runs.inputs import InputField, InputForm, parse_input_form
+from tests.unit.fuzzing import fuzzed
 
 RECORDED = Path(__file__).parents[1] / "recorded"
 JSON = st.recursive(
@@ -67,13 +67,30 @@ def test_a_file_field_says_which_files_it_takes() -> None:
     assert field.file_transfer_methods == ("local_file",)
 
 
-def test_a_form_without_fields_is_known_to_take_no_input() -> None:
-    assert parse_input_form(parameters()) == InputForm((), complete=True)
+@pytest.mark.parametrize(
+    ("key", "values", "field"),
+    [
+        # No positive whole number.
+        ("max_length", [None, 0, -1, "48", 4.5, True, []], InputField("v", "select")),
+        # No list of texts.
+        ("options", [None, "red", {"red": 1}, ["red", 5]], InputField("v", "select")),
+        # Only a plain true makes a field required.
+        ("required", [None, "true", 1, False], InputField("v", "select")),
+        ("required", [True], InputField("v", "select", required=True)),
+        # It contradicts itself.
+        ("type", ["file"], InputField("v", "")),
+    ],
+)
+def test_what_a_field_says_wrongly_is_not_known(key: str, values: list[Any], field: InputField) -> None:
+    for value in values:
+        assert parse_input_form(parameters({"select": {"variable": "v", key: value}})).fields == (field,)
 
 
 @pytest.mark.parametrize("response", [None, [], "text", {}, {"user_input_form": None}, {"user_input_form": {}}])
 def test_a_response_without_a_form_says_nothing_about_inputs(response: Any) -> None:
     assert parse_input_form(response) == InputForm((), complete=False)
+    # An empty form is known to take no input.
+    assert parse_input_form(parameters()) == InputForm((), complete=True)
 
 
 @pytest.mark.parametrize(
@@ -86,31 +103,7 @@ def test_an_entry_that_can_not_be_read_leaves_the_others_and_makes_the_form_inco
     assert form == InputForm((InputField("n", "number"),), complete=False)
 
 
-def test_a_field_whose_type_is_only_its_key_has_that_type() -> None:
-    assert parse_input_form(parameters({"select": {"variable": "s"}})).fields[0].type == "select"
-
-
-def test_a_field_that_contradicts_itself_has_no_type() -> None:
-    assert parse_input_form(parameters({"select": {"variable": "s", "type": "file"}})).fields[0].type == ""
-
-
-@pytest.mark.parametrize("max_length", [None, 0, -1, "48", 4.5, True, []])
-def test_a_limit_that_is_no_positive_whole_number_is_none(max_length: Any) -> None:
-    (field,) = parse_input_form(parameters({"paragraph": {"variable": "p", "max_length": max_length}})).fields
-    assert field.max_length is None
-
-
-@pytest.mark.parametrize("options", [None, "red", {"red": 1}, ["red", 5]])
-def test_options_that_are_no_list_of_texts_are_not_known(options: Any) -> None:
-    assert parse_input_form(parameters({"select": {"variable": "s", "options": options}})).fields[0].options == ()
-
-
-@pytest.mark.parametrize("required", [None, "true", 1, False])
-def test_only_a_plain_true_makes_a_field_required(required: Any) -> None:
-    assert not parse_input_form(parameters({"number": {"variable": "n", "required": required}})).fields[0].required
-
-
-@given(
+@fuzzed(
     st.fixed_dictionaries({"user_input_form": JSON | st.lists(st.dictionaries(st.text(), JSON))})
     | JSON
     | st.lists(st.dictionaries(st.text(), st.dictionaries(st.sampled_from(KEYS), JSON))).map(lambda x: parameters(*x))

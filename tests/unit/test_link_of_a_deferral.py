@@ -13,7 +13,7 @@ from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor
 from airflow_provider_dify.tasks.xcoms import RUN_LOG
 from tests.dify_stand_in import DifyStandIn, respond
 
-pytestmark = pytest.mark.usefixtures("dify_connection")
+pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries")
 
 
 def deferral_of(dify: DifyStandIn) -> tuple[dict[str, Any], list[str]]:

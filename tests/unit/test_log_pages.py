@@ -8,12 +8,12 @@ from typing import Any
 
 import pendulum
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_dify.api.calls import Call, Client
 from airflow_provider_dify.api.models import LoggedWorkflowRun, row_key
 from airflow_provider_dify.runs.log import read_log
+from tests.unit.fuzzing import fuzzed
 from tests.unit.scripted_client import ScriptedClient
 
 NOW = 1_800_000_000
@@ -57,8 +57,7 @@ async def ids_in(client: Client, size: int) -> list[str]:
     return [row_key(row) async for rows in read_log(client, size=size) for row in rows]
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(0, 30), max_size=200), st.sampled_from([2, 7, 20, 100]))
+@fuzzed(st.lists(st.integers(0, 30), max_size=200), st.sampled_from([2, 7, 20, 100]), short=50, full=200)
 def test_no_row_is_missed_where_many_are_of_one_second(seconds: list[int], size: int) -> None:
     log = SortedLog([second for second in seconds if seconds.count(second) <= 100])
     assert len(log.read(size)) == len(log.rows)

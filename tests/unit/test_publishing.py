@@ -22,6 +22,7 @@ SOURCE = dict(url.split(", ", 1) for url in metadata("airflow-provider-dify").ge
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 NEED_AIRFLOW_3 = {"airflow_provider_dify.triggers.dify_events"}
 
+pytestmark = pytest.mark.long
 in_the_repository = pytest.mark.skipif(not WORKFLOWS, reason="the sdist has no workflows")
 
 
@@ -77,9 +78,13 @@ def test_a_workflow_runs_make_targets_and_pinned_actions_only(path: Path) -> Non
 @in_the_repository
 def test_no_file_names_another_repository_than_the_package() -> None:
     named = re.compile(r"https://github\.com/[\w-]+/airflow-provider-dify\b")
-    files = [ROOT / name for name in ("pyproject.toml", ".airflow-registry.yaml", ".astro-registry.yaml")]
-    for path in files:
+    names = ("pyproject.toml", ".airflow-registry.yaml", ".astro-registry.yaml", "SECURITY.md", "CHANGELOG.md")
+    for path in [ROOT / name for name in names]:
         assert set(named.findall(path.read_text(encoding="utf-8"))) == {SOURCE}
+
+
+def test_a_vulnerability_is_reported_at_the_packages_repository() -> None:
+    assert f"]({SOURCE}/security/advisories/new)" in (ROOT / "SECURITY.md").read_text(encoding="utf-8")
 
 
 def test_the_docs_need_no_repository() -> None:
@@ -154,9 +159,24 @@ def test_a_release_needs_one_version_and_one_repository_everywhere(
     tag: str, repository_url: str, changelog: str, problem: str | None
 ) -> None:
     find_problems = script("check_release").find_problems
-    problems = find_problems(tag, repository_url, "1.2.3", "https://example.com/a", changelog)
+    problems = find_problems(tag, repository_url, "1.2.3", "https://example.com/a", changelog, {"README.md": "Install"})
     assert len(problems) == (problem is not None)
     assert problem is None or problem in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("said", "is_refused"),
+    [
+        ("There is no release yet. Build the wheel.", True),
+        ("There is no release on the package index\nyet.", True),
+        ("Nothing is published yet.", True),
+        ("For a version that is not released, build the wheel.", False),
+    ],
+)
+def test_a_release_does_not_say_that_there_is_none(said: str, is_refused: bool) -> None:
+    find_problems = script("check_release").find_problems
+    problems = find_problems("v1.2.3", "", "1.2.3", "", CHANGELOG, {"README.md": "Fine.", "docs/install.md": said})
+    assert [problem.partition(" says ")[0] for problem in problems] == ["docs/install.md"] * is_refused
 
 
 # --- the site

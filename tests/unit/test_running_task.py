@@ -134,7 +134,7 @@ def test_a_run_whose_stop_nobody_would_remember_is_left_to_the_retry(
     caplog.set_level(logging.INFO)
     kill_while_airflow_is_away(dify, failure, max_tries=1)
     assert dify.stopped == []
-    assert f"Workflow run {dify.started[0].workflow_run_id} goes on for the retry of this task." in caplog.text
+    assert f"Workflow run {dify.started[0].workflow_run_id} keeps running for the retry of this task." in caplog.text
 
 
 @pytest.mark.parametrize("dialect", ["1.14.2"], indirect=True)

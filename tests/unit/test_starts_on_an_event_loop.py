@@ -200,7 +200,7 @@ def test_a_stream_that_breaks_before_the_run_is_named_leaves_it_uncertain(
 @pytest.mark.parametrize("then", ["close", "reset"])
 def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(dify: DifyStandIn, then: str) -> None:
     dify.starts.append(Start(cut=2000, then=then, piece=97))
-    with pytest.raises(DifyConnectionError, match=r"events of workflow run .* broke off .*The run goes on\."):
+    with pytest.raises(DifyConnectionError, match=r"events of workflow run .* broke off .*The run continues\."):
         start()
     assert len(dify.started) == 1
 

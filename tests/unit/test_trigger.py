@@ -655,7 +655,7 @@ def test_a_killed_wait_whose_time_is_over_says_that_the_run_goes_on(
     run_id = dify.add_run("running")
     dify.misbehave_always(stall(5), only="/stop")
     run(trigger_of(run_id, stop_task_id="t", stop_user="airflow").on_kill())
-    assert f"Workflow run {run_id} may go on: [triggerer] on_kill_timeout of 1 seconds is over" in caplog.text
+    assert f"Workflow run {run_id} may keep running: [triggerer] on_kill_timeout of 1 seconds is over" in caplog.text
 
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 no trigger is killed")
@@ -852,11 +852,11 @@ def test_a_wait_that_breaks_says_what_broke(
     run_id = dify.add_run("running")
     payload = payload_of(trigger_of(run_id))
     assert (payload["end"], payload["status"]) == ("failed", None)
-    assert payload["message"].startswith(f"The wait on Dify workflow run {run_id} broke: KeyError: 'xxx")
+    assert payload["message"].startswith(f"The wait for Dify workflow run {run_id} broke: KeyError: 'xxx")
     assert len(payload["message"]) < 450
     assert str(DifyError.from_event(payload["error"])) == payload["message"]
     (record,) = [record for record in caplog.records if record.exc_info]
-    assert record.getMessage() == f"The wait on Dify workflow run {run_id} broke."
+    assert record.getMessage() == f"The wait for Dify workflow run {run_id} broke."
 
 
 # --- the event loop
@@ -904,7 +904,9 @@ def test_the_server_is_named_once(dify: DifyStandIn, caplog: pytest.LogCaptureFi
     caplog.set_level(logging.INFO, "wait")
     payload_of(trigger_of(dify.add_run("running", "running", "succeeded")))
     lines = [record.getMessage() for record in caplog.records if "Dify " in record.getMessage()]
-    assert [line for line in lines if " at " in line] == [f"Dify {dialect} at {dify.base_url}"]
+    assert [line for line in lines if " at " in line] == [
+        f"Dify {dify.dialect_rules.server_version} at {dify.base_url}"
+    ]
 
 
 def test_what_changes_is_logged_and_not_each_poll(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:

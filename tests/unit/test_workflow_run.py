@@ -453,8 +453,8 @@ def test_a_run_that_1_16_1_ends_after_a_form_may_have_its_outputs() -> None:
         (
             make_run("stopped", error="Client response stream closed before app execution completed"),
             "Client response stream closed before app execution completed. "
-            f"Dify workflow run {RUN_ID} was stopped after 0.1 seconds and 2 steps. Dify 1.16.1 is known to end a run "
-            "like this after it was paused for a person, although its nodes ran to the end. Its outputs may be "
+            f"Dify workflow run {RUN_ID} was stopped after 0.1 seconds and 2 steps. Dify 1.16.0 and 1.16.1 end "
+            "runs like this that were paused for a person, although their nodes ran to the end. Its outputs may be "
             "complete: see the exception's run, or the run in Dify's console.",
         ),
         (
