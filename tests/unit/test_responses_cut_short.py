@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.combinations import pairs
 from tests.dify_stand_in import API_KEY, DifyStandIn, Start
 from tests.unit.relays import Change, Relay
 from tests.unit.test_run_workflow import RunWorkflow, on_a_worker, on_an_event_loop
@@ -17,6 +18,7 @@ from tests.unit.test_start_over_sockets import after_the_start
 INPUTS = {"query": "x"}
 # The whole response has 3,600 bytes (1.16.1) to 7,700 (1.12.1); the run is named in the first thousand.
 LENGTHS = (*range(0, 1200, 60), *range(1200, 7800, 600))
+FEW_LENGTHS = (0, 60, 300, 600, 900, 3000)
 
 pytestmark = pytest.mark.usefixtures("quick_retries")
 
@@ -36,16 +38,20 @@ def cut_once_after(length: int) -> Change:
     return change
 
 
-@pytest.mark.parametrize("over_tls", [False, True], ids=["http", "https"])
-@pytest.mark.parametrize("run_workflow", [on_a_worker, on_an_event_loop])
+@pytest.mark.parametrize(
+    ("over_tls", "run_workflow"),
+    pairs([pytest.param(False, id="http"), pytest.param(True, id="https")], [on_a_worker, on_an_event_loop]),
+)
+@pytest.mark.parametrize("lengths", [FEW_LENGTHS, pytest.param(LENGTHS, marks=pytest.mark.long)], ids=["few", "many"])
 def test_a_start_whose_response_breaks_off_at_any_byte_is_one_run(
     certificate: tuple[ssl.SSLContext, Path],
     monkeypatch: pytest.MonkeyPatch,
     dialect: str,
     run_workflow: RunWorkflow,
     over_tls: bool,
+    lengths: tuple[int, ...],
 ) -> None:
-    for length in LENGTHS:
+    for length in lengths:
         with (
             DifyStandIn(dialect, tls=certificate[0] if over_tls else None) as dify,
             Relay(dify.port, after_the_start(dify, cut_once_after(length))) as relay,

@@ -22,6 +22,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.tasks.start import StartMemory, default_user, new_start
+from tests.combinations import each_or_long
 from tests.dify_stand_in import (
     API_KEY,
     PING,
@@ -56,7 +57,7 @@ def default_dialect() -> str:
     return "current"
 
 
-@pytest.fixture(params=[on_a_worker, on_an_event_loop])
+@pytest.fixture(params=each_or_long([on_a_worker, on_an_event_loop], short=[on_a_worker]))
 def run_workflow(request: pytest.FixtureRequest) -> RunWorkflow:
     return request.param
 

@@ -36,7 +36,6 @@ from tests.dify_stand_in import (
     respond,
     too_many_requests,
 )
-from tests.standstill import Standstill
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 
@@ -295,8 +294,8 @@ def test_each_start_has_a_connection_of_its_own(dify: DifyStandIn) -> None:
     assert dify.connections_opened == 3
 
 
-def test_a_run_that_is_closed_hangs_up_and_waits_for_nothing(dify: DifyStandIn, standstill: Standstill) -> None:
-    dify.starts.append(Start(duration=20.0))
+def test_a_run_that_is_closed_hangs_up_and_waits_for_nothing(dify: DifyStandIn) -> None:
+    dify.starts.append(Start(duration=60.0))
 
     async def run() -> float:
         async with DifyAsyncHook() as hook:
@@ -305,7 +304,7 @@ def test_a_run_that_is_closed_hangs_up_and_waits_for_nothing(dify: DifyStandIn, 
                 assert (await stream.next_event(0.5)) is not None
             return time.monotonic() - began
 
-    assert asyncio.run(run()) - standstill.seconds < 2
+    assert asyncio.run(run()) < 20
 
 
 def test_many_runs_at_once_share_the_loop(dify: DifyStandIn) -> None:

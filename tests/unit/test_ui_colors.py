@@ -20,6 +20,8 @@ Matrix = tuple[Colour, Colour, Colour]
 TURNED_HUE: Matrix = ((-0.574, 1.43, 0.144), (0.426, 0.43, 0.144), (0.426, 1.43, -0.856))
 LESS_SATURATED: Matrix = ((0.9213, 0.0715, 0.0072), (0.0213, 0.9715, 0.0072), (0.0213, 0.0715, 0.9072))
 
+pytestmark = pytest.mark.long
+
 
 def classes() -> list[type[Any]]:
     info = get_provider_info()
