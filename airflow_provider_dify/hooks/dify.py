@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from airflow_provider_dify.api.client import DifyClient
-    from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
+    from airflow_provider_dify.hooks.started_run import WorkflowRunStream
     from airflow_provider_dify.tasks.loop import TaskLoop
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ class DifyHook(BaseHook):
         :raises DifyWorkflowRunUncertain: if a run may have been started and can't be named.
         :raises DifyConnectionError: if nothing was started, retries included.
         """
-        from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
+        from airflow_provider_dify.hooks.started_run import WorkflowRunStream
 
         inputs, deadline = calls.plain_inputs(inputs), self._deadline_after(timeout)
 
