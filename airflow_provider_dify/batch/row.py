@@ -27,8 +27,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.runs.log import RunSearch, looking_again
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import StopReport, stop_run
-from airflow_provider_dify.runs.verdict import Outcome, Verdict
-from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments, delay_after
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments, delay_after
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

@@ -15,8 +15,7 @@ from airflow_provider_dify.api.run_stream import SECONDS_AFTER_ERROR, AsyncWorkf
 from airflow_provider_dify.api.text import as_text, one_line
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyInputsRejected, DifyWorkflowRunNotFound
 from airflow_provider_dify.runs.log import RETRY_DELAY
-from airflow_provider_dify.runs.verdict import Outcome, Verdict
-from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments, delay_after
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments, delay_after
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

@@ -34,16 +34,20 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.runs.verdict import Outcome
 from airflow_provider_dify.runs.waiting import (
+    Outcome,
     RunWait,
     TriggerWait,
     WaitArguments,
-    deferral_end,
     error_from_event,
-    is_limited,
 )
-from airflow_provider_dify.tasks.arguments import parse_count, parse_end_from_trigger, parse_seconds
+from airflow_provider_dify.tasks.arguments import (
+    deferral_end,
+    is_limited,
+    parse_count,
+    parse_end_from_trigger,
+    parse_seconds,
+)
 from airflow_provider_dify.tasks.xcoms import TaskXComs, has_link
 
 if TYPE_CHECKING:

@@ -29,8 +29,7 @@ from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.log import before_start
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport
-from airflow_provider_dify.runs.verdict import Outcome, Verdict
-from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments
 from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import (
     SECONDS_FOR_LOG,

@@ -17,8 +17,7 @@ from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.exceptions import DifyError, DifyOutputsError
 from airflow_provider_dify.links.dify import RUN_LOG_KEY, DifyWorkflowRunLink
-from airflow_provider_dify.runs.verdict import Verdict
-from airflow_provider_dify.runs.waiting import TriggerWait
+from airflow_provider_dify.runs.waiting import TriggerWait, Verdict
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

@@ -36,7 +36,7 @@ from airflow_provider_dify.tasks.arguments import parse_seconds
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from airflow_provider_dify.hooks.shared_reading import SharedReading
+    from airflow_provider_dify.hooks.dify_async import SharedReading
 
 # Seconds between two lines of a trigger that can't work: it has no task that could fail.
 COMPLAINT_INTERVAL = 60.0
@@ -277,6 +277,6 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
 
 
 def _load_reading() -> Any:
-    from airflow_provider_dify.hooks.shared_reading import SharedReading
+    from airflow_provider_dify.hooks.dify_async import SharedReading
 
     return SharedReading

@@ -9,7 +9,7 @@ import logging
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -28,8 +28,7 @@ from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.runs.following import RunProgress
 from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
 from airflow_provider_dify.runs.log import fingerprint, fits
-from airflow_provider_dify.runs.verdict import judge
-from airflow_provider_dify.runs.waiting import error_from_event
+from airflow_provider_dify.runs.waiting import WaitArguments, error_from_event
 from airflow_provider_dify.tasks.xcoms import check_outputs, xcoms_from_run
 from tests.dify_stand_in import API_KEY, Recording
 from tests.unit.relays import RawServer
@@ -176,7 +175,7 @@ def test_every_run_has_a_verdict_and_xcoms_or_an_error_that_names_the_output(fie
     response = HttpResponse(200, {}, body, "https://dify.example/v1", "my_dify", (API_KEY,))
     with only_dify_errors():
         run = responses.parse_workflow_run(response, RUN_ID)
-        verdict = judge(run, now=datetime.now(timezone.utc), run_timeout=60)
+        verdict = WaitArguments(run_timeout=60).judge(run)
         assert verdict.reason.isprintable()
         assert len(verdict.reason) < 2000
         assert "return_value" in xcoms_from_run(run, multiple_outputs=True)
