@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import aiohttp
 
-from airflow_provider_dify.api.calls import Call, encode_start, events_path, start_path
+from airflow_provider_dify.api.calls import Call, encode_start, start_path
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
@@ -163,7 +163,7 @@ class SharedSession(Shared):
         """
         client = await self.open()
         reader = EventStreamReader()
-        url = f"{self.connection.base_url}{events_path(workflow_run_id)}"
+        url = f"{self.connection.base_url}/workflow/{workflow_run_id}/events"
         async with client.get(url, params={"user": user}, allow_redirects=False, proxy=self.proxy) as response:
             async for piece in response.content.iter_any():
                 if not response.ok:

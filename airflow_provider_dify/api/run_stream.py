@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
+from airflow_provider_dify.api.calls import error_from_start, error_from_start_event
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
-from airflow_provider_dify.api.responses import error_from_start, error_from_start_event
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import one_line
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 
 if TYPE_CHECKING:

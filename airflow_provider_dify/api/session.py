@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin
 
 import requests
@@ -20,7 +22,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponent
 
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection, is_proxy_url
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import one_line
 from airflow_provider_dify.exceptions import MAX_RETRY_DELAY, DifyConfigurationError, DifyConnectionError
 
 if TYPE_CHECKING:
@@ -195,6 +197,23 @@ def _call_within(seconds: float, call: Callable[[], T]) -> T:
     for result in results:
         return result
     raise TimeoutError(f"no whole response within {seconds:.3g} seconds")
+
+
+@contextmanager
+def open_upload(
+    file: str | os.PathLike[str] | IO[bytes], file_name: str | None, mime_type: str | None
+) -> Iterator[tuple[str, IO[bytes], str]]:
+    """
+    Return name, open file and type of a file to upload, as ``requests`` takes them. A file that is open already stays
+    open. Without a type, which is guessed from the name by default, Dify refuses the upload (415).
+    """
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+        except OSError as error:
+            raise DifyConfigurationError(f"The file to upload cannot be read: {error}") from error
+        name = file_name or os.path.basename(str(getattr(opened, "name", "file")))
+        yield name, opened, mime_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 @dataclass(frozen=True)

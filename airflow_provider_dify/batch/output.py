@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-from airflow_provider_dify.api.text import one_line, redact
+from airflow_provider_dify.api.models import one_line, redact
 from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, ReturnedResults, RowResult, RowSet

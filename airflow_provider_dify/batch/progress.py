@@ -8,8 +8,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.api.models import WorkflowRunStatus
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import WorkflowRunStatus, one_line
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.exceptions import DifyBatchFailed
 from airflow_provider_dify.tasks.arguments import parse_limit

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.client import DifyClient
-from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import WorkflowRun, one_line
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan

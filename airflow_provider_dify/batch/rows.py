@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Client
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import one_line
 from airflow_provider_dify.batch.storage import open_text
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
 from airflow_provider_dify.runs.inputs import InputForm, check_inputs, parse_input_form

@@ -11,8 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api.client import DifyClient
-from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from, one_line
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.output import Output
 from airflow_provider_dify.batch.progress import BatchProgress

@@ -12,12 +12,11 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from airflow.providers.common.compat.sdk import BaseHook
 
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Call, open_upload
+from airflow_provider_dify.api.calls import Call, parse_uploaded_file_id
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
-from airflow_provider_dify.api.responses import parse_uploaded_file_id
-from airflow_provider_dify.api.session import DifySession, RequestRetries, send
+from airflow_provider_dify.api.session import DifySession, RequestRetries, open_upload, send
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, RunWait, WaitArguments
@@ -90,11 +89,6 @@ class DifyHook(BaseHook):
             settings = DifyConnection.from_airflow(connection, has_name=self._names_connection)
             self._connection = replace(settings, timeout=self.timeout or settings.timeout)
         return self._connection
-
-    @property
-    def response_timeout(self) -> float:
-        """Seconds for a whole response."""
-        return self.connection.timeouts()[1]
 
     def get_conn(self) -> requests.Session:
         """

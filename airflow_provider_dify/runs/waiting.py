@@ -11,8 +11,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, one_line
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
     DifyConnectionError,

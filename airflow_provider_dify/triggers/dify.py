@@ -15,8 +15,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
 from airflow_provider_dify.api.calls import parse_workflow_run_id
-from airflow_provider_dify.api.models import known_fields
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import known_fields, one_line
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.calls import parse_workflow_run_id
+from airflow_provider_dify.api.calls import parse_app_info, parse_workflow_run, parse_workflow_run_id
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.api.responses import parse_app_info, parse_workflow_run
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
