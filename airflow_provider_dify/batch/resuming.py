@@ -89,9 +89,8 @@ class Resumption:
         # Rows are counted as their turns come: those that Dify is never asked to run are none of them.
         self._turn = 0
         self._end = self._width if earlier.can_be else 0
-        # The turn of each row that was not looked for yet, and of each whose look is repeated.
+        # The turn of each row that was not looked for yet.
         self._looking: dict[int, int] = {}
-        self._turns: dict[int, int] = {}
         self._slots = asyncio.Semaphore(MOST_LOOKS)
         self._has_queue = earlier.number > 0
         # Without the parts nobody knows where the window begins, so that each row is looked for, at least once.
@@ -124,20 +123,19 @@ class Resumption:
     ) -> RowPlan:
         """Look for a row's run; without one, until the grace is over. Without the log, runs would be paid twice."""
         ends = time.monotonic() + arguments.not_found_grace
+        turn = self._looking[row]
         plan = RowPlan()
 
         async def look() -> RowPlan | None:
             nonlocal plan
             async with self._slots:
                 plan = await self._look(client, row)
-            turn = self._looking.pop(row, None)
-            if turn is not None:
-                self._turns[row] = turn
+            if self._looking.pop(row, None) is not None:
                 if plan != RowPlan():
                     self._end = max(self._end, turn + 1 + self._width)
                     self._has_queue = True
                 self._on_look()
-            may_be_queued = self._has_queue and self._turns[row] < self._end
+            may_be_queued = self._has_queue and turn < self._end
             return plan if plan.workflow_run_id is not None or not may_be_queued else None
 
         def seconds_left(has_failed: bool) -> float:
@@ -145,7 +143,6 @@ class Resumption:
             return math.inf if has_failed or has_queued_runs() else ends - time.monotonic()
 
         await until(look, deadline, on_failure, interval_seconds=arguments.poll_interval, seconds_left=seconds_left)
-        self._turns.pop(row, None)
         return plan
 
     async def _look(self, client: DifyClient, row: int) -> RowPlan:
