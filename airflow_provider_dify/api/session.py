@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import mimetypes
 import os
+import random
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
@@ -18,7 +21,6 @@ from urllib.parse import urljoin
 import requests
 from requests.auth import AuthBase
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random
 
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection, is_proxy_url
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
@@ -180,23 +182,19 @@ def _call_within(seconds: float, call: Callable[[], T]) -> T:
 
     A timeout of ``requests`` counts for each piece of a response, and not at all for the look-up of a name.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    outcome: Future[T] = Future()
 
     def work() -> None:
         try:
-            results.append(call())
+            outcome.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, name="dify-request", daemon=True)
-    thread.start()
-    thread.join(max(0.0, seconds))
-    for error in errors:
-        raise error
-    for result in results:
-        return result
-    raise TimeoutError(f"no whole response within {seconds:.3g} seconds")
+    threading.Thread(target=work, name="dify-request", daemon=True).start()
+    wait([outcome], max(0.0, seconds))
+    if not outcome.done():
+        raise TimeoutError(f"no whole response within {seconds:.3g} seconds")
+    return outcome.result()
 
 
 @contextmanager
@@ -229,45 +227,23 @@ class RequestRetries:
 
     def call(self, work: Callable[[], T]) -> T:
         """Return what a request returns, after retries if need be."""
-
-        def may_pass(error: BaseException) -> bool:
-            # A server that asks for more time than this is not asked early.
-            return isinstance(error, DifyConnectionError) and (error.retry_after or 0.0) <= MAX_RETRY_DELAY
-
-        return Retrying(
-            retry=retry_if_exception(may_pass),
-            stop=self._is_last,
-            wait=self._wait,
-            before_sleep=self._log_retry,
-            reraise=True,
-        )(work)
-
-    def _is_last(self, state: RetryCallState) -> bool:
-        is_late = self.deadline is not None and time.time() + self._shortest_wait(state) >= self.deadline
-        return is_late or state.attempt_number > self.limit
-
-    def _wait(self, state: RetryCallState) -> float:
-        jitter = wait_random(0, self.delay_seconds)(state)
-        wait = max(min(self._shortest_wait(state) + jitter, MAX_RETRY_DELAY), _retry_after(state))
-        # The shortest wait ends before the deadline, or this is the last attempt.
-        return wait if self.deadline is None else min(wait, max(0.0, self.deadline - time.time()))
-
-    def _shortest_wait(self, state: RetryCallState) -> float:
-        return max(wait_exponential(self.delay_seconds)(state), _retry_after(state))
-
-    def _log_retry(self, state: RetryCallState) -> None:
-        self.log.warning(
-            "Attempt %d of %d failed, the next one is in %.1f seconds: %s",
-            state.attempt_number,
-            self.limit + 1,
-            state.upcoming_sleep,
-            state.outcome.exception() if state.outcome else None,
-        )
-
-
-def _retry_after(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    return (error.retry_after or 0.0) if isinstance(error, DifyConnectionError) else 0.0
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return work()
+            except DifyConnectionError as error:
+                asked = error.retry_after or 0.0
+                shortest = max(asked, min(self.delay_seconds * 2.0 ** min(attempt - 1, 16), MAX_RETRY_DELAY))
+                left = math.inf if self.deadline is None else self.deadline - time.time()
+                # A server that asks for more time than a minute is not asked early.
+                if attempt > self.limit or asked > MAX_RETRY_DELAY or shortest >= left:
+                    raise
+                # With jitter, so that many tasks don't come back together.
+                pause = min(shortest + random.uniform(0, self.delay_seconds), MAX_RETRY_DELAY, left)  # noqa: S311
+                line = "Attempt %d of %d failed, the next one is in %.1f seconds: %s"
+                self.log.warning(line, attempt, self.limit + 1, pause, error)
+            time.sleep(pause)
 
 
 class _BearerAuth(AuthBase):

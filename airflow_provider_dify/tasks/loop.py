@@ -13,6 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -47,14 +48,13 @@ class TaskLoop:
         Raises a DifyTaskKilled if Airflow killed the task. What a signal's handler raises in this thread goes on after
         the work has ended.
         """
-        results: list[T] = []
-        errors: list[BaseException] = []
+        outcome: Future[T] = Future()
 
         def run_loop() -> None:
             try:
-                results.append(asyncio.run(self._run(work)))
+                outcome.set_result(asyncio.run(self._run(work)))
             except BaseException as error:
-                errors.append(error)
+                outcome.set_exception(error)
             finally:
                 self._loop = self._work = None
                 self._asked.put(None)
@@ -66,13 +66,12 @@ class TaskLoop:
             self.kill()
             self._serve(SECONDS_AFTER_KILL)
             raise
-        for error in errors:
-            if isinstance(error, asyncio.CancelledError):
-                break
-            raise error
-        for result in results:
-            return result
-        raise DifyTaskKilled("Airflow killed the task while it waited for Dify. A retry starts or finds its run again.")
+        try:
+            return outcome.result()
+        except asyncio.CancelledError:
+            raise DifyTaskKilled(
+                "Airflow killed the task while it waited for Dify. A retry starts or finds its run again."
+            ) from None
 
     def kill(self) -> None:
         """Cancel the work, from any thread, also in a signal's handler."""

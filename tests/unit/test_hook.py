@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import time
 import uuid
@@ -18,7 +17,6 @@ import requests
 import requests_mock
 
 from airflow_provider_dify import __version__
-from airflow_provider_dify.api.session import RequestRetries
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -346,18 +344,6 @@ def test_a_retry_after_beyond_a_minute_is_not_asked_early_but_ends_the_attempts(
         hook.get_workflow_run(dify.add_run("running"))
     assert caught.value.retry_after == 61
     assert len(dify.requests) == 1
-
-
-def test_retries_follow_each_other_ever_later_up_to_a_minute() -> None:
-    from tenacity import Future, RetryCallState, Retrying
-
-    retries = RequestRetries(limit=3, delay_seconds=1.0, deadline=None, log=logging.getLogger())  # type: ignore[arg-type]
-    state = RetryCallState(Retrying(), None, (), {})
-    state.outcome = Future(1)
-    state.outcome.set_exception(DifyConnectionError("busy"))
-    for attempt, least in ((1, 1), (2, 2), (3, 4), (30, 60)):
-        state.attempt_number = attempt
-        assert least <= retries._wait(state) <= min(least + 1, 60)
 
 
 def test_a_whole_response_is_bounded_by_the_timeout_also_when_bytes_keep_coming(
