@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
@@ -19,7 +18,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.runs.following import SHORTEST_WAIT, Follower
-from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
+from airflow_provider_dify.runs.inputs import check_inputs, read_form
 from airflow_provider_dify.runs.log import (
     RETRY_DELAY,
     RunSearch,
@@ -96,10 +95,8 @@ class Starter(Follower):
 
     async def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Check inputs against the app's form; raises a DifyInputsRejected if Dify is sure to reject them."""
-        try:
-            form = parse_input_form(await self.client.perform(calls.parameters()))
-        except DifyError:
-            # A server that refuses the form leaves the check out; the start tells what else is wrong.
+        form = await read_form(self.client)
+        if form is None:
             return
         check = check_inputs(form, inputs)
         for warning in check.warnings:

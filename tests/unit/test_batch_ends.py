@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from airflow_provider_dify.batch.row import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask
+from airflow_provider_dify.batch.running import BatchTask
 from airflow_provider_dify.exceptions import DifyError, DifyTaskKilled
 from airflow_provider_dify.hooks.dify import DifyHook
 from tests.dify_stand_in import DifyStandIn, Start, respond, stall

@@ -22,7 +22,7 @@ from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.output import ResultFiles
 from airflow_provider_dify.batch.results import Checkpoint, Part, RowResult
 from airflow_provider_dify.batch.row import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask
+from airflow_provider_dify.batch.running import BatchTask
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyConnectionError, DifyError, DifyOutputsError
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.waiting import WaitArguments
