@@ -23,10 +23,10 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.log import RunSearch, looking_again
+from airflow_provider_dify.runs.log import RunSearch, delay_after, looking_again
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import StopReport, stop_run
-from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments, delay_after
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

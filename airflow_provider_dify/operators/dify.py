@@ -23,15 +23,11 @@ from airflow_provider_dify.runs.waiting import (
     Deadline,
     TriggerWait,
     WaitArguments,
-    error_from_event,
-)
-from airflow_provider_dify.tasks.arguments import (
     deferral_end,
+    error_from_event,
     is_limited,
-    parse_count,
-    parse_end_from_trigger,
-    parse_seconds,
 )
+from airflow_provider_dify.tasks.arguments import parse_count, parse_end_from_trigger, parse_seconds
 from airflow_provider_dify.tasks.xcoms import TaskXComs, has_link
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from airflow_provider_dify.api.events import ERROR, FINISHED, WorkflowEvent
 from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRun, as_text, one_line
 from airflow_provider_dify.api.run_stream import SECONDS_AFTER_ERROR, AsyncWorkflowRunStream
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyInputsRejected, DifyWorkflowRunNotFound
-from airflow_provider_dify.runs.log import RETRY_DELAY
-from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments, delay_after
+from airflow_provider_dify.runs.log import RETRY_DELAY, delay_after
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

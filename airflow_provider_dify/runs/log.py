@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,8 +26,8 @@ from airflow_provider_dify.api.models import (
     runs_of,
     time_of,
 )
-from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
-from airflow_provider_dify.runs.waiting import Deadline, delay_after
+from airflow_provider_dify.exceptions import MAX_RETRY_DELAY, DifyConnectionError, DifyError, DifyWorkflowRunUncertain
+from airflow_provider_dify.runs.waiting import Deadline
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -187,6 +188,17 @@ class _LogPage:
             # All of one second, so that the next page would begin with the same rows.
             return _LogPage(_MAX_SIZE, created_before=oldest, next_size=size)
         return replace(self, number=self.number + 1)
+
+
+def delay_after(error: Exception, failures: int, retry_delay: float) -> float:
+    """
+    Return for how many seconds not to ask after a failure: doubled from ``retry_delay`` on with each in a row, with
+    jitter, so that short intervals don't use up the allowance at once. A ``Retry-After`` is never cut short.
+    """
+    if not isinstance(error, DifyConnectionError):
+        return 0.0
+    delay = retry_delay * 2.0 ** (min(failures, 16) - 1) * random.uniform(1, 1.5)  # noqa: S311
+    return max(min(delay, MAX_RETRY_DELAY), error.retry_after or 0.0)
 
 
 async def until(

@@ -23,13 +23,14 @@ from airflow_provider_dify.runs.log import (
     RETRY_DELAY,
     RunSearch,
     before_start,
+    delay_after,
     find_run,
     fingerprint,
     looking_again,
     runs_queue,
     until,
 )
-from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait, delay_after
+from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait
 
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
 QUEUE_INTERVAL = 30.0

@@ -7,13 +7,12 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, one_line
 from airflow_provider_dify.exceptions import (
-    MAX_RETRY_DELAY,
     DifyConnectionError,
     DifyError,
     DifyWorkflowRunCannotSucceed,
@@ -340,11 +339,7 @@ class RunWait:
         return verdict
 
     def on_failed_poll(self, error: DifyConnectionError | DifyWorkflowRunNotFound) -> None:
-        """
-        Take a poll that failed: return if the wait goes on, raise the error once it ends.
-
-        A run that is not known ends it after ``not_found_grace``, other failures after ``max_consecutive_failures``.
-        """
+        """Take a poll that failed; raise its error after ``not_found_grace``, or ``max_consecutive_failures``."""
         if isinstance(error, DifyWorkflowRunNotFound):
             self.consecutive_failures = 0
             self._times_unknown += 1
@@ -410,11 +405,7 @@ def _life(run: WorkflowRun, now: datetime) -> str:
 
 
 def error_from_event(event: Any, timed_out: Callable[[str], E]) -> E | DifyError | None:
-    """
-    Return the error that a trigger's event stands for; ``None`` if the run is over and has to be read again.
-
-    ``timed_out`` makes the error for a wait whose time was over, out of the run's last status.
-    """
+    """Return the error that a trigger's event stands for, ``timed_out`` a wait's; ``None`` to read the run again."""
     # What is no dict is the event that ends a task, which only a test run hands to its task.
     if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
         return None
@@ -424,14 +415,16 @@ def error_from_event(event: Any, timed_out: Callable[[str], E]) -> E | DifyError
     return DifyError.from_event(event.get("error") or {"text": message})
 
 
-def delay_after(error: Exception, failures: int, retry_delay: float) -> float:
-    """
-    Return for how many seconds not to ask after a failure, so that short intervals don't use up the allowance at once.
+def deferral_end(deadline: float, ti: Any, execution_timeout: timedelta | None) -> float:
+    """Return when a deferral ends, in epoch seconds: by its own deadline, or by the task's ``execution_timeout``."""
+    # Airflow 3 does not look at that while a task is deferred.
+    if execution_timeout is None:
+        return deadline
+    # The start is not known in dag.test() of Airflow 2.
+    started: datetime = getattr(ti, "start_date", None) or datetime.now(timezone.utc)
+    return min(deadline, (started + execution_timeout).timestamp())
 
-    From ``retry_delay`` on they double with each failure in a row, with jitter. A server's ``Retry-After`` is never cut
-    short.
-    """
-    if not isinstance(error, DifyConnectionError):
-        return 0.0
-    delay = retry_delay * 2.0 ** (min(failures, 16) - 1) * random.uniform(1, 1.5)  # noqa: S311
-    return max(min(delay, MAX_RETRY_DELAY), error.retry_after or 0.0)
+
+def is_limited(execution_timeout: timedelta | None, timeout: float) -> bool:
+    """Return whether a deferral ends by the task's ``execution_timeout``, before its own timeout (seconds) is over."""
+    return execution_timeout is not None and execution_timeout.total_seconds() < timeout

@@ -1,8 +1,8 @@
-"""The arguments of operators and sensors, parsed when the Dag is; and when a deferral ends by them."""
+"""The arguments of operators and sensors, parsed when the Dag is."""
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from typing import Any
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
@@ -41,18 +41,3 @@ def parse_end_from_trigger(value: bool) -> bool:
     if value and not CAN_END_FROM_TRIGGER:
         raise DifyConfigurationError("end_from_trigger=True needs Airflow 3.0 or later. Use deferrable=True.")
     return value
-
-
-def deferral_end(deadline: float, ti: Any, execution_timeout: timedelta | None) -> float:
-    """Return when a deferral ends, in epoch seconds: by its own deadline, or by the task's ``execution_timeout``."""
-    # Airflow 3 does not look at that while a task is deferred.
-    if execution_timeout is None:
-        return deadline
-    # The start is not known in dag.test() of Airflow 2.
-    started: datetime = getattr(ti, "start_date", None) or datetime.now(timezone.utc)
-    return min(deadline, (started + execution_timeout).timestamp())
-
-
-def is_limited(execution_timeout: timedelta | None, timeout: float) -> bool:
-    """Return whether a deferral ends by the task's ``execution_timeout``, before its own timeout (seconds) is over."""
-    return execution_timeout is not None and execution_timeout.total_seconds() < timeout

@@ -22,7 +22,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.log import RunSearch, find_run, looking_again, until
+from airflow_provider_dify.runs.log import RunSearch, delay_after, find_run, looking_again, until
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
 from airflow_provider_dify.runs.waiting import (
     LIFE_INTERVAL,
@@ -31,7 +31,6 @@ from airflow_provider_dify.runs.waiting import (
     RunWait,
     TriggerWait,
     WaitEnd,
-    delay_after,
 )
 from airflow_provider_dify.runs.wanted import LatestRunSearch
 from airflow_provider_dify.tasks.xcoms import TriggerXComs

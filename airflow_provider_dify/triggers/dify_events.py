@@ -29,7 +29,7 @@ from airflow_provider_dify.exceptions import (
     DifyRequestError,
 )
 from airflow_provider_dify.runs.ended import Look, RunWindow, WindowPolicy, look_at_runs
-from airflow_provider_dify.runs.waiting import delay_after
+from airflow_provider_dify.runs.log import delay_after
 from airflow_provider_dify.runs.wanted import RunFilter
 from airflow_provider_dify.tasks.arguments import parse_seconds
 

@@ -27,8 +27,8 @@ from airflow_provider_dify.api.client import SharedSession
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.runs.log import RunSearch, fingerprint
-from airflow_provider_dify.runs.waiting import TriggerWait, delay_after
+from airflow_provider_dify.runs.log import RunSearch, delay_after, fingerprint
+from airflow_provider_dify.runs.waiting import TriggerWait
 from airflow_provider_dify.runs.wanted import LatestRunSearch
 from airflow_provider_dify.tasks.xcoms import RUN_LOG, TriggerXComs
 from airflow_provider_dify.triggers.dify import DifyLatestWorkflowRunTrigger, DifyWorkflowRunTrigger

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyRequestError, DifyWorkflowRunNotFound
+from airflow_provider_dify.runs.log import delay_after
 from airflow_provider_dify.runs.waiting import (
     Outcome,
     RunWait,
     TriggerWait,
     WaitArguments,
-    delay_after,
     error_from_event,
 )
 from tests.unit.test_workflow_run import RUN_ID, make_run
