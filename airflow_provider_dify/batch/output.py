@@ -29,12 +29,16 @@ from typing import Any
 from airflow_provider_dify.api.models import one_line, redact
 from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.progress import BatchProgress
-from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, ReturnedResults, RowResult, RowSet
+from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, RowResult, RowSet
 from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import is_file
 from airflow_provider_dify.batch.storage import is_same_file, open_stream, storage_errors, storage_path
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
+from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError, DifyOutputsError
+from airflow_provider_dify.tasks.xcoms import xcom_problem
 
+# What a return value may have: an XCom is a row of Airflow's database.
+MAX_RETURNED_ROWS = 1_000
+MAX_RETURNED_BYTES = 1_000_000
 # A merge has many parts open, each with a buffer of this size.
 _MERGE_BUFFER = 262_144
 _PART_NAME = re.compile(r"(\d{9,})-[0-9a-f]{12}\.jsonl")
@@ -294,17 +298,40 @@ class Output:
 
 
 class ReturnedOutput(Output):
-    """Results that are the task's return value. An earlier try's are read from Dify again."""
+    """
+    Results that are the task's return value, within bounds; too many rows fail before any start. An earlier try's are
+    read from Dify again.
+    """
 
     def __init__(self, total: int, earlier: EarlierTries) -> None:
+        if total > MAX_RETURNED_ROWS:
+            raise DifyConfigurationError(
+                f"The batch has {total:,} rows, and at most {MAX_RETURNED_ROWS:,} can be a return value. Set "
+                "output_path, and read the results from that file. Nothing was started."
+            )
         self.earlier = earlier
-        self._results = ReturnedResults(total)
+        self._results: dict[int, RowResult] = {}
+        self._size = 0
 
     def add(self, result: RowResult) -> None:
-        self._results.add(result)
+        # What runs return can't be known before they do; so the batch ends as soon as it is known.
+        problem = xcom_problem(result.to_dict())
+        if problem:
+            raise DifyOutputsError(
+                f"Row {result.index:,} {problem}, which Airflow cannot store as an XCom: Dify workflow run "
+                f"{result.workflow_run_id} is over, but its result cannot be part of a return value. Set output_path, "
+                "and read the results from that file."
+            )
+        self._size += len(result.to_line())
+        self._results[result.index] = result
+        if self._size > MAX_RETURNED_BYTES:
+            raise DifyOutputsError(
+                f"The results of {len(self._results):,} rows have more than {MAX_RETURNED_BYTES / 1e6:g} MB, which is "
+                "too much for a return value. Set output_path, and read the results from that file."
+            )
 
-    def finish(self) -> Any:
-        return self._results.in_order()
+    def finish(self) -> list[dict[str, Any]]:
+        return [self._results[index].to_dict() for index in sorted(self._results)]
 
 
 class FileOutput(Output):

@@ -1,4 +1,4 @@
-"""What a batch's runs returned: one JSON object a row, in parts, or as a return value. Pure; the time is given."""
+"""What a batch's runs returned: one JSON object a row, in parts. Pure; the time is given."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyOutputsError
-from airflow_provider_dify.tasks.xcoms import xcom_problem
 
 # A part is written as soon as it has so many rows or bytes, or its first result is so many seconds old.
 PART_ROWS = 1_000
@@ -17,9 +15,6 @@ PART_BYTES = 8_000_000
 PART_SECONDS = 30.0
 # The same for a result that Dify's log does not know: of a row that was rejected, say.
 UNLOGGED_SECONDS = 1.0
-# What a return value may have: an XCom is a row of Airflow's database.
-MAX_RETURNED_ROWS = 1_000
-MAX_RETURNED_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class RowResult:
     attempts: int = 1
 
     @classmethod
-    def of_run(cls, index: int, run: WorkflowRun, attempts: int) -> RowResult:
+    def of_run(cls, index: int, run: WorkflowRun) -> RowResult:
         """Return the result of a row by its last run, which is over."""
         return cls(
             index,
@@ -50,7 +45,6 @@ class RowResult:
             workflow_run_id=run.id,
             total_tokens=run.total_tokens,
             elapsed_time=run.elapsed_time,
-            attempts=attempts,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,40 +195,3 @@ class PartBuffer:
         self._lines, self._size, self._due = {}, 0, None
         self._checkpoint = replace(self._checkpoint, rows=self.rows + len(lines))
         return Part(lines, replace(self._checkpoint, stopped_runs=stopped_runs))
-
-
-class ReturnedResults:
-    """The results of a batch that returns them as its XCom, within bounds; too many rows fail before any start."""
-
-    def __init__(self, total: int) -> None:
-        if total > MAX_RETURNED_ROWS:
-            raise DifyConfigurationError(
-                f"The batch has {total:,} rows, and at most {MAX_RETURNED_ROWS:,} can be a return value. Set "
-                "output_path, and read the results from that file. Nothing was started."
-            )
-        self._results: dict[int, RowResult] = {}
-        self._size = 0
-
-    def add(self, result: RowResult) -> None:
-        """
-        Take a row's result. Raise a DifyOutputsError if Airflow can't store it, or the results are too much for a
-        return value. What runs return can't be known before they do; so the batch ends as soon as it is known.
-        """
-        problem = xcom_problem(result.to_dict())
-        if problem:
-            raise DifyOutputsError(
-                f"Row {result.index:,} {problem}, which Airflow cannot store as an XCom: Dify workflow run "
-                f"{result.workflow_run_id} is over, but its result cannot be part of a return value. Set output_path, "
-                "and read the results from that file."
-            )
-        self._size += len(result.to_line())
-        self._results[result.index] = result
-        if self._size > MAX_RETURNED_BYTES:
-            raise DifyOutputsError(
-                f"The results of {len(self._results):,} rows have more than {MAX_RETURNED_BYTES / 1e6:g} MB, which is "
-                "too much for a return value. Set output_path, and read the results from that file."
-            )
-
-    def in_order(self) -> list[dict[str, Any]]:
-        """Return the results as JSON-ready values, in row order."""
-        return [self._results[index].to_dict() for index in sorted(self._results)]

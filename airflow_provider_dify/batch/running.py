@@ -17,7 +17,7 @@ from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from, one_line
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.output import FileOutput, Output, ResultFiles, ReturnedOutput
-from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
+from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import EarlierTries, Resumption
 from airflow_provider_dify.batch.row import BatchSettings, NoMoreStarts, RowRun
@@ -314,7 +314,7 @@ class BatchRun:
 
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, and let the main thread push the link to the app."""
-        self.places.on_started()
+        self.places.limit.on_started()
         self.last_start, self._lost_in_a_row = time.monotonic(), 0
         if app_id is not None and self._link is None:
             self._link = asyncio.create_task(self._loop.ask(partial(self._on_app, app_id)))
@@ -378,7 +378,7 @@ class BatchTask:
         total = count_rows(settings.inputs, settings.json_columns)
         progress = BatchProgress(
             total,
-            FailureLimit(settings.max_failed_runs),
+            settings.max_failed_runs,
             began_at=time.time(),
             fail_on_partial_success=settings.wait.fail_on_partial_success,
             output_path=settings.output_path,
