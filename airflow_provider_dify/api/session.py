@@ -155,10 +155,8 @@ def send(
     **request: Any,
 ) -> HttpResponse:
     """
-    Send one request and return the whole response, within a limit for all of it, whatever the server does.
-
-    Only a GET follows redirects, because a redirect would turn a POST into one. Raises a DifyConnectionError if there
-    is no response.
+    Send one request and return the whole response, within a limit for all of it; a DifyConnectionError if there is
+    none. Only a GET follows redirects, because a redirect would turn a POST into one.
     """
     connection.check_key()
     url = f"{connection.base_url}{path}"
@@ -178,9 +176,8 @@ def send(
 
 def _call_within(seconds: float, call: Callable[[], T]) -> T:
     """
-    Return what a blocking call returns, or raise what it raises; a TimeoutError once the time is over.
-
-    A timeout of ``requests`` counts for each piece of a response, and not at all for the look-up of a name.
+    Return what a blocking call returns, or raise what it raises; a TimeoutError once the time is over. A timeout of
+    ``requests`` counts for each piece of a response, and not at all for the look-up of a name.
     """
     outcome: Future[T] = Future()
 
@@ -248,9 +245,8 @@ class RequestRetries:
 
 class _BearerAuth(AuthBase):
     """
-    Send the API key to the connection's own origin and nowhere else.
-
-    An auth object rather than a session header, because ``requests`` puts a ``.netrc`` entry in place of that.
+    Send the API key to the connection's own origin and nowhere else. An auth object rather than a session header,
+    because ``requests`` puts a ``.netrc`` entry in place of that.
     """
 
     def __init__(self, connection: DifyConnection) -> None:

@@ -281,9 +281,8 @@ class Output:
 
     async def write_if_due(self) -> None:
         """
-        Write a part, if one is due, while the runs go on.
-
-        A retry counts on it that no more rows than may run at once have left no trace. If they have, wait for the part.
+        Write a part, if one is due, while the runs go on. A retry counts on it that no more rows than may run at once
+        have left no trace. If they have, wait for the part.
         """
 
     async def flush(self, stopped_runs: tuple[str, ...]) -> None:

@@ -152,9 +152,8 @@ class Part:
 
 class PartBuffer:
     """
-    The results since the last part. Pure; the time is given, in epoch seconds.
-
-    A part must be written before the next one is taken, because its checkpoint speaks for the parts before it.
+    The results since the last part. A part must be written before the next one is taken, because its checkpoint speaks
+    for the parts before it. Times are epoch seconds.
     """
 
     def __init__(self, first: Checkpoint) -> None:

@@ -163,9 +163,8 @@ class Resumption:
 
 def plan_row(known: Iterable[FoundRun], *, run_retries: int, stopped_runs: frozenset[str] = frozenset()) -> RowPlan:
     """
-    Return what is to be done with a row, from the runs that it has.
-
-    A run that was stopped is started again, as the single operator does after a crash: it was stopped with the task.
+    Return what is to be done with a row, from the runs that it has. One that was stopped is started again, as the
+    single operator does after a crash: it was stopped with the task.
     """
     runs = sorted(known, key=lambda run: (run.status == WorkflowRunStatus.SUCCEEDED, run.attempt), reverse=True)
     failed = [run for run in runs if run.status == WorkflowRunStatus.FAILED]

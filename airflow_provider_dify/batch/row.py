@@ -153,10 +153,8 @@ class RowRun:
 
     async def run(self) -> RowResult:
         """
-        Run the row to its end, and return the result of its last run.
-
-        Raises NoMoreStarts if the batch ends before its first start; a DifyWorkflowRunUncertain if a start got lost,
-        and its run was not found; a DifyConnectionError, a DifyAuthenticationError or a DifyWorkflowRunTimeout for what
+        Run the row to its end, and return the result of its last run. Raises NoMoreStarts if the batch ends before its
+        first start, a DifyWorkflowRunUncertain if the run of a start was not found, and any other DifyError for what
         ends the batch, and says nothing about the row.
         """
         batch = self._batch

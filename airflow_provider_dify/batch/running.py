@@ -105,9 +105,8 @@ class BatchRun:
 
     async def run(self) -> None:
         """
-        Run the rows that have no result yet, and return when all are over or no more are to be started.
-
-        Raises what ended the batch before its rows were over; what the rows say is in the progress.
+        Run the rows that have no result yet, and return when all are over or no more are to be started. Raises what
+        ended the batch before its rows were over; what the rows say is in the progress.
         """
         try:
             await self._prepare()

@@ -181,9 +181,8 @@ CATCH_UP = 86_400.0
 
 async def look_at_runs(client: Client, window: RunWindow, policy: WindowPolicy, now: float) -> Look:
     """
-    Look which of an app's runs have ended, at ``now`` in epoch seconds.
-
-    The window stays as it is, so that a look that fails changes nothing. Raises a DifyError if the log can't be read.
+    Look which of an app's runs have ended, at ``now`` in epoch seconds. The window stays as it is, so that a look that
+    fails changes nothing. Raises a DifyError if the log can't be read.
     """
     reader = _Reader(window, policy, now)
     async for rows in read_log(client, user=policy.user, created_after=reader.created_after, size=PAGE_SIZE):

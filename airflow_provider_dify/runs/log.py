@@ -123,10 +123,8 @@ async def read_log(
     patience_seconds: float = 0.0,
 ) -> AsyncIterator[list[LogRow]]:
     """
-    Iterate over pages of the log, the newest rows first, each row once.
-
-    ``created_after`` is the server's filter; ``not_before`` ends the reading on a server that knows none. ``next_size``
-    is for the pages after the first one.
+    Iterate over pages of the log, the newest rows first, each row once. ``created_after`` is the server's filter;
+    ``not_before`` ends the reading on a server that knows none. ``next_size`` is for the pages after the first one.
     """
     seen: set[str] = set()
     stale_pages = 0
@@ -211,11 +209,10 @@ async def until(
     seconds_left: Callable[[bool], float] | None = None,
 ) -> T | None:
     """
-    Repeat a look, through failures, until it brings something; ``None`` if the time is over.
-
-    The pauses grow from ``first_seconds`` (one, by default) to the interval. ``on_failure`` gets each error with the
-    number of failures in a row, and raises what ends the looking. ``seconds_left`` gets whether the last look failed,
-    and returns how long to go on, if not until the deadline.
+    Repeat a look until it brings something; ``None`` if the time is over. The pauses grow from ``first_seconds`` (one,
+    by default) to the interval. ``on_failure`` gets each error with the number of failures in a row, and raises what
+    ends the looking. ``seconds_left`` gets whether the last look failed, and returns how long to go on, if not until
+    the deadline.
     """
     pause = min(1.0, interval_seconds) if first_seconds is None else first_seconds
     failures = 0
@@ -260,23 +257,14 @@ _MAX_ROWS = 1000
 
 @dataclass(frozen=True)
 class RunSearch:
-    """
-    What is known of a run that was not named. It travels in a serialized trigger, so it holds no inputs.
+    """What is known of a run that was not named. It travels in a serialized trigger, so it holds no inputs."""
 
-    :param user: the ``user`` of the start.
-    :param sent_at: epoch seconds of the start, by this machine's clock.
-    :param user_is_unique: whether the user names one try of one task, so that each run of it is ours.
-    :param fingerprint: of the start's inputs, from :func:`~airflow_provider_dify.runs.log.fingerprint`.
-    :param known_runs: ids of the user's runs from before the start.
-    :param skips_failed: whether a run that failed or was stopped is of no interest.
-    """
-
-    user: str
-    sent_at: float
-    user_is_unique: bool
-    fingerprint: dict[str, str] = field(default_factory=dict)
-    known_runs: tuple[str, ...] = ()
-    skips_failed: bool = False
+    user: str  # of the start
+    sent_at: float  # epoch seconds of the start, by this machine's clock
+    user_is_unique: bool  # whether the user names one try of one task, so that each run of it is ours
+    fingerprint: dict[str, str] = field(default_factory=dict)  # of the start's inputs
+    known_runs: tuple[str, ...] = ()  # ids of the user's runs from before the start
+    skips_failed: bool = False  # whether a run that failed or was stopped is of no interest
 
     def serialize(self) -> dict[str, Any]:
         """Return the search as JSON-ready values, for :meth:`deserialize`."""
@@ -294,11 +282,7 @@ class RunSearch:
         return datetime.fromtimestamp(self.sent_at, timezone.utc) - CLOCK_TOLERANCE
 
     def is_candidate(self, run: LoggedWorkflowRun) -> bool:
-        """
-        Return whether a row of the log may be the run.
-
-        Compared here too, because a server may ignore what it was asked to filter by.
-        """
+        """Return whether a row of the log may be the run; a server may ignore what it was asked to filter by."""
         return (
             run.user == self.user
             and run.workflow_run_id not in self.known_runs
@@ -312,9 +296,8 @@ async def find_run(
 ) -> str | None:
     """
     Look once for the run of a start in Dify's log, and return its id; ``None`` if no run fits yet: it may be queued.
-
-    A look adds to ``others`` the runs that it meets which were started with other inputs, and does not ask for those
-    that it holds. Raises a DifyWorkflowRunUncertain if several runs fit, one can't be compared, or there are too many.
+    Runs that were started with other inputs go into ``others``, and are not asked for again. Raises a
+    DifyWorkflowRunUncertain if several runs fit, one can't be compared, or there are too many.
     """
     others = set() if others is None else others
     candidates, are_all = await user_runs(client, search, patience_seconds=patience_seconds)
@@ -342,10 +325,9 @@ async def find_run(
 
 async def before_start(client: Client, user: str | None) -> tuple[tuple[str, ...], float]:
     """
-    Return the ids of a user's newest runs, before a start, and what counts as the start's time, in epoch seconds.
-
-    A default user (``None``) has none. Where the log can't be read, no run from before the start may fit: there the
-    clocks get no tolerance.
+    Return the ids of a user's newest runs before a start (none of a default user, ``None``), and what counts as the
+    start's time, in epoch seconds. Where the log can't be read, no earlier run may fit: there the clocks get no
+    tolerance.
     """
     if user is None:
         return (), time.time()

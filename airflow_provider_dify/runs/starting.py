@@ -41,13 +41,7 @@ _GRACES_THROUGH_FAILURES = 10
 
 
 class Starter(Follower):
-    """
-    Starts one run, and follows it to its end.
-
-    :ivar stream: the start under way, and its run's events; ``None`` where there is none.
-    :ivar last_look_failed: whether the last look of the last search into Dify's log failed.
-    :ivar log_shows_no_run: whether that search, of which no look failed, found no run.
-    """
+    """Starts one run, and follows it to its end."""
 
     # How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
     start_retries = 3
@@ -57,7 +51,9 @@ class Starter(Follower):
     after_refusal: Callable[[], Awaitable[None]] | None = None
     # Waits until Dify may have room for one run more; a pause that grows, by default.
     wait_for_room: Callable[[DifyConnectionError], Awaitable[None]] | None = None
+    # The start under way, and its run's events.
     stream: AsyncWorkflowRunStream | None = None
+    # Of the last search into Dify's log: whether its last look failed, and whether none did and there was no run.
     last_look_failed = False
     log_shows_no_run = False
     _next_line = 0.0
@@ -107,9 +103,8 @@ class Starter(Follower):
 
     async def start_and_name(self, inputs: Mapping[str, Any], workflow_id: str | None, search: RunSearch) -> str:
         """
-        Start a run, wait until it has a name (on its stream, or in Dify's log), and return the run's id.
-
-        Raises a DifyWorkflowRunUncertain if it has none in time, and any other DifyError as :meth:`send_start` does.
+        Start a run, wait until it has a name (on its stream, or in Dify's log), and return the run's id. Raises a
+        DifyWorkflowRunUncertain if it has none in time, and any other DifyError as :meth:`send_start` does.
         """
         try:
             stream = await self.send_start(inputs, search.user, workflow_id)
@@ -127,9 +122,8 @@ class Starter(Follower):
 
     async def send_start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> AsyncWorkflowRunStream:
         """
-        Send a start until Dify accepts it, again only where nothing can have started; return it with its event stream.
-
-        Raises a DifyError as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
+        Send a start until Dify accepts it, again only where nothing can have started; return it with its event stream,
+        or raise as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
         """
         failures = 0
         while True:
@@ -185,11 +179,9 @@ class Starter(Follower):
 
     async def wait_until_named(self, stream: AsyncWorkflowRunStream, search: RunSearch, seconds: float) -> str | None:
         """
-        Wait until Dify names the run of a start: on its stream, and now and then in the log.
-
-        Return the run's id; ``None`` if it is still queued then. Raises a DifyInputsRejected if Dify rejects the
-        inputs, a DifyWorkflowRunFailed if Dify says that it failed to start the run, and a DifyWorkflowRunUncertain if
-        the stream ends before.
+        Wait until Dify names the run of a start, on its stream, and now and then in the log; return its id, ``None`` if
+        it is still queued then. Raises what Dify says of a start that it rejects or fails, and a
+        DifyWorkflowRunUncertain if the stream ends before.
         """
         began = time.monotonic()
         next_look = began + QUEUE_INTERVAL
@@ -265,10 +257,9 @@ class Starter(Follower):
         patience_seconds: float = 0.0,
     ) -> str | None:
         """
-        Look for the run of a start in Dify's log, until it is there; return its id, ``None`` if the time is over.
-
-        While the log can't be read it looks for ten times as long, by default. ``error`` says why no id came back.
-        Raises a DifyWorkflowRunUncertain if several runs fit, or the log can't be read at all.
+        Look for the run of a start in Dify's log until it is there (ten times as long, by default, while the log can't
+        be read); return its id, ``None`` if the time is over. ``error`` says why no id came back. Raises a
+        DifyWorkflowRunUncertain if several runs fit, or the log can't be read at all.
         """
         began = time.monotonic()
         others: set[str] = set()

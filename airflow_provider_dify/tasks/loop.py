@@ -26,13 +26,10 @@ SECONDS_AFTER_KILL = 6.0
 
 
 class TaskLoop:
-    """
-    Runs a task's work on an event loop in a thread.
-
-    :ivar was_killed: whether Airflow has ended the task.
-    """
+    """Runs a task's work on an event loop in a thread."""
 
     def __init__(self) -> None:
+        # Whether Airflow has ended the task.
         self.was_killed = False
         # What the work asks of the main thread; None when the work is over.
         self._asked: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -43,10 +40,8 @@ class TaskLoop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """
-        Run the work to its end, and return or raise what it does.
-
-        Raises a DifyTaskKilled if Airflow killed the task. What a signal's handler raises in this thread goes on after
-        the work has ended.
+        Run the work to its end, and return or raise what it does; a DifyTaskKilled if Airflow killed the task. What a
+        signal's handler raises in this thread goes on after the work has ended.
         """
         outcome: Future[T] = Future()
 
