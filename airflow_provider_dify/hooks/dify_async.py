@@ -6,9 +6,9 @@ import asyncio
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from airflow.providers.common.compat.connection import get_async_connection
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
 
+
+T = TypeVar("T")
 
 _log: Any = logging.getLogger(__name__)
 
@@ -134,17 +136,16 @@ FRESH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class _Reading:
-    task: asyncio.Task[DifyConnection]
-    began: float
+class _Reading(Generic[T]):
+    task: asyncio.Task[T]
+    began: float = field(default_factory=time.monotonic)
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether it is under way, or has brought something not long ago."""
+    def is_fresh(self, seconds: float) -> bool:
+        """Return whether it is under way, or has brought something not long ago."""
         if not self.task.done():
             return True
         failed = self.task.cancelled() or self.task.exception() is not None
-        return not failed and time.monotonic() - self.began < FRESH_SECONDS
+        return not failed and time.monotonic() - self.began < seconds
 
 
 async def _read_connection(conn_id: str, refused: DifyConnection | None) -> DifyConnection:
@@ -159,7 +160,7 @@ async def _read_connection(conn_id: str, refused: DifyConnection | None) -> Dify
     now = time.monotonic()
     while True:
         reading = readings.get(conn_id)
-        if reading is None or not reading.is_fresh:
+        if reading is None or not reading.is_fresh(FRESH_SECONDS):
             reading = readings[conn_id] = _begin(conn_id)
         # Shielded, because a trigger that is cancelled must not end what others wait for.
         connection = await asyncio.shield(reading.task)
@@ -170,10 +171,10 @@ async def _read_connection(conn_id: str, refused: DifyConnection | None) -> Dify
             readings[conn_id] = _begin(conn_id)
 
 
-def _begin(conn_id: str) -> _Reading:
+def _begin(conn_id: str) -> _Reading[DifyConnection]:
     task = asyncio.create_task(_read(conn_id))
     task.add_done_callback(_retrieve)
-    return _Reading(task, time.monotonic())
+    return _Reading(task)
 
 
 async def _read(conn_id: str) -> DifyConnection:
@@ -186,10 +187,8 @@ def _retrieve(task: asyncio.Task[DifyConnection]) -> None:
         task.exception()
 
 
-_readings: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Reading]] = WeakKeyDictionary()
+_readings: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Reading[DifyConnection]]] = WeakKeyDictionary()
 
-
-T = TypeVar("T")
 
 # Seconds for which a response is shared; far below the time between two looks.
 SHARED_SECONDS = 1.0
@@ -205,21 +204,16 @@ class SharedReading(Shared):
         self._hook: DifyAsyncHook | None = None
         self._opened_at = 0.0
         self._lock = asyncio.Lock()
-        self._responses: dict[tuple[Any, ...], tuple[float, asyncio.Task[Any]]] = {}
+        self._responses: dict[tuple[Any, ...], _Reading[Any]] = {}
 
     async def perform(self, call: Call[T]) -> T:
         """Send a request, unless another watcher has sent it at this moment, and return what its response means."""
-        now = time.monotonic()
-        self._responses = {
-            key: (at, task)
-            for key, (at, task) in self._responses.items()
-            if not task.done() or (now - at < SHARED_SECONDS and not task.cancelled() and task.exception() is None)
-        }
+        self._responses = {key: known for key, known in self._responses.items() if known.is_fresh(SHARED_SECONDS)}
         key = (call.method, call.path, *sorted((call.params or {}).items()))
         if key not in self._responses:
-            self._responses[key] = now, asyncio.create_task(self._send(call))
+            self._responses[key] = _Reading(asyncio.create_task(self._send(call)))
         # Shielded, because a watcher that ends must not end what others wait for.
-        result: T = await asyncio.shield(self._responses[key][1])
+        result: T = await asyncio.shield(self._responses[key].task)
         return result
 
     async def _send(self, call: Call[T]) -> T:
@@ -236,7 +230,7 @@ class SharedReading(Shared):
                 raise
 
     async def _close(self) -> None:
-        tasks = [task for _, task in self._responses.values()]
+        tasks = [known.task for known in self._responses.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
