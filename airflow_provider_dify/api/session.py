@@ -36,10 +36,8 @@ if TYPE_CHECKING:
 class Route:
     """The way to a connection's server, the same for both HTTP clients."""
 
-    # Its URL may hold a password.
-    proxy: str | None
-    # The path of the CA bundle; False to verify nothing, True where there is no TLS on the way.
-    verify: str | bool
+    proxy: str | None  # its URL may hold a password
+    verify: str | bool  # the path of the CA bundle; False to verify nothing, True where there is no TLS on the way
 
 
 # What the two HTTP clients need for a SOCKS proxy.
@@ -216,10 +214,8 @@ class RequestRetries:
     """Sends a request again that failed for a passing reason."""
 
     limit: int
-    # Before the first retry; doubled for each further one, with jitter, up to 60 seconds.
-    delay_seconds: float
-    # Epoch seconds after which nothing is sent again; None for no limit.
-    deadline: float | None
+    delay_seconds: float  # before the first retry; doubled for each further one, with jitter, up to 60 seconds
+    deadline: float | None  # epoch seconds after which nothing is sent again; None for no limit
     log: Logger
 
     def call(self, work: Callable[[], T]) -> T:

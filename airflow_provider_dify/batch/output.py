@@ -53,8 +53,7 @@ class WrittenResults:
     rows: RowSet = field(default_factory=RowSet)
     # All of them together; None if this batch has written nothing yet, or nothing is left to do.
     checkpoint: Checkpoint | None = None
-    # Whether the output file was complete already, so that nothing is to be started any more.
-    is_complete: bool = False
+    is_complete: bool = False  # whether the output file was complete already, so that nothing is to be started any more
 
     @property
     def is_damaged(self) -> bool:

@@ -22,17 +22,13 @@ class RowResult:
     """What became of a row, which counts from 0; of several runs it is the last one's."""
 
     index: int
-    # Of the run; "failed" for a row that has no run.
-    status: str
+    status: str  # of the run; "failed" for a row that has no run
     outputs: dict[str, Any] | None = None
-    # Why it failed, in Dify's words where a run failed.
-    error: str | None = None
-    # None for a row that has no run.
-    workflow_run_id: str | None = None
+    error: str | None = None  # why it failed, in Dify's words where a run failed
+    workflow_run_id: str | None = None  # None for a row that has no run
     total_tokens: int | None = None
     elapsed_time: float | None = None
-    # Runs that were started for the row.
-    attempts: int = 1
+    attempts: int = 1  # runs that were started for the row
 
     @classmethod
     def of_run(cls, index: int, run: WorkflowRun) -> RowResult:
@@ -77,16 +73,12 @@ _FIELDS = tuple(item.name for item in fields(RowResult))
 class Checkpoint:
     """What a part says about the rest of the batch, in its last line."""
 
-    # How many rows may have been under way at once.
-    max_active_runs: int
+    max_active_runs: int  # how many rows may have been under way at once
     # Runs that Dify was asked to stop when the task was killed. Some servers leave their records as `running` for ever.
     stopped_runs: tuple[str, ...] = ()
-    # Rows whose results are in this part and those before. If fewer are there, a part is gone.
-    rows: int = 0
-    # Epoch seconds of the batch's first start; 0 in parts of older versions.
-    since: float = 0.0
-    # The last row whose start got lost, so that Dify's log may not have it.
-    last_lost: int = -1
+    rows: int = 0  # whose results are in this part and those before; if fewer are there, a part is gone
+    since: float = 0.0  # epoch seconds of the batch's first start; 0 in parts of older versions
+    last_lost: int = -1  # the last row whose start got lost, so that Dify's log may not have it
 
     def to_line(self) -> str:
         """Return the checkpoint as a line of JSON Lines, with its end."""
@@ -139,8 +131,7 @@ class RowSet:
 class Part:
     """Results that are to be written together, and what the part says about the rest."""
 
-    # By row, sorted.
-    lines: list[tuple[int, str]]
+    lines: list[tuple[int, str]]  # by row, sorted
     checkpoint: Checkpoint
 
     @property

@@ -63,8 +63,7 @@ class BatchSettings:
     workflow_id: str | None = None
     progress_interval: float = 30.0
     restart_lost_runs: bool = False
-    # Airflow's, of the task.
-    retries: int = 0
+    retries: int = 0  # Airflow's, of the task
 
 
 class Batch(Protocol):
@@ -113,8 +112,7 @@ class _Outcome:
 
     result: RowResult
     can_be_repeated: bool = False
-    # Whether it counts among the row's attempts.
-    was_started: bool = True
+    was_started: bool = True  # whether it counts among the row's attempts
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,11 @@ class FinishedRun:
 class OpenRun:
     """A run that was not over when it was last seen. Times are epoch seconds, by Dify's clock but for ``due``."""
 
-    # When its row was written, and when the run itself was created.
-    logged_at: float
-    created_at: float
-    # When it is to be looked at again, by this machine's clock.
-    due: float
-    # Who and what started it, which the run's detail doesn't say.
-    user: str | None
-    triggered_from: str | None
+    logged_at: float  # when its row was written
+    created_at: float  # when the run itself was created
+    due: float  # when it is to be looked at again, by this machine's clock
+    user: str | None  # who started it, which the run's detail doesn't say
+    triggered_from: str | None  # what started it, the same
 
 
 @dataclass(frozen=True)
@@ -79,12 +76,9 @@ class WindowPolicy:
     """How a window moves; times in seconds."""
 
     poll_interval: float = 30.0
-    # Since a run's creation; after it the run is no longer watched.
-    run_timeout: float = 604_800.0
-    # Before the first look: runs that have ended since then count, too.
-    lookback: float = 0.0
-    # Whose runs are read; None for all.
-    user: str | None = None
+    run_timeout: float = 604_800.0  # since a run's creation; after it the run is no longer watched
+    lookback: float = 0.0  # before the first look: runs that have ended since then count, too
+    user: str | None = None  # whose runs are read; None for all
 
     def next_look(self, run_created_at: float, now: float) -> float:
         """Return when to look again at a run that goes on: the older, the later."""
@@ -102,8 +96,7 @@ class RunWindow:
     read_until: float | None = None
     # Rows that will be read again, by the run's id, and the epoch seconds of each.
     seen: Mapping[str, float] = field(default_factory=dict)
-    # Runs that were not over, by id.
-    open: Mapping[str, OpenRun] = field(default_factory=dict)
+    open: Mapping[str, OpenRun] = field(default_factory=dict)  # runs that were not over, by id
 
     @classmethod
     def read_before(cls, moment: float) -> RunWindow:
@@ -144,10 +137,8 @@ class Look:
     """What one look at an app's runs brought, and the window after it."""
 
     window: RunWindow
-    # Those that have ended since the last look, the first to end first.
-    finished: tuple[FinishedRun, ...] = ()
-    # Ids of those that are no longer watched, because run_timeout is over.
-    overdue: tuple[str, ...] = ()
+    finished: tuple[FinishedRun, ...] = ()  # those that have ended since the last look, the first to end first
+    overdue: tuple[str, ...] = ()  # ids of those that are no longer watched, because run_timeout is over
     # Why not every run could be asked for; what the look brought counts all the same.
     error: DifyConnectionError | None = None
 

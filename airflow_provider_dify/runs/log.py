@@ -161,11 +161,9 @@ class _LogPage:
 
     size: int
     number: int = 1
-    # The newest second of the page; None for the log's beginning.
-    created_before: datetime | None = None
+    created_before: datetime | None = None  # the newest second of the page; None for the log's beginning
     next_size: int | None = None
-    # Whether the server is known to filter by time, or may.
-    is_filtered: bool = True
+    is_filtered: bool = True  # whether the server is known to filter by time, or may
 
     def after(self, rows: Sequence[LogRow], not_before: datetime | None) -> _LogPage | None:
         """Return the page after this one, whose rows these are; ``None`` at the log's end, or where older rows are."""

@@ -47,12 +47,9 @@ class Verdict:
     """What one look at a workflow run means for the task that waits on it."""
 
     outcome: Outcome
-    # A sentence for the log or the exception: the cause first, then run, status, seconds and steps.
-    reason: str
-    # Although the task goes on.
-    is_warning: bool = False
-    # Whether another run with the same inputs may succeed where this one failed.
-    can_be_repeated: bool = False
+    reason: str  # a sentence for the log or the exception: the cause first, then run, status, seconds and steps
+    is_warning: bool = False  # although the task goes on
+    can_be_repeated: bool = False  # whether another run with the same inputs may succeed where this one failed
 
     @property
     def is_failure(self) -> bool:
