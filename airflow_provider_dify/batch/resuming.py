@@ -1,9 +1,7 @@
 """
 Which runs of a batch are there already: after a crash, or a try that Airflow repeats, nothing is paid twice. No I/O.
 
-Each run's ``user`` names the batch, the row and the attempt. So Dify's log can be asked for the runs of one row, which
-costs the server much less than a page of the whole log. What is over is read, what is alive is followed, what failed
-may be started again, and the rest is started.
+The ``user`` of a run names the batch, the row and the attempt. So Dify's log can be asked for the runs of one row.
 
 Rows are started in order. So those that an earlier try may have started end soon after the last row that has a result
 or a run: each try has at most ``max_active_runs`` rows under way, and no more than as many that left no trace, because
@@ -11,10 +9,8 @@ Dify turned them away and no part says so yet. This *window* goes on from each r
 are started, as soon as no look is under way that may widen it.
 
 A run that is queued at Dify is not in the log yet. So a row of the window is looked for until a grace is over, while
-other rows go on, and is started then. One case can't be told: a start that stays queued until after the grace. Such a
-row runs, and is paid, twice. Dify 1.12 queues no runs. A server that writes its log late (a Dify with its repositories
-on Celery, by up to 15 seconds) is the same case. Rows are known by their number, so the inputs must not change between
-two tries of a task.
+other rows go on, and is started then. One case can't be told: a start that stays queued for longer, or whose row a
+server writes later. It runs, and is paid, twice. Rows are known by their number, so the inputs must not change.
 """
 
 from __future__ import annotations

@@ -38,8 +38,6 @@ OVERLAP = 5.0
 # A run that goes on is looked at again after this share of its age.
 _SHARE_OF_AGE = 0.05
 MAX_DETAIL_INTERVAL = 300.0
-# Epoch seconds that are no time of a run's any more: the year 5138.
-_NO_TIME = 1e11
 
 
 @dataclass(frozen=True)
@@ -118,17 +116,9 @@ class RunWindow:
         if not isinstance(data, dict) or data.get("version") != 1:
             return cls()
         try:
-            return cls(
-                read_until=None if data["read_until"] is None else _moment(data["read_until"]),
-                seen={str(run_id): _moment(at) for run_id, at in data["seen"].items()},
-                open={
-                    str(run_id): OpenRun(
-                        _moment(run[0]), _moment(run[1]), _moment(run[2]), _text(run[3]), _text(run[4])
-                    )
-                    for run_id, run in data["open"].items()
-                },
-            )
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError):
+            runs = {run_id: OpenRun(*run) for run_id, run in data["open"].items()}
+            return cls(data["read_until"], dict(data["seen"]), runs)
+        except (AttributeError, KeyError, TypeError):
             return cls()
 
 
@@ -141,19 +131,6 @@ class Look:
     overdue: tuple[str, ...] = ()  # ids of those that are no longer watched, because run_timeout is over
     # Why not every run could be asked for; what the look brought counts all the same.
     error: DifyConnectionError | None = None
-
-
-def _moment(value: object) -> float:
-    number = float(value)  # type: ignore[arg-type]
-    if not abs(number) < _NO_TIME:
-        raise ValueError("not a time")
-    return number
-
-
-def _text(value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError("not a text")
-    return value
 
 
 PAGE_SIZE = 20
