@@ -125,6 +125,29 @@ class DifySession(requests.Session):
         if connection.verify is not True:
             self._settings["verify"] = connection.verify
 
+    def receive(
+        self, method: str, path: str, subject: str, *, time_limit_seconds: float | None, **request: Any
+    ) -> HttpResponse:
+        """
+        Send one request and return the whole response, within a limit for all of it; a DifyConnectionError if there is
+        none. Only a GET follows redirects, because a redirect would turn a POST into one.
+        """
+        connection = self._connection
+        connection.check_key()
+        url = f"{connection.base_url}{path}"
+
+        def exchange() -> HttpResponse:
+            response = self.request(method, url, allow_redirects=method == "GET", **request)
+            return HttpResponse.received(connection, url, response.status_code, response.headers, response.content)
+
+        try:
+            return exchange() if time_limit_seconds is None else _call_within(time_limit_seconds, exchange)
+        except Exception as error:
+            # Whatever the client calls it, and whatever the server or a proxy said to cause it.
+            failure = no_response(connection, subject, url, error)
+        # Outside of the handler: the client's own error, which a log would show as the cause, may quote a password.
+        raise failure
+
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> Response:
         # Per request, because requests lets the environment override what the session says.
         return super().request(method, url, *args, **{**self._settings, **kwargs})
@@ -140,36 +163,6 @@ class DifySession(requests.Session):
 
     def rebuild_auth(self, prepared_request: PreparedRequest, response: Response) -> None:
         """Keep the key on a redirect, which never leaves the origin; ``requests`` would look into ``.netrc``."""
-
-
-def send(
-    session: DifySession,
-    connection: DifyConnection,
-    method: str,
-    path: str,
-    subject: str,
-    *,
-    time_limit_seconds: float | None,
-    **request: Any,
-) -> HttpResponse:
-    """
-    Send one request and return the whole response, within a limit for all of it; a DifyConnectionError if there is
-    none. Only a GET follows redirects, because a redirect would turn a POST into one.
-    """
-    connection.check_key()
-    url = f"{connection.base_url}{path}"
-
-    def exchange() -> HttpResponse:
-        response = session.request(method, url, allow_redirects=method == "GET", **request)
-        return HttpResponse.received(connection, url, response.status_code, response.headers, response.content)
-
-    try:
-        return exchange() if time_limit_seconds is None else _call_within(time_limit_seconds, exchange)
-    except Exception as error:
-        # Whatever the client calls it, and whatever the server or a proxy said to cause it.
-        failure = no_response(connection, subject, url, error)
-    # Outside of the handler: the client's own error, which a log would show as the cause, may quote a password.
-    raise failure
 
 
 def _call_within(seconds: float, call: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from airflow_provider_dify.api.calls import Call, parse_uploaded_file_id
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
-from airflow_provider_dify.api.session import DifySession, RequestRetries, open_upload, send
+from airflow_provider_dify.api.session import DifySession, RequestRetries, open_upload
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, RunWait, WaitArguments
@@ -306,9 +306,7 @@ class DifyHook(BaseHook):
 
             def upload() -> str:
                 part[1].seek(start)
-                response = send(
-                    self._get_session(),
-                    self.connection,
+                response = self._get_session().receive(
                     "POST",
                     calls.UPLOAD,
                     f"the upload of {part[0]!r}",
@@ -392,15 +390,8 @@ class DifyHook(BaseHook):
         if self.deadline is not None:
             # A second, so that the last look at a run, after its deadline, is one.
             time_limit = min(time_limit, max(1.0, self.deadline - time.time()))
-        response = send(
-            self._get_session(),
-            self.connection,
-            call.method,
-            call.path,
-            call.subject,
-            time_limit_seconds=time_limit,
-            params=call.params,
-            **request,
+        response = self._get_session().receive(
+            call.method, call.path, call.subject, time_limit_seconds=time_limit, params=call.params, **request
         )
         self.server_version = response.server_version or self.server_version
         return response
