@@ -174,10 +174,9 @@ class RowWithoutRun:
     user: str | None
     logged_at: DateTime | None
 
-
-def is_deleted(row: RowWithoutRun, now: float) -> bool:
-    """Return whether the run of a row was deleted: its record would be there by ``now`` (epoch seconds)."""
-    return row.logged_at is None or now - row.logged_at.timestamp() > RECORD_DELAY
+    def may_get_record(self, now: float) -> bool:
+        """Return whether the run's record may still come at ``now`` (epoch seconds); else the run was deleted."""
+        return self.logged_at is not None and now - self.logged_at.timestamp() <= RECORD_DELAY
 
 
 LogRow: TypeAlias = LoggedWorkflowRun | RowWithoutRun

@@ -19,8 +19,6 @@ from airflow_provider_dify.api.models import (
     LogRow,
     RowWithoutRun,
     WorkflowRunStatus,
-    is_deleted,
-    is_server_from,
     known_fields,
     row_key,
     runs_of,
@@ -336,11 +334,6 @@ async def before_start(client: Client, user: str | None) -> tuple[tuple[str, ...
     return tuple(run.workflow_run_id for run in runs_of(rows) if run.user == user), time.time()
 
 
-def runs_queue(server_version: str | None) -> bool:
-    """Return whether a server lets runs wait before they have a record: 1.13 and later do, and an unknown one may."""
-    return is_server_from(server_version, (1, 13)) is not False
-
-
 async def user_runs(
     client: Client, search: RunSearch, *, patience_seconds: float = 0.0
 ) -> tuple[list[LoggedWorkflowRun], bool]:
@@ -360,17 +353,14 @@ async def user_runs(
         if number_of_rows >= _MAX_ROWS:
             return found, False
         for row in rows:
-            is_ours = row.user == search.user
-            if is_ours and isinstance(row, RowWithoutRun) and not is_deleted(row, time.time()):
-                raise without_record(f"a run of user {search.user!r}")
+            if isinstance(row, RowWithoutRun) and row.user == search.user and row.may_get_record(time.time()):
+                raise DifyConnectionError(
+                    f"Dify's log has no record yet of a run of user {search.user!r}: a worker of Dify writes it. This "
+                    "may pass."
+                )
         found += [run for run in runs_of(rows) if search.is_candidate(run)]
         number_of_rows += len(rows)
     return found, True
-
-
-def without_record(what: str) -> DifyConnectionError:
-    """Return the error for a row of the log that may be ours, and whose run can't be known yet."""
-    return DifyConnectionError(f"Dify's log has no record yet of {what}: a worker of Dify writes it. This may pass.")
 
 
 def _uncertain(search: RunSearch, why: str) -> DifyWorkflowRunUncertain:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.api.models import WorkflowRun
+from airflow_provider_dify.api.models import WorkflowRun, is_server_from
 from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
@@ -27,7 +27,6 @@ from airflow_provider_dify.runs.log import (
     find_run,
     fingerprint,
     looking_again,
-    runs_queue,
     until,
 )
 from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait
@@ -65,8 +64,8 @@ class Starter(Follower):
 
     @property
     def may_be_queued(self) -> bool:
-        """Whether the server may hold a start back without a record of it."""
-        return runs_queue(self.client.server_version)
+        """Whether the server may hold a start back without a record of it; 1.13 and later do, an unknown one may."""
+        return is_server_from(self.client.server_version, (1, 13)) is not False
 
     @property
     def is_in_queue(self) -> bool:

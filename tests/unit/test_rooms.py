@@ -23,9 +23,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 MOST_LINES = 450
 MOST_MODULES_IN_A_ROOM = 12
-MOST_MODULES = 54
-# To be lowered with each thing that goes: the aim is 10,600.
-MOST_LINES_IN_ALL = 11_800
+MOST_MODULES = 50
+# To be lowered with each thing that goes: the aim is 10,000.
+MOST_LINES_IN_ALL = 11_720
 
 
 def floor_of(module: str) -> int:
