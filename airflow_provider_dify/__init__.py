@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Apache Airflow provider for Dify: start Dify workflow runs in Dags, wait on them and use their outputs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What differs between the supported Airflows, in one place; each piece says when it can be removed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 What can go wrong between a task and Dify, separated by what the task should do about it.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Airflow knows about this provider before it imports any of its other modules."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 The requests of Dify's Service API, as data (routes, queries, bodies), and what the whole response means: a model or an
 exception.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One app's requests on an event loop: with the connection's present key, each once, none longer than its deadline."""
 
 from __future__ import annotations

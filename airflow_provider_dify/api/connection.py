@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 What an Airflow connection of type ``dify`` says: where Dify is and how to talk to it. No transport.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 What Dify's event stream looks like on the wire: ``text/event-stream`` bytes in, typed events out.
 

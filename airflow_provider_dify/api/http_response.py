@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One whole HTTP response, whichever client received it, and typed access to its fields."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What Dify's API says, as frozen data, the same for every server version; and how its text may stand in a message."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A start that was sent, the run once Dify names it, and the run's events."""
 
 from __future__ import annotations

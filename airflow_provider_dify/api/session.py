@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The way to Dify (proxies, certificates), and how requests travel on a worker: bounded, and again if that may help."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a batch is named: the users of its runs, and the folder of its parts. No I/O."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 The files of a batch's results, one JSON object a row: in parts while it runs, in one file in row order at its end.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a batch is: its counts, a line for the log, its summary, and what it fails with. Pure; the time is given."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a batch's runs returned: one JSON object a row, in parts. Pure; the time is given."""
 
 from __future__ import annotations

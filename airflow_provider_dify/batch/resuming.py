@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 Which runs of a batch are there already: after a crash, or a try that Airflow repeats, nothing is paid twice. No I/O.
 

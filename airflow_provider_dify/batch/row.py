@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One row of a batch: its place, its start, its run, and its retries."""
 
 from __future__ import annotations

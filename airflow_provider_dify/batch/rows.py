@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of a batch, one at a time: out of a list, or out of a file of JSON Lines or CSV on any storage."""
 
 from __future__ import annotations

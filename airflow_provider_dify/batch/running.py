@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A batch as a task's try, and while it runs: its rows on one event loop, their results as they come, and its end."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many runs a batch has at once, and which row has a place among them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the files of a batch are reached: through Airflow's ``ObjectStoragePath``; each fault becomes a DifyError."""
 
 from __future__ import annotations

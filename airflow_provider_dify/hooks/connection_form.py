@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The connection form of Airflows before 3.2, whose hooks define it, and what its Test button says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Airflow's hook for Dify's Service API: look-ups with ``requests``, and runs on an event loop of their own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What :mod:`airflow_provider_dify.hooks.dify` does, awaited, for the triggerer's event loop."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A started run and its events for code that is not asynchronous: the engine's stream, on an event loop of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a task shows in Airflow's UI: its colours, and the button that leads to Dify's console."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Start a Dify workflow run in a task, and wait on it."""
 
 from __future__ import annotations

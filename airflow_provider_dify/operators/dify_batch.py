@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run a Dify workflow over many rows in one task."""
 
 from __future__ import annotations

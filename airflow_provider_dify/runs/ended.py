@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 Which workflow runs of an app have ended since the last look, whoever started them. Pure.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run followed to its end: by its events, and by polls where these break off."""
 
 from __future__ import annotations

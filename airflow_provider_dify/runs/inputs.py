@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 Checks inputs against a workflow's input form before a start, so that a wrong one costs neither a run nor a wait.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How an app's log is read: without missing a row, again through failures, and for a run of ours."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run started and named: never paid twice, and looked for in Dify's log where its start broke off."""
 
 from __future__ import annotations

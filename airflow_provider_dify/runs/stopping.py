@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a run is stopped, within the seconds that Airflow leaves to a task that it kills."""
 
 from __future__ import annotations

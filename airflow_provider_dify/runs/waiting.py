@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run's state means for a wait, and a series of polls: what ends the wait, and what is worth a line. No I/O."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of an app's runs somebody wants: by a filter, and the latest that has ended."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wait on a Dify workflow run in a task."""
 
 from __future__ import annotations

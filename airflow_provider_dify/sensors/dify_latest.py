@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Wait in a task for a Dify workflow run that nobody has the id of."""
 
 from __future__ import annotations

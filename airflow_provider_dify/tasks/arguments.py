@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments of operators and sensors, parsed when the Dag is."""
 
 from __future__ import annotations

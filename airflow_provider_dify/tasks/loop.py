@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 An event loop in a thread, on which a task's work runs while the task's main thread waits for it.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which run a task's try owns: a new one, an earlier try's, or one that has to be looked for."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One try of the operator while it runs: its start, its run, and what Airflow knows of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The XComs of a task and of a finished workflow run, in one place for workers and the triggerer."""
 
 from __future__ import annotations

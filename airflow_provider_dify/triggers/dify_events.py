@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trigger Dags when workflow runs of a Dify app end, whoever started them (Airflow 3.0 and later)."""
 
 from __future__ import annotations

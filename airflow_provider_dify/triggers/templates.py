@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 What may not stand in a templated argument of a task that starts on the triggerer (Airflow 3.3 and later).
 
