@@ -63,7 +63,7 @@ lint: $(VENV)/installed
 	$(if $(wildcard .github),$(VENV)/bin/zizmor --offline --quiet .github)
 
 # Changes the package a little in some thousand ways, one at a time, and lists the changes that no unit test notices.
-# Takes an hour or two; resumes where it was stopped. MUTANTS="airflow_provider_dify.runs.verdict*" chooses modules.
+# Takes an hour or two; resumes where it was stopped. MUTANTS="airflow_provider_dify.runs.waiting*" chooses modules.
 mutants: $(VENV)/installed
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group mutants
 	$(VENV)/bin/mutmut run "$(MUTANTS)"

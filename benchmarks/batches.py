@@ -173,7 +173,7 @@ def dify(batch: Batch) -> None:
     from airflow.dag_processing.dagbag import DagBag
 
     # As the others import their clients before they begin to measure.
-    import airflow_provider_dify.batch.task  # noqa: F401
+    import airflow_provider_dify.batch.running  # noqa: F401
 
     bag = DagBag(path)
     if bag.import_errors:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import aiohttp
 from multidict import CIMultiDict
 
-from airflow_provider_dify.api.calls import Call, encode_start, events_path, start_path
+from airflow_provider_dify.api.calls import Call, encode_start, start_path
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
@@ -33,10 +33,8 @@ if TYPE_CHECKING:
 
 class Shared:
     """
-    Mixed into what is shared: made by the first who joins with a key, closed when the last one leaves.
-
-    Joining and leaving count without an ``await`` in between, so that no cancellation can fall between the count and
-    what it stands for.
+    Mixed into what is shared: made by the first who joins with a key, closed when the last one leaves. Both count
+    without an ``await`` in between, so that no cancellation can fall between the count and what it stands for.
     """
 
     users: int = 0
@@ -106,9 +104,8 @@ class SharedSession(Shared):
 
     async def send(self, call: Call[Any]) -> HttpResponse:
         """
-        Send a request and return the whole response; a GET follows redirects within the connection's server.
-
-        Raises a DifyConnectionError if there is none.
+        Send a request and return the whole response, or raise a DifyConnectionError; a GET follows redirects within the
+        connection's server.
         """
         first_url = url = f"{self.connection.base_url}{call.path}"
         for _ in range(MAX_REDIRECTS):
@@ -160,12 +157,11 @@ class SharedSession(Shared):
     async def read_task_id(self, workflow_run_id: str, user: str) -> str | None:
         """
         Return the task id of a run that was found in Dify's log: only its next events carry it (Dify 1.14 and later).
-
-        ``None`` where the events end before, or the server has no such route. The caller bounds the time.
+        ``None`` where they end before, or the server has no such route. The caller bounds the time.
         """
         client = await self.open()
         reader = EventStreamReader()
-        url = f"{self.connection.base_url}{events_path(workflow_run_id)}"
+        url = f"{self.connection.base_url}/workflow/{workflow_run_id}/events"
         async with client.get(url, params={"user": user}, allow_redirects=False, proxy=self.proxy) as response:
             async for piece in response.content.iter_any():
                 if not response.ok:
@@ -178,9 +174,8 @@ class SharedSession(Shared):
 
     async def open(self) -> aiohttp.ClientSession:
         """
-        Return the client, made by the first who asks.
-
-        Raises a DifyConfigurationError if the environment's or the connection's proxy or CA bundle can't be used.
+        Return the client, made by the first who asks. Raises a DifyConfigurationError if the environment's or the
+        connection's proxy or CA bundle can't be used.
         """
         if self.client is not None:
             return self.client
@@ -201,11 +196,9 @@ class SharedSession(Shared):
 
     async def open_for_starts(self) -> aiohttp.ClientSession:
         """
-        Return the client that starts go through.
-
-        Each start has a connection of its own, if these are not kept: if the server closed a kept one at this very
-        moment, nobody could tell whether the start arrived. A request says by ``trace_request_ctx``, whose
-        ``may_have_been_sent`` is set, when it has its connection.
+        Return the client that starts go through, over a connection each unless these are kept: if the server closed a
+        kept one at this very moment, nobody could tell whether the start arrived. ``trace_request_ctx`` of a request,
+        whose ``may_have_been_sent`` is set, says when it has its connection.
         """
         await self.open()
         if self.starter is None:
@@ -306,11 +299,7 @@ class DifyClient:
         self._reading = asyncio.Lock()
 
     async def __aenter__(self) -> Self:
-        """
-        Read the connection and open the session, if no one has.
-
-        :raises DifyConfigurationError: if the connection cannot be used.
-        """
+        """Read the connection and open the session, if no one has; a DifyConfigurationError if it can't be used."""
         try:
             await self._connect(None)
         except BaseException:
@@ -355,9 +344,8 @@ class DifyClient:
         self, inputs: Mapping[str, Any], user: str, workflow_id: str | None = None, headers: Headers = None
     ) -> AsyncWorkflowRunStream:
         """
-        Send the start of a run once, and return at once; its response is still to come.
-
-        Raises a DifyConfigurationError if an argument can't be sent; nothing was sent then.
+        Send the start of a run once, and return at once; its response is still to come. Raises a DifyConfigurationError
+        if an argument can't be sent.
         """
         path, body = start_path(workflow_id), encode_start(inputs, user)
         # A share of its own: this client may use another session meanwhile, with a key that was rotated.

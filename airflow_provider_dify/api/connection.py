@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from airflow_provider_dify import __version__
-from airflow_provider_dify.api.text import one_line, redact
+from airflow_provider_dify.api.models import one_line, redact
 from airflow_provider_dify.exceptions import CONNECTION_SECTION, DifyConfigurationError
 
 if TYPE_CHECKING:

@@ -15,8 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.api.models import ENDED_STATUSES, WorkflowRun, WorkflowRunStatus, app_id_from, status_of
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import (
+    ENDED_STATUSES,
+    WorkflowRun,
+    WorkflowRunStatus,
+    app_id_from,
+    one_line,
+    status_of,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -14,8 +14,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from airflow_provider_dify.api.connection import DifyConnection, name_connection
-from airflow_provider_dify.api.models import WorkflowRunStatus
-from airflow_provider_dify.api.text import EXCERPT_LENGTH, as_text, one_line, redact
+from airflow_provider_dify.api.models import EXCERPT_LENGTH, WorkflowRunStatus, as_text, one_line, redact
 from airflow_provider_dify.exceptions import DifyConnectionError
 
 if TYPE_CHECKING:

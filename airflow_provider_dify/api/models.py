@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Dify's API says, as frozen data, the same for every server version."""
+"""What Dify's API says, as frozen data, the same for every server version; and how its text may stand in a message."""
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from pendulum import DateTime
+
 
 APP_MODES_WITH_WORKFLOW_RUNS = frozenset({"workflow", "advanced-chat"})
 
@@ -174,10 +176,9 @@ class RowWithoutRun:
     user: str | None
     logged_at: DateTime | None
 
-
-def is_deleted(row: RowWithoutRun, now: float) -> bool:
-    """Return whether the run of a row was deleted: its record would be there by ``now`` (epoch seconds)."""
-    return row.logged_at is None or now - row.logged_at.timestamp() > RECORD_DELAY
+    def may_get_record(self, now: float) -> bool:
+        """Return whether the run's record may still come at ``now`` (epoch seconds); else the run was deleted."""
+        return self.logged_at is not None and now - self.logged_at.timestamp() <= RECORD_DELAY
 
 
 LogRow: TypeAlias = LoggedWorkflowRun | RowWithoutRun
@@ -234,3 +235,40 @@ def is_server_from(version: str | None, first: tuple[int, int]) -> bool | None:
         return (int(major), int(minor)) >= first
     except ValueError:
         return None
+
+
+# Enough to recognise a login page, never more than a line.
+EXCERPT_LENGTH = 120
+# Enough for any error text that a person can use.
+REASON_LENGTH = 500
+
+# A URL's user name and password, up to the last @ before the path.
+_USERINFO = re.compile(r"//[^/\s]*@")
+
+
+def one_line(text: object, limit: int = REASON_LENGTH) -> str:
+    """Return a foreign text as one printable line that can't forge log lines or colour a terminal; ``…`` where cut."""
+    shown = as_text(text)
+    # Cut before the work, because a server may send megabytes.
+    words = " ".join(shown[: limit * 8].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words[: limit + 1])
+    return line if len(line) <= limit else line[:limit] + "…"
+
+
+def as_text(value: object) -> str:
+    """Return a text as it is, and of anything else that JSON can hold, however deep, the ``repr``."""
+    if isinstance(value, str):
+        return value
+    try:
+        return repr(value)
+    except RecursionError:
+        # Parsed with less on the stack than there is here.
+        return f"a {type(value).__name__} that is nested too deeply"
+
+
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """Return a text with ``***`` for each secret (empty ones are skipped) and for user names and passwords in URLs."""
+    # The longest first, because one secret may be part of another.
+    for secret in sorted(filter(None, secrets), key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _USERINFO.sub("//***@", text)

@@ -10,12 +10,11 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from airflow_provider_dify.api.calls import parse_workflow_run_id
+from airflow_provider_dify.api.calls import error_from_start, error_from_start_event, parse_workflow_run_id
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import ERROR, STARTED, EventStreamReader, WorkflowEvent
 from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of, without_key
-from airflow_provider_dify.api.responses import error_from_start, error_from_start_event
-from airflow_provider_dify.api.text import one_line, redact
+from airflow_provider_dify.api.models import one_line, redact
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
@@ -39,30 +38,6 @@ SECONDS_AFTER_ERROR = 2.0
 Headers: TypeAlias = Mapping[str, str] | None
 # What a stream brings: that an event stream has begun (None), a response that is none, an event, or why no more comes.
 StreamItem = HttpResponse | WorkflowEvent | Exception | None
-
-
-class _Backlog:
-    """The events of a stream that its reader has not taken yet, as the one who reads the socket knows them."""
-
-    def __init__(self) -> None:
-        # Of each event, or of the first one of several that came together.
-        self._sizes: deque[int] = deque()
-        self._bytes = 0
-        self._begun = 0
-
-    def add(self, size_bytes: int, events: int) -> None:
-        """Note the next piece of the stream, and how many events it completed."""
-        self._begun += size_bytes
-        if events:
-            self._sizes.extend([self._begun, *[0] * (events - 1)])
-            self._bytes += self._begun
-            self._begun = 0
-
-    def is_full(self, waiting: int) -> bool:
-        """Return whether the reader, which has not taken so many events yet, has to catch up first."""
-        while len(self._sizes) > waiting:
-            self._bytes -= self._sizes.popleft()
-        return waiting >= MAX_EVENTS or self._bytes >= MAX_BYTES
 
 
 class Session(Protocol):
@@ -111,7 +86,9 @@ class AsyncWorkflowRunStream:
         self._kept: WorkflowEvent | None = None
         # Set by the session once the start has a connection, from when on its bytes may go out.
         self.may_have_been_sent = False
-        self._items: deque[StreamItem] = deque()
+        # What the stream brought and nobody has taken yet, each with its size in bytes.
+        self._items: deque[tuple[StreamItem, int]] = deque()
+        self._waiting_bytes = 0
         self._end: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._was_taken = asyncio.Event()
@@ -146,7 +123,8 @@ class AsyncWorkflowRunStream:
             await self._wait_for_item(seconds)
         if self._end is None and not self._items:
             return None
-        item = self._end or self._items.popleft()
+        item, size_bytes = (self._end, 0) if self._end is not None else self._items.popleft()
+        self._waiting_bytes -= size_bytes
         self._was_taken.set()
         if isinstance(item, Exception):
             self._end = item
@@ -295,19 +273,22 @@ class AsyncWorkflowRunStream:
 
     async def _read_events(self, response: aiohttp.ClientResponse) -> None:
         reader = EventStreamReader(lambda data: without_key(data, self._connection.api_key))
-        backlog = _Backlog()
+        size = 0
         async for piece in response.content.iter_any():
-            events = reader.feed(piece)
-            backlog.add(len(piece), len(events))
-            for event in events:
-                self._put(event)
-            while backlog.is_full(len(self._items)):
+            size += len(piece)
+            for event in reader.feed(piece):
+                # The first of several that came together counts for them all.
+                self._put(event, size)
+                size = 0
+            # Who takes the events has to catch up first.
+            while len(self._items) >= MAX_EVENTS or self._waiting_bytes >= MAX_BYTES:
                 self._was_taken.clear()
                 await self._was_taken.wait()
         raise EOFError("the stream ended before the run did")
 
-    def _put(self, item: StreamItem) -> None:
-        self._items.append(item)
+    def _put(self, item: StreamItem, size_bytes: int = 0) -> None:
+        self._items.append((item, size_bytes))
+        self._waiting_bytes += size_bytes
         self._wake()
 
     def _wake(self) -> None:

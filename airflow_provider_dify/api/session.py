@@ -3,25 +3,29 @@
 
 from __future__ import annotations
 
+import math
+import mimetypes
 import os
+import random
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin
 
 import requests
 from requests.auth import AuthBase
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
-from tenacity import RetryCallState, Retrying, retry_if_exception, wait_exponential, wait_random
 
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection, is_proxy_url
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import one_line
 from airflow_provider_dify.exceptions import (
     CONNECTION_SECTION,
     MAX_RETRY_DELAY,
@@ -38,10 +42,8 @@ if TYPE_CHECKING:
 class Route:
     """The way to a connection's server, the same for both HTTP clients."""
 
-    # Its URL may hold a password.
-    proxy: str | None
-    # The path of the CA bundle; False to verify nothing, True where there is no TLS on the way.
-    verify: str | bool
+    proxy: str | None  # its URL may hold a password
+    verify: str | bool  # the path of the CA bundle; False to verify nothing, True where there is no TLS on the way
 
 
 # What the two HTTP clients need for a SOCKS proxy.
@@ -131,6 +133,29 @@ class DifySession(requests.Session):
         if connection.verify is not True:
             self._settings["verify"] = connection.verify
 
+    def receive(
+        self, method: str, path: str, subject: str, *, time_limit_seconds: float | None, **request: Any
+    ) -> HttpResponse:
+        """
+        Send one request and return the whole response, within a limit for all of it; a DifyConnectionError if there is
+        none. Only a GET follows redirects, because a redirect would turn a POST into one.
+        """
+        connection = self._connection
+        connection.check_key()
+        url = f"{connection.base_url}{path}"
+
+        def exchange() -> HttpResponse:
+            response = self.request(method, url, allow_redirects=method == "GET", **request)
+            return HttpResponse.received(connection, url, response.status_code, response.headers, response.content)
+
+        try:
+            return exchange() if time_limit_seconds is None else _call_within(time_limit_seconds, exchange)
+        except Exception as error:
+            # Whatever the client calls it, and whatever the server or a proxy said to cause it.
+            failure = no_response(connection, subject, url, error)
+        # Outside of the handler: the client's own error, which a log would show as the cause, may quote a password.
+        raise failure
+
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> Response:
         # Per request, because requests lets the environment override what the session says.
         return super().request(method, url, *args, **{**self._settings, **kwargs})
@@ -149,61 +174,41 @@ class DifySession(requests.Session):
         _BearerAuth(self._connection)(prepared_request)
 
 
-def send(
-    session: DifySession,
-    connection: DifyConnection,
-    method: str,
-    path: str,
-    subject: str,
-    *,
-    time_limit_seconds: float | None,
-    **request: Any,
-) -> HttpResponse:
-    """
-    Send one request and return the whole response, within a limit for all of it, whatever the server does.
-
-    Only a GET follows redirects, because a redirect would turn a POST into one. Raises a DifyConnectionError if there
-    is no response.
-    """
-    connection.check_key()
-    url = f"{connection.base_url}{path}"
-
-    def exchange() -> HttpResponse:
-        response = session.request(method, url, allow_redirects=method == "GET", **request)
-        return HttpResponse.received(connection, url, response.status_code, response.headers, response.content)
-
-    try:
-        return exchange() if time_limit_seconds is None else _call_within(time_limit_seconds, exchange)
-    except Exception as error:
-        # Whatever the client calls it, and whatever the server or a proxy said to cause it.
-        failure = no_response(connection, subject, url, error)
-    # Outside of the handler: the client's own error, which a log would show as the cause, may quote a password.
-    raise failure
-
-
 def _call_within(seconds: float, call: Callable[[], T]) -> T:
     """
-    Return what a blocking call returns, or raise what it raises; a TimeoutError once the time is over.
-
-    A timeout of ``requests`` counts for each piece of a response, and not at all for the look-up of a name.
+    Return what a blocking call returns, or raise what it raises; a TimeoutError once the time is over. A timeout of
+    ``requests`` counts for each piece of a response, and not at all for the look-up of a name.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
+    outcome: Future[T] = Future()
 
     def work() -> None:
         try:
-            results.append(call())
+            outcome.set_result(call())
         except BaseException as error:
-            errors.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, name="dify-request", daemon=True)
-    thread.start()
-    thread.join(max(0.0, seconds))
-    for error in errors:
-        raise error
-    for result in results:
-        return result
-    raise TimeoutError(f"no whole response within {seconds:.3g} seconds")
+    threading.Thread(target=work, name="dify-request", daemon=True).start()
+    wait([outcome], max(0.0, seconds))
+    if not outcome.done():
+        raise TimeoutError(f"no whole response within {seconds:.3g} seconds")
+    return outcome.result()
+
+
+@contextmanager
+def open_upload(
+    file: str | os.PathLike[str] | IO[bytes], file_name: str | None, mime_type: str | None
+) -> Iterator[tuple[str, IO[bytes], str]]:
+    """
+    Return name, open file and type of a file to upload, as ``requests`` takes them. A file that is open already stays
+    open. Without a type, which is guessed from the name by default, Dify refuses the upload (415).
+    """
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+        except OSError as error:
+            raise DifyConfigurationError(f"The file to upload cannot be read: {error}") from error
+        name = file_name or os.path.basename(str(getattr(opened, "name", "file")))
+        yield name, opened, mime_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
 
 
 @dataclass(frozen=True)
@@ -211,53 +216,29 @@ class RequestRetries:
     """Sends a request again that failed for a passing reason."""
 
     limit: int
-    # Before the first retry; doubled for each further one, with jitter, up to 60 seconds.
-    delay_seconds: float
-    # Epoch seconds after which nothing is sent again; None for no limit.
-    deadline: float | None
+    delay_seconds: float  # before the first retry; doubled for each further one, with jitter, up to 60 seconds
+    deadline: float | None  # epoch seconds after which nothing is sent again; None for no limit
     log: Logger
 
     def call(self, work: Callable[[], T]) -> T:
         """Return what a request returns, after retries if need be."""
-
-        def may_pass(error: BaseException) -> bool:
-            # A server that asks for more time than this is not asked early.
-            return isinstance(error, DifyConnectionError) and (error.retry_after or 0.0) <= MAX_RETRY_DELAY
-
-        return Retrying(
-            retry=retry_if_exception(may_pass),
-            stop=self._is_last,
-            wait=self._wait,
-            before_sleep=self._log_retry,
-            reraise=True,
-        )(work)
-
-    def _is_last(self, state: RetryCallState) -> bool:
-        is_late = self.deadline is not None and time.time() + self._shortest_wait(state) >= self.deadline
-        return is_late or state.attempt_number > self.limit
-
-    def _wait(self, state: RetryCallState) -> float:
-        jitter = wait_random(0, self.delay_seconds)(state)
-        wait = max(min(self._shortest_wait(state) + jitter, MAX_RETRY_DELAY), _retry_after(state))
-        # The shortest wait ends before the deadline, or this is the last attempt.
-        return wait if self.deadline is None else min(wait, max(0.0, self.deadline - time.time()))
-
-    def _shortest_wait(self, state: RetryCallState) -> float:
-        return max(wait_exponential(self.delay_seconds)(state), _retry_after(state))
-
-    def _log_retry(self, state: RetryCallState) -> None:
-        self.log.warning(
-            "Attempt %d of %d failed, the next one is in %.1f seconds: %s",
-            state.attempt_number,
-            self.limit + 1,
-            state.upcoming_sleep,
-            state.outcome.exception() if state.outcome else None,
-        )
-
-
-def _retry_after(state: RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    return (error.retry_after or 0.0) if isinstance(error, DifyConnectionError) else 0.0
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                return work()
+            except DifyConnectionError as error:
+                asked = error.retry_after or 0.0
+                shortest = max(asked, min(self.delay_seconds * 2.0 ** min(attempt - 1, 16), MAX_RETRY_DELAY))
+                left = math.inf if self.deadline is None else self.deadline - time.time()
+                # A server that asks for more time than a minute is not asked early.
+                if attempt > self.limit or asked > MAX_RETRY_DELAY or shortest >= left:
+                    raise
+                # With jitter, so that many tasks don't come back together.
+                pause = min(shortest + random.uniform(0, self.delay_seconds), MAX_RETRY_DELAY, left)  # noqa: S311
+                line = "Attempt %d of %d failed, the next one is in %.1f seconds: %s"
+                self.log.warning(line, attempt, self.limit + 1, pause, error)
+            time.sleep(pause)
 
 
 class _BearerAuth(AuthBase):

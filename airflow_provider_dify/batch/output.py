@@ -27,15 +27,19 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
-from airflow_provider_dify.api.text import one_line, redact
+from airflow_provider_dify.api.models import one_line, redact
 from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.progress import BatchProgress
-from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, ReturnedResults, RowResult, RowSet
+from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, RowResult, RowSet
 from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import is_file
 from airflow_provider_dify.batch.storage import is_same_file, open_stream, storage_errors, storage_path
-from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyError
+from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyError, DifyOutputsError
+from airflow_provider_dify.tasks.xcoms import xcom_problem
 
+# What a return value may have: an XCom is a row of Airflow's database.
+MAX_RETURNED_ROWS = 1_000
+MAX_RETURNED_BYTES = 1_000_000
 # A merge has many parts open, each with a buffer of this size.
 _MERGE_BUFFER = 262_144
 _PART_NAME = re.compile(r"(\d{9,})-[0-9a-f]{12}\.jsonl")
@@ -50,8 +54,7 @@ class WrittenResults:
     rows: RowSet = field(default_factory=RowSet)
     # All of them together; None if this batch has written nothing yet, or nothing is left to do.
     checkpoint: Checkpoint | None = None
-    # Whether the output file was complete already, so that nothing is to be started any more.
-    is_complete: bool = False
+    is_complete: bool = False  # whether the output file was complete already, so that nothing is to be started any more
 
     @property
     def is_damaged(self) -> bool:
@@ -278,9 +281,8 @@ class Output:
 
     async def write_if_due(self) -> None:
         """
-        Write a part, if one is due, while the runs go on.
-
-        A retry counts on it that no more rows than may run at once have left no trace. If they have, wait for the part.
+        Write a part, if one is due, while the runs go on. A retry counts on it that no more rows than may run at once
+        have left no trace. If they have, wait for the part.
         """
 
     async def flush(self, stopped_runs: tuple[str, ...]) -> None:
@@ -295,17 +297,40 @@ class Output:
 
 
 class ReturnedOutput(Output):
-    """Results that are the task's return value. An earlier try's are read from Dify again."""
+    """
+    Results that are the task's return value, within bounds; too many rows fail before any start. An earlier try's are
+    read from Dify again.
+    """
 
     def __init__(self, total: int, earlier: EarlierTries) -> None:
+        if total > MAX_RETURNED_ROWS:
+            raise DifyConfigurationError(
+                f"The batch has {total:,} rows, and at most {MAX_RETURNED_ROWS:,} can be a return value. Set "
+                "output_path, and read the results from that file. Nothing was started."
+            )
         self.earlier = earlier
-        self._results = ReturnedResults(total)
+        self._results: dict[int, RowResult] = {}
+        self._size = 0
 
     def add(self, result: RowResult) -> None:
-        self._results.add(result)
+        # What runs return can't be known before they do; so the batch ends as soon as it is known.
+        problem = xcom_problem(result.to_dict())
+        if problem:
+            raise DifyOutputsError(
+                f"Row {result.index:,} {problem}, which Airflow cannot store as an XCom: Dify workflow run "
+                f"{result.workflow_run_id} is over, but its result cannot be part of a return value. Set output_path, "
+                "and read the results from that file."
+            ).explained_in(BATCH_SECTION)
+        self._size += len(result.to_line())
+        self._results[result.index] = result
+        if self._size > MAX_RETURNED_BYTES:
+            raise DifyOutputsError(
+                f"The results of {len(self._results):,} rows have more than {MAX_RETURNED_BYTES / 1e6:g} MB, which is "
+                "too much for a return value. Set output_path, and read the results from that file."
+            ).explained_in(BATCH_SECTION)
 
-    def finish(self) -> Any:
-        return self._results.in_order()
+    def finish(self) -> list[dict[str, Any]]:
+        return [self._results[index].to_dict() for index in sorted(self._results)]
 
 
 class FileOutput(Output):

@@ -9,11 +9,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.api.models import WorkflowRunStatus
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import WorkflowRunStatus, one_line
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.exceptions import DifyBatchFailed, DifyTokenLimitReached
-from airflow_provider_dify.tasks.arguments import parse_limit
 
 # Errors that are counted one by one; a batch of a million rows may have as many texts.
 _MAX_ERRORS = 200
@@ -30,24 +28,10 @@ _COUNTED: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class FailureLimit:
-    """How many runs of a batch may fail: a whole number, or a share of all rows such as 0.05."""
-
-    max_failed_runs: float  # an int for a number, a float for a share
-
-    def __post_init__(self) -> None:
-        parse_limit("max_failed_runs", self.max_failed_runs)
-
-    def allowed(self, total: int) -> int:
-        """Return how many of so many runs may fail."""
-        if isinstance(self.max_failed_runs, float):
-            # A share of 0.07 of 100 rows is 7 rows, not the 7.000000000000001 of the product.
-            return math.floor(round(self.max_failed_runs * total, 6))
-        return self.max_failed_runs
-
-    def __str__(self) -> str:
-        return f"{self.max_failed_runs}"
+def allowed_failures(max_failed_runs: float, total: int) -> int:
+    """Return how many of so many runs may fail: a whole number, or a share of them, as a float such as 0.05."""
+    # A share of 0.07 of 100 rows is 7 rows, not the 7.000000000000001 of the product.
+    return math.floor(round(max_failed_runs * total, 6)) if isinstance(max_failed_runs, float) else max_failed_runs
 
 
 @dataclass
@@ -66,7 +50,7 @@ class BatchProgress:
     def __init__(
         self,
         total: int,
-        limit: FailureLimit,
+        max_failed_runs: float,
         *,
         began_at: float,
         fail_on_partial_success: bool = False,
@@ -78,7 +62,7 @@ class BatchProgress:
         # Those that count against max_failed_runs.
         self.failed_rows = 0
         self.total_tokens = 0
-        self._limit = limit
+        self._max_failed_runs = max_failed_runs
         self._began_at = began_at
         self._fail_on_partial_success = fail_on_partial_success
         self._output_path = output_path
@@ -104,7 +88,7 @@ class BatchProgress:
     @property
     def has_failed(self) -> bool:
         """Whether more runs failed than may, so that nothing is started any more."""
-        return self.failed_rows > self._limit.allowed(self.total)
+        return self.failed_rows > allowed_failures(self._max_failed_runs, self.total)
 
     @property
     def has_used_tokens_up(self) -> bool:
@@ -149,7 +133,7 @@ class BatchProgress:
         not_run = f" {left:,} rows were not run." if left else ""
         results = f" The results are in {one_line(self._output_path, 300)}." if self._output_path else ""
         raise DifyBatchFailed(
-            f"{self.failed_rows:,} of {self.total:,} runs failed (max_failed_runs is {self._limit}). "
+            f"{self.failed_rows:,} of {self.total:,} runs failed (max_failed_runs is {self._max_failed_runs}). "
             f"{self.describe_errors()}{not_run}{results}",
             summary=self.summary(now),
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a batch's runs returned: one JSON object a row, in parts, or as a return value. Pure; the time is given."""
+"""What a batch's runs returned: one JSON object a row, in parts. Pure; the time is given."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyOutputsError
-from airflow_provider_dify.tasks.xcoms import xcom_problem
 
 # A part is written as soon as it has so many rows or bytes, or its first result is so many seconds old.
 PART_ROWS = 1_000
@@ -18,9 +16,6 @@ PART_BYTES = 8_000_000
 PART_SECONDS = 30.0
 # The same for a result that Dify's log does not know: of a row that was rejected, say.
 UNLOGGED_SECONDS = 1.0
-# What a return value may have: an XCom is a row of Airflow's database.
-MAX_RETURNED_ROWS = 1_000
-MAX_RETURNED_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -28,20 +23,16 @@ class RowResult:
     """What became of a row, which counts from 0; of several runs it is the last one's."""
 
     index: int
-    # Of the run; "failed" for a row that has no run.
-    status: str
+    status: str  # of the run; "failed" for a row that has no run
     outputs: dict[str, Any] | None = None
-    # Why it failed, in Dify's words where a run failed.
-    error: str | None = None
-    # None for a row that has no run.
-    workflow_run_id: str | None = None
+    error: str | None = None  # why it failed, in Dify's words where a run failed
+    workflow_run_id: str | None = None  # None for a row that has no run
     total_tokens: int | None = None
     elapsed_time: float | None = None
-    # Runs that were started for the row.
-    attempts: int = 1
+    attempts: int = 1  # runs that were started for the row
 
     @classmethod
-    def of_run(cls, index: int, run: WorkflowRun, attempts: int) -> RowResult:
+    def of_run(cls, index: int, run: WorkflowRun) -> RowResult:
         """Return the result of a row by its last run, which is over."""
         return cls(
             index,
@@ -51,7 +42,6 @@ class RowResult:
             workflow_run_id=run.id,
             total_tokens=run.total_tokens,
             elapsed_time=run.elapsed_time,
-            attempts=attempts,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,16 +74,12 @@ _FIELDS = tuple(item.name for item in fields(RowResult))
 class Checkpoint:
     """What a part says about the rest of the batch, in its last line."""
 
-    # How many rows may have been under way at once.
-    max_active_runs: int
+    max_active_runs: int  # how many rows may have been under way at once
     # Runs that Dify was asked to stop when the task was killed. Some servers leave their records as `running` for ever.
     stopped_runs: tuple[str, ...] = ()
-    # Rows whose results are in this part and those before. If fewer are there, a part is gone.
-    rows: int = 0
-    # Epoch seconds of the batch's first start; 0 in parts of older versions.
-    since: float = 0.0
-    # The last row whose start got lost, so that Dify's log may not have it.
-    last_lost: int = -1
+    rows: int = 0  # whose results are in this part and those before; if fewer are there, a part is gone
+    since: float = 0.0  # epoch seconds of the batch's first start; 0 in parts of older versions
+    last_lost: int = -1  # the last row whose start got lost, so that Dify's log may not have it
 
     def to_line(self) -> str:
         """Return the checkpoint as a line of JSON Lines, with its end."""
@@ -146,8 +132,7 @@ class RowSet:
 class Part:
     """Results that are to be written together, and what the part says about the rest."""
 
-    # By row, sorted.
-    lines: list[tuple[int, str]]
+    lines: list[tuple[int, str]]  # by row, sorted
     checkpoint: Checkpoint
 
     @property
@@ -159,9 +144,8 @@ class Part:
 
 class PartBuffer:
     """
-    The results since the last part. Pure; the time is given, in epoch seconds.
-
-    A part must be written before the next one is taken, because its checkpoint speaks for the parts before it.
+    The results since the last part. A part must be written before the next one is taken, because its checkpoint speaks
+    for the parts before it. Times are epoch seconds.
     """
 
     def __init__(self, first: Checkpoint) -> None:
@@ -202,40 +186,3 @@ class PartBuffer:
         self._lines, self._size, self._due = {}, 0, None
         self._checkpoint = replace(self._checkpoint, rows=self.rows + len(lines))
         return Part(lines, replace(self._checkpoint, stopped_runs=stopped_runs))
-
-
-class ReturnedResults:
-    """The results of a batch that returns them as its XCom, within bounds; too many rows fail before any start."""
-
-    def __init__(self, total: int) -> None:
-        if total > MAX_RETURNED_ROWS:
-            raise DifyConfigurationError(
-                f"The batch has {total:,} rows, and at most {MAX_RETURNED_ROWS:,} can be a return value. Set "
-                "output_path, and read the results from that file. Nothing was started."
-            )
-        self._results: dict[int, RowResult] = {}
-        self._size = 0
-
-    def add(self, result: RowResult) -> None:
-        """
-        Take a row's result. Raise a DifyOutputsError if Airflow can't store it, or the results are too much for a
-        return value. What runs return can't be known before they do; so the batch ends as soon as it is known.
-        """
-        problem = xcom_problem(result.to_dict())
-        if problem:
-            raise DifyOutputsError(
-                f"Row {result.index:,} {problem}, which Airflow cannot store as an XCom: Dify workflow run "
-                f"{result.workflow_run_id} is over, but its result cannot be part of a return value. Set output_path, "
-                "and read the results from that file."
-            ).explained_in(BATCH_SECTION)
-        self._size += len(result.to_line())
-        self._results[result.index] = result
-        if self._size > MAX_RETURNED_BYTES:
-            raise DifyOutputsError(
-                f"The results of {len(self._results):,} rows have more than {MAX_RETURNED_BYTES / 1e6:g} MB, which is "
-                "too much for a return value. Set output_path, and read the results from that file."
-            ).explained_in(BATCH_SECTION)
-
-    def in_order(self) -> list[dict[str, Any]]:
-        """Return the results as JSON-ready values, in row order."""
-        return [self._results[index].to_dict() for index in sorted(self._results)]

@@ -2,9 +2,7 @@
 """
 Which runs of a batch are there already: after a crash, or a try that Airflow repeats, nothing is paid twice. No I/O.
 
-Each run's ``user`` names the batch, the row and the attempt. So Dify's log can be asked for the runs of one row, which
-costs the server much less than a page of the whole log. What is over is read, what is alive is followed, what failed
-may be started again, and the rest is started.
+The ``user`` of a run names the batch, the row and the attempt. So Dify's log can be asked for the runs of one row.
 
 Rows are started in order. So those that an earlier try may have started end soon after the last row that has a result
 or a run: each try has at most ``max_active_runs`` rows under way, and no more than as many that left no trace, because
@@ -12,10 +10,8 @@ Dify turned them away and no part says so yet. This *window* goes on from each r
 are started, as soon as no look is under way that may widen it.
 
 A run that is queued at Dify is not in the log yet. So a row of the window is looked for until a grace is over, while
-other rows go on, and is started then. One case can't be told: a start that stays queued until after the grace. Such a
-row runs, and is paid, twice. Dify 1.12 queues no runs. A server that writes its log late (a Dify with its repositories
-on Celery, by up to 15 seconds) is the same case. Rows are known by their number, so the inputs must not change between
-two tries of a task.
+other rows go on, and is started then. One case can't be told: a start that stays queued for longer, or whose row a
+server writes later. It runs, and is paid, twice. Rows are known by their number, so the inputs must not change.
 """
 
 from __future__ import annotations
@@ -90,9 +86,8 @@ class Resumption:
         # Rows are counted as their turns come: those that Dify is never asked to run are none of them.
         self._turn = 0
         self._end = self._width if earlier.can_be else 0
-        # The turn of each row that was not looked for yet, and of each whose look is repeated.
+        # The turn of each row that was not looked for yet.
         self._looking: dict[int, int] = {}
-        self._turns: dict[int, int] = {}
         self._slots = asyncio.Semaphore(MOST_LOOKS)
         self._has_queue = earlier.number > 0
         # Without the parts nobody knows where the window begins, so that each row is looked for, at least once.
@@ -125,20 +120,19 @@ class Resumption:
     ) -> RowPlan:
         """Look for a row's run; without one, until the grace is over. Without the log, runs would be paid twice."""
         ends = time.monotonic() + arguments.not_found_grace
+        turn = self._looking[row]
         plan = RowPlan()
 
         async def look() -> RowPlan | None:
             nonlocal plan
             async with self._slots:
                 plan = await self._look(client, row)
-            turn = self._looking.pop(row, None)
-            if turn is not None:
-                self._turns[row] = turn
+            if self._looking.pop(row, None) is not None:
                 if plan != RowPlan():
                     self._end = max(self._end, turn + 1 + self._width)
                     self._has_queue = True
                 self._on_look()
-            may_be_queued = self._has_queue and self._turns[row] < self._end
+            may_be_queued = self._has_queue and turn < self._end
             return plan if plan.workflow_run_id is not None or not may_be_queued else None
 
         def seconds_left(has_failed: bool) -> float:
@@ -146,7 +140,6 @@ class Resumption:
             return math.inf if has_failed or has_queued_runs() else ends - time.monotonic()
 
         await until(look, deadline, on_failure, interval_seconds=arguments.poll_interval, seconds_left=seconds_left)
-        self._turns.pop(row, None)
         return plan
 
     async def _look(self, client: DifyClient, row: int) -> RowPlan:
@@ -169,9 +162,8 @@ class Resumption:
 
 def plan_row(known: Iterable[FoundRun], *, run_retries: int, stopped_runs: frozenset[str] = frozenset()) -> RowPlan:
     """
-    Return what is to be done with a row, from the runs that it has.
-
-    A run that was stopped is started again, as the single operator does after a crash: it was stopped with the task.
+    Return what is to be done with a row, from the runs that it has. One that was stopped is started again, as the
+    single operator does after a crash: it was stopped with the task.
     """
     runs = sorted(known, key=lambda run: (run.status == WorkflowRunStatus.SUCCEEDED, run.attempt), reverse=True)
     failed = [run for run in runs if run.status == WorkflowRunStatus.FAILED]

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.client import DifyClient
-from airflow_provider_dify.api.models import WorkflowRun
+from airflow_provider_dify.api.models import WorkflowRun, one_line
 from airflow_provider_dify.api.run_stream import Headers
-from airflow_provider_dify.api.text import one_line
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan
@@ -27,11 +26,10 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.log import RunSearch, looking_again
+from airflow_provider_dify.runs.log import RunSearch, delay_after, looking_again
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import StopReport, stop_run
-from airflow_provider_dify.runs.verdict import Outcome, Verdict
-from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments, delay_after
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -69,8 +67,7 @@ class BatchSettings:
     workflow_id: str | None = None
     progress_interval: float = 30.0
     restart_lost_runs: bool = False
-    # Airflow's, of the task.
-    retries: int = 0
+    retries: int = 0  # Airflow's, of the task
     headers: Headers = None
 
 
@@ -98,7 +95,7 @@ class Batch(Protocol):
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, for a run of this app."""
 
-    def on_repeated(self, run: WorkflowRun | None) -> None:
+    def on_repeated(self, result: RowResult) -> None:
         """Take note that a row whose run failed had another one."""
 
 
@@ -121,13 +118,9 @@ class RowLog:
 class _Outcome:
     """What became of one run of a row, or of a start that has none."""
 
-    status: str
-    error: str | None = None
-    run: WorkflowRun | None = None
-    run_id: str | None = None
+    result: RowResult
     can_be_repeated: bool = False
-    # Whether it counts among the row's attempts.
-    was_started: bool = True
+    was_started: bool = True  # whether it counts among the row's attempts
 
 
 @dataclass(frozen=True)
@@ -166,10 +159,8 @@ class RowRun:
 
     async def run(self) -> RowResult:
         """
-        Run the row to its end, and return the result of its last run.
-
-        Raises NoMoreStarts if the batch ends before its first start; a DifyWorkflowRunUncertain if a start got lost,
-        and its run was not found; a DifyConnectionError, a DifyAuthenticationError or a DifyWorkflowRunTimeout for what
+        Run the row to its end, and return the result of its last run. Raises NoMoreStarts if the batch ends before its
+        first start, a DifyWorkflowRunUncertain if the run of a start was not found, and any other DifyError for what
         ends the batch, and says nothing about the row.
         """
         batch = self._batch
@@ -191,22 +182,22 @@ class RowRun:
                     if outcome is None:
                         raise
                     self._raise_if_lost()
-                    return self._result(outcome, plan.attempt)
+                    return replace(outcome.result, attempts=plan.attempt)
                 if earlier is not None:
-                    batch.on_repeated(earlier.run)
+                    batch.on_repeated(earlier.result)
             is_last = plan.failures >= batch.settings.run_retries or not batch.starts_more
             if is_last or not outcome.can_be_repeated:
                 self._raise_if_lost()
-                return self._result(outcome, plan.attempt + 1 if outcome.was_started else plan.attempt)
+                return replace(outcome.result, attempts=plan.attempt + (1 if outcome.was_started else 0))
             self._plan = RowPlan(plan.attempt + 1, plan.failures + 1)
             delay = delay_after(DifyConnectionError(), plan.failures + 1, RETRY_DELAY)
             self._log.warning(
                 "%s failed and is started again in %.1f seconds, retry %d of %d: %s",
-                f"run {outcome.run_id}" if outcome.run_id else "its start",
+                f"run {outcome.result.workflow_run_id}" if outcome.result.workflow_run_id else "its start",
                 delay,
                 plan.failures + 1,
                 batch.settings.run_retries,
-                outcome.error,
+                outcome.result.error,
             )
             await asyncio.sleep(delay)
 
@@ -310,16 +301,16 @@ class RowRun:
         except DifyWorkflowRunUncertain as error:
             self.lost = LostStart(error, starter.known(search), attempt)
             shows_no_run = starter.log_shows_no_run and not starter.is_in_queue
-            return _Outcome("failed", str(error), can_be_repeated=settings.restart_lost_runs and shows_no_run)
+            return self._failed(error, can_be_repeated=settings.restart_lost_runs and shows_no_run)
         except DifyConnectionError as error:
             if batch.last_start <= began or not await self._dify_responds():
                 raise
             # What refuses this start again and again takes those of other rows.
-            outcome = _Outcome("failed", str(error), can_be_repeated=True, was_started=False)
+            outcome = self._failed(error, can_be_repeated=True, was_started=False)
         except DifyError as error:
             # Of this row only: Dify rejected it, or failed to start it, or it can't be sent.
             was_started = isinstance(error, DifyWorkflowRunFailed)
-            outcome = _Outcome("failed", str(error), can_be_repeated=was_started, was_started=was_started)
+            outcome = self._failed(error, can_be_repeated=was_started, was_started=was_started)
         else:
             batch.on_started(starter.stream.app_id if starter.stream is not None else None)
             outcome = await self._follow(run_id)
@@ -341,11 +332,14 @@ class RowRun:
         except (DifyConnectionError, DifyAuthenticationError, DifyWorkflowRunTimeout):
             raise
         except DifyError as error:
-            repeats = isinstance(error, DifyWorkflowRunFailed)
-            return _Outcome("failed", str(error), run_id=run_id, can_be_repeated=repeats)
+            return self._failed(error, run_id, can_be_repeated=isinstance(error, DifyWorkflowRunFailed))
         if verdict.outcome is Outcome.TIMED_OUT:
             await self.stop()
-        return _outcome_of(run, verdict)
+        result = RowResult.of_run(self.row, run)
+        if verdict.is_failure:
+            status = "failed" if verdict.outcome is Outcome.TIMED_OUT else result.status
+            result = replace(result, status=status, error=run.error or verdict.reason)
+        return _Outcome(result, can_be_repeated=verdict.is_failure and verdict.can_be_repeated)
 
     async def _follow_unreadable(self, wait: RunWait) -> tuple[WorkflowRun, Verdict]:
         try:
@@ -365,16 +359,5 @@ class RowRun:
             return not isinstance(error, (DifyConnectionError, DifyAuthenticationError))
         return True
 
-    def _result(self, outcome: _Outcome, attempts: int) -> RowResult:
-        if outcome.run is not None:
-            result = RowResult.of_run(self.row, outcome.run, attempts)
-            return replace(result, status=outcome.status, error=outcome.error)
-        return RowResult(
-            self.row, outcome.status, error=outcome.error, workflow_run_id=outcome.run_id, attempts=attempts
-        )
-
-
-def _outcome_of(run: WorkflowRun, verdict: Verdict) -> _Outcome:
-    error = (run.error or verdict.reason) if verdict.is_failure else run.error
-    status = "failed" if verdict.outcome is Outcome.TIMED_OUT else str(run.status)
-    return _Outcome(status, error, run, run.id, verdict.is_failure and verdict.can_be_repeated)
+    def _failed(self, error: DifyError, run_id: str | None = None, **facts: bool) -> _Outcome:
+        return _Outcome(RowResult(self.row, "failed", error=str(error), workflow_run_id=run_id), **facts)

@@ -9,17 +9,15 @@ import json
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Client
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import one_line
 from airflow_provider_dify.batch.storage import open_text
-from airflow_provider_dify.exceptions import DifyConfigurationError, DifyError
-from airflow_provider_dify.runs.inputs import InputForm, check_inputs, parse_input_form
+from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.runs.inputs import InputForm, check_inputs
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -268,23 +266,18 @@ _MAX_WARNINGS = 20
 
 
 class FormCheck:
-    """The check of each row's inputs against the app's form, which is read once for all of them."""
+    """The check of each row's inputs against the app's form, which is read once for all of them; none without it."""
 
     def __init__(self, log: Logger) -> None:
         self._log = log
-        self._form: InputForm | None = None
+        self.form: InputForm | None = None
         self._warned: set[str] = set()
-
-    async def read_form(self, client: Client) -> None:
-        """Read the form; a server that refuses it leaves the check out."""
-        with suppress(DifyError):
-            self._form = parse_input_form(await client.perform(calls.parameters()))
 
     def problem_of(self, inputs: Mapping[str, Any]) -> str | None:
         """Return why Dify is sure to reject a row's inputs; ``None`` if nothing is known against them."""
-        if self._form is None:
+        if self.form is None:
             return None
-        check = check_inputs(self._form, inputs)
+        check = check_inputs(self.form, inputs)
         for warning in check.warnings:
             if warning not in self._warned and len(self._warned) < _MAX_WARNINGS:
                 self._warned.add(warning)

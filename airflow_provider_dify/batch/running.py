@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A batch while it runs: its rows on one event loop, their results as they come, and its end."""
+"""A batch as a task's try, and while it runs: its rows on one event loop, their results as they come, and its end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from airflow.providers.common.compat.sdk import AirflowFailException
+
 from airflow_provider_dify.api.client import DifyClient
-from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, is_server_from
-from airflow_provider_dify.api.text import one_line
-from airflow_provider_dify.batch.naming import RowUsers
-from airflow_provider_dify.batch.output import Output
+from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from, one_line
+from airflow_provider_dify.batch.naming import BatchName, RowUsers
+from airflow_provider_dify.batch.output import FileOutput, Output, ResultFiles, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
-from airflow_provider_dify.batch.resuming import Resumption
+from airflow_provider_dify.batch.resuming import EarlierTries, Resumption
 from airflow_provider_dify.batch.row import BatchSettings, NoMoreStarts, RowRun
-from airflow_provider_dify.batch.rows import FormCheck, Row, RowsAhead, read_rows
+from airflow_provider_dify.batch.rows import FormCheck, Row, RowsAhead, count_rows, load_lazy, read_rows
 from airflow_provider_dify.batch.slots import Places, RunLimit
 from airflow_provider_dify.exceptions import (
     BATCH_SECTION,
@@ -30,10 +31,14 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.runs.inputs import read_form
 from airflow_provider_dify.runs.waiting import Deadline
 from airflow_provider_dify.tasks.loop import TaskLoop
+from airflow_provider_dify.tasks.start import earliest_start, first_try_number
 
 if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
     from airflow.sdk.types import Logger
 
 # Seconds after which the batch looks at its clock, its parts and its progress, whatever happens.
@@ -100,9 +105,8 @@ class BatchRun:
 
     async def run(self) -> None:
         """
-        Run the rows that have no result yet, and return when all are over or no more are to be started.
-
-        Raises what ended the batch before its rows were over; what the rows say is in the progress.
+        Run the rows that have no result yet, and return when all are over or no more are to be started. Raises what
+        ended the batch before its rows were over; what the rows say is in the progress.
         """
         try:
             await self._prepare()
@@ -124,7 +128,7 @@ class BatchRun:
     async def _prepare(self) -> None:
         """Read the form, and write the first part."""
         if self.settings.workflow_id is None:
-            await self._check.read_form(self.client)
+            self._check.form = await read_form(self.client)
         if self.client.address:
             self.log.info("%s", self.client.address)
         if self._output.earlier.can_be:
@@ -311,14 +315,14 @@ class BatchRun:
 
     def on_started(self, app_id: str | None) -> None:
         """Take note that Dify took a start, and let the main thread push the link to the app."""
-        self.places.on_started()
+        self.places.limit.on_started()
         self.last_start, self._lost_in_a_row = time.monotonic(), 0
         if app_id is not None and self._link is None:
             self._link = asyncio.create_task(self._loop.ask(partial(self._on_app, app_id)))
 
-    def on_repeated(self, run: WorkflowRun | None) -> None:
+    def on_repeated(self, result: RowResult) -> None:
         """Count the tokens of a run that failed, because the row's result is that of its next one."""
-        self._progress.total_tokens += (run.total_tokens or 0) if run is not None else 0
+        self._progress.total_tokens += result.total_tokens or 0
 
     # --- the end
 
@@ -349,3 +353,97 @@ def _killed() -> DifyTaskKilled:
     return DifyTaskKilled(
         "Airflow killed the task while its batch was running. A retry continues the batch."
     ).explained_in(BATCH_SECTION)
+
+
+class BatchTask:
+    """One try of the operator, with the hook whose connection counts; ``push`` pushes the XCom ``batch``."""
+
+    def __init__(
+        self,
+        settings: BatchSettings,
+        context: Context,
+        hook: DifyHook,
+        log: Logger,
+        push: Callable[[dict[str, Any]], None],
+    ) -> None:
+        self._settings = settings
+        self._context, self._ti = context, context["ti"]
+        self._will_be_retried = bool(self._ti.try_number <= (self._ti.max_tries or 0))
+        self._hook = hook
+        self._log = log
+        self._push = push
+        self._loop = TaskLoop()
+
+    def run(self, on_app: Callable[[str], None]) -> Any:
+        """
+        Run the batch, or what earlier tries have left of it; return and raise what the operator does. ``on_app`` gets
+        the app's UUID, once a run has named it.
+        """
+        settings = self._settings = replace(self._settings, inputs=load_lazy(self._settings.inputs))
+        deadline = Deadline.after(settings.timeout, "batch's")
+        users = RowUsers.of_task(self._ti, settings.user)
+        total = count_rows(settings.inputs, settings.json_columns)
+        progress = BatchProgress(
+            total,
+            settings.max_failed_runs,
+            began_at=time.time(),
+            fail_on_partial_success=settings.wait.fail_on_partial_success,
+            output_path=settings.output_path,
+            max_total_tokens=settings.max_total_tokens,
+        )
+        output = self._output(total, progress)
+
+        async def run_rows() -> None:
+            # A start that gets lost with a kept connection is looked for in the log, and no row is lost with it.
+            async with self._hook.client_on(self._loop, keeps_connections=True) as client:
+                await BatchRun(
+                    settings,
+                    client,
+                    self._loop,
+                    users,
+                    output,
+                    progress,
+                    deadline,
+                    self._log,
+                    on_app,
+                    will_be_retried=self._will_be_retried,
+                ).run()
+
+        self._push(progress.summary(time.time()))
+        if progress.over:
+            self._log.info("%d of %d rows are over already, by an earlier try.", progress.over, total)
+        try:
+            if progress.over < total and not output.is_complete:
+                self._loop.run(run_rows())
+        except BaseException as error:
+            is_last = isinstance(error, AirflowFailException) or not self._will_be_retried
+            # No other try comes, so what is there is written all the same.
+            if is_last and progress.over:
+                with suppress(DifyError):
+                    output.finish()
+                    output.remove_parts()
+            raise
+        finally:
+            self._push(progress.summary(time.time()))
+        self._log.info("%s", progress.line(0, time.time()))
+        result = output.finish()
+        try:
+            progress.raise_if_failed(time.time())
+        finally:
+            output.remove_parts()
+        return result
+
+    def kill(self) -> None:
+        """Stop what runs, because Airflow ends the task."""
+        self._loop.kill()
+
+    def _output(self, total: int, progress: BatchProgress) -> Output:
+        since = earliest_start(self._context)
+        number = self._ti.try_number - first_try_number(self._ti, self._settings.retries)
+        earlier = EarlierTries(since, self._ti.try_number > 1, number)
+        path = self._settings.output_path
+        if path is None:
+            return ReturnedOutput(total, earlier)
+        files = ResultFiles(path, BatchName.of_task(self._ti))
+        files.check(self._settings.inputs)
+        return FileOutput(files, self._settings.max_active_runs, progress, earlier)

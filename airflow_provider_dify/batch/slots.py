@@ -79,7 +79,7 @@ class Places:
 
     def __init__(self, limit: RunLimit, log: Logger, on_change: Callable[[], None]) -> None:
         self._holders: set[int] = set()
-        self._limit = limit
+        self.limit = limit
         self._log = log
         self._on_change = on_change
         self._waiting: list[tuple[int, asyncio.Future[None]]] = []
@@ -100,11 +100,11 @@ class Places:
 
     def may_take(self) -> bool:
         """Return whether there is a place."""
-        return self._limit.may_start(self.taken, time.monotonic())
+        return self.limit.may_start(self.taken, time.monotonic())
 
     def seconds_until_change(self) -> float | None:
         """Return when there may be a place although no run ends; ``None`` for never."""
-        return self._limit.seconds_until_change(self.taken, time.monotonic())
+        return self.limit.seconds_until_change(self.taken, time.monotonic())
 
     def take(self, row: int) -> None:
         """Take a place that :meth:`may_take` saw."""
@@ -136,11 +136,7 @@ class Places:
 
     async def after_refusal(self, row: int, sent_at: float, error: DifyConnectionError) -> None:
         """Give a place back, as Dify refused its start of ``sent_at`` (``time.monotonic``), and wait for another."""
-        if self._limit.on_refused(sent_at, time.monotonic(), error.retry_after):
-            self._log.info("Dify has too many active runs; at most %d at once from now on.", self._limit.limit)
+        if self.limit.on_refused(sent_at, time.monotonic(), error.retry_after):
+            self._log.info("Dify has too many active runs; at most %d at once from now on.", self.limit.limit)
         self.give_back(row)
         await self.wait(row)
-
-    def on_started(self) -> None:
-        """Take note that Dify took a start."""
-        self._limit.on_started()

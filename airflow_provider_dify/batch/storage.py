@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from airflow_provider_dify.api.text import one_line, redact
+from airflow_provider_dify.api.models import one_line, redact
 from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyError
 
 # What no retry changes: no such file, no such storage, or its package isn't installed.

@@ -6,8 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.models import AppInfo
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import AppInfo, one_line
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
 from airflow_provider_dify.runs.inputs import parse_input_form
 

@@ -15,12 +15,11 @@ from airflow.providers.common.compat.sdk import BaseHook
 
 from airflow_provider_dify.airflow_versions import mask_secrets
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.calls import Call, open_upload
+from airflow_provider_dify.api.calls import Call, parse_uploaded_file_id
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
-from airflow_provider_dify.api.responses import parse_uploaded_file_id
-from airflow_provider_dify.api.session import DifySession, RequestRetries, send
+from airflow_provider_dify.api.session import DifySession, RequestRetries, open_upload
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, RunWait, WaitArguments
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from airflow_provider_dify.api.client import DifyClient
-    from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
+    from airflow_provider_dify.hooks.started_run import WorkflowRunStream
     from airflow_provider_dify.tasks.loop import TaskLoop
 
 T = TypeVar("T")
@@ -181,7 +180,7 @@ class DifyHook(BaseHook):
         :raises DifyWorkflowRunUncertain: if a run may have been started and can't be named.
         :raises DifyConnectionError: if nothing was started, retries included.
         """
-        from airflow_provider_dify.hooks.run_stream import WorkflowRunStream
+        from airflow_provider_dify.hooks.started_run import WorkflowRunStream
 
         inputs, headers = calls.plain_inputs(inputs), calls.trace_headers(trace_id, trace_session_id)
         deadline = self._deadline_after(timeout)
@@ -325,9 +324,7 @@ class DifyHook(BaseHook):
 
             def upload() -> str:
                 part[1].seek(start)
-                response = send(
-                    self._get_session(),
-                    self.connection,
+                response = self._get_session().receive(
                     "POST",
                     calls.UPLOAD,
                     f"the upload of {part[0]!r}",
@@ -414,15 +411,8 @@ class DifyHook(BaseHook):
         if self.deadline is not None:
             # A second, so that the last look at a run, after its deadline, is one.
             time_limit = min(time_limit, max(1.0, self.deadline - time.time()))
-        response = send(
-            self._get_session(),
-            self.connection,
-            call.method,
-            call.path,
-            call.subject,
-            time_limit_seconds=time_limit,
-            params=call.params,
-            **request,
+        response = self._get_session().receive(
+            call.method, call.path, call.subject, time_limit_seconds=time_limit, params=call.params, **request
         )
         self.server_version = response.server_version or self.server_version
         return response

@@ -5,19 +5,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from airflow.providers.common.compat.connection import get_async_connection
 
 from airflow_provider_dify.airflow_versions import mask_secrets_async
 from airflow_provider_dify.api import calls
-from airflow_provider_dify.api.client import DifyClient
+from airflow_provider_dify.api.calls import Call
+from airflow_provider_dify.api.client import DifyClient, Shared
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRun, runs_of
+from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, WaitArguments
 
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
+
+
+T = TypeVar("T")
 
 _log: Any = logging.getLogger(__name__)
 
@@ -145,17 +151,16 @@ FRESH_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class _Reading:
-    task: asyncio.Task[DifyConnection]
-    began: float
+class _Reading(Generic[T]):
+    task: asyncio.Task[T]
+    began: float = field(default_factory=time.monotonic)
 
-    @property
-    def is_fresh(self) -> bool:
-        """Whether it is under way, or has brought something not long ago."""
+    def is_fresh(self, seconds: float) -> bool:
+        """Return whether it is under way, or has brought something not long ago."""
         if not self.task.done():
             return True
         failed = self.task.cancelled() or self.task.exception() is not None
-        return not failed and time.monotonic() - self.began < FRESH_SECONDS
+        return not failed and time.monotonic() - self.began < seconds
 
 
 async def _read_connection(conn_id: str, refused: DifyConnection | None) -> DifyConnection:
@@ -170,7 +175,7 @@ async def _read_connection(conn_id: str, refused: DifyConnection | None) -> Dify
     now = time.monotonic()
     while True:
         reading = readings.get(conn_id)
-        if reading is None or not reading.is_fresh:
+        if reading is None or not reading.is_fresh(FRESH_SECONDS):
             reading = readings[conn_id] = _begin(conn_id)
         # Shielded, because a trigger that is cancelled must not end what others wait for.
         connection = await asyncio.shield(reading.task)
@@ -181,10 +186,10 @@ async def _read_connection(conn_id: str, refused: DifyConnection | None) -> Dify
             readings[conn_id] = _begin(conn_id)
 
 
-def _begin(conn_id: str) -> _Reading:
+def _begin(conn_id: str) -> _Reading[DifyConnection]:
     task = asyncio.create_task(_read(conn_id))
     task.add_done_callback(_retrieve)
-    return _Reading(task, time.monotonic())
+    return _Reading(task)
 
 
 async def _read(conn_id: str) -> DifyConnection:
@@ -199,4 +204,56 @@ def _retrieve(task: asyncio.Task[DifyConnection]) -> None:
         task.exception()
 
 
-_readings: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Reading]] = WeakKeyDictionary()
+_readings: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[str, _Reading[DifyConnection]]] = WeakKeyDictionary()
+
+
+# Seconds for which a response is shared; far below the time between two looks.
+SHARED_SECONDS = 1.0
+# Seconds after which the connection is read again: a watcher never ends, and a connection may be given another host.
+CONNECTION_SECONDS = 600.0
+
+
+class SharedReading(Shared):
+    """What reads one app's log for all who watch it, one request after another. It is opened at the first request."""
+
+    def __init__(self, dify_conn_id: str) -> None:
+        self.dify_conn_id = dify_conn_id
+        self._hook: DifyAsyncHook | None = None
+        self._opened_at = 0.0
+        self._lock = asyncio.Lock()
+        self._responses: dict[tuple[Any, ...], _Reading[Any]] = {}
+
+    async def perform(self, call: Call[T]) -> T:
+        """Send a request, unless another watcher has sent it at this moment, and return what its response means."""
+        self._responses = {key: known for key, known in self._responses.items() if known.is_fresh(SHARED_SECONDS)}
+        key = (call.method, call.path, *sorted((call.params or {}).items()))
+        if key not in self._responses:
+            self._responses[key] = _Reading(asyncio.create_task(self._send(call)))
+        # Shielded, because a watcher that ends must not end what others wait for.
+        result: T = await asyncio.shield(self._responses[key].task)
+        return result
+
+    async def _send(self, call: Call[T]) -> T:
+        async with self._lock:
+            if self._hook is None or time.monotonic() - self._opened_at > CONNECTION_SECONDS:
+                await self._hang_up()
+                self._hook = await DifyAsyncHook(self.dify_conn_id).__aenter__()
+                self._opened_at = time.monotonic()
+            try:
+                return await self._hook.perform(call)
+            except DifyConnectionError:
+                # Dify may have moved.
+                self._opened_at = -math.inf
+                raise
+
+    async def _close(self) -> None:
+        tasks = [known.task for known in self._responses.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._hang_up()
+
+    async def _hang_up(self) -> None:
+        hook, self._hook = self._hook, None
+        if hook is not None:
+            await hook.close()

@@ -19,7 +19,7 @@ from airflow_provider_dify.tasks.xcoms import TaskXComs
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
-    from airflow_provider_dify.batch.task import BatchTask
+    from airflow_provider_dify.batch.running import BatchTask
     from airflow_provider_dify.hooks.dify import DifyHook
 
 BATCH = "batch"
@@ -167,7 +167,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
         from airflow_provider_dify.api.calls import trace_headers
         from airflow_provider_dify.batch.row import BatchSettings
-        from airflow_provider_dify.batch.task import BatchTask
+        from airflow_provider_dify.batch.running import BatchTask
         from airflow_provider_dify.runs.waiting import WaitArguments
 
         settings = BatchSettings(

@@ -39,8 +39,6 @@ OVERLAP = 5.0
 # A run that goes on is looked at again after this share of its age.
 _SHARE_OF_AGE = 0.05
 MAX_DETAIL_INTERVAL = 300.0
-# Epoch seconds that are no time of a run's any more: the year 5138.
-_NO_TIME = 1e11
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,11 @@ class FinishedRun:
 class OpenRun:
     """A run that was not over when it was last seen. Times are epoch seconds, by Dify's clock but for ``due``."""
 
-    # When its row was written, and when the run itself was created.
-    logged_at: float
-    created_at: float
-    # When it is to be looked at again, by this machine's clock.
-    due: float
-    # Who and what started it, which the run's detail doesn't say.
-    user: str | None
-    triggered_from: str | None
+    logged_at: float  # when its row was written
+    created_at: float  # when the run itself was created
+    due: float  # when it is to be looked at again, by this machine's clock
+    user: str | None  # who started it, which the run's detail doesn't say
+    triggered_from: str | None  # what started it, the same
 
 
 @dataclass(frozen=True)
@@ -80,12 +75,9 @@ class WindowPolicy:
     """How a window moves; times in seconds."""
 
     poll_interval: float = 30.0
-    # Since a run's creation; after it the run is no longer watched.
-    run_timeout: float = 604_800.0
-    # Before the first look: runs that have ended since then count, too.
-    lookback: float = 0.0
-    # Whose runs are read; None for all.
-    user: str | None = None
+    run_timeout: float = 604_800.0  # since a run's creation; after it the run is no longer watched
+    lookback: float = 0.0  # before the first look: runs that have ended since then count, too
+    user: str | None = None  # whose runs are read; None for all
 
     def next_look(self, run_created_at: float, now: float) -> float:
         """Return when to look again at a run that goes on: the older, the later."""
@@ -103,8 +95,7 @@ class RunWindow:
     read_until: float | None = None
     # Rows that will be read again, by the run's id, and the epoch seconds of each.
     seen: Mapping[str, float] = field(default_factory=dict)
-    # Runs that were not over, by id.
-    open: Mapping[str, OpenRun] = field(default_factory=dict)
+    open: Mapping[str, OpenRun] = field(default_factory=dict)  # runs that were not over, by id
 
     @classmethod
     def read_before(cls, moment: float) -> RunWindow:
@@ -126,17 +117,9 @@ class RunWindow:
         if not isinstance(data, dict) or data.get("version") != 1:
             return cls()
         try:
-            return cls(
-                read_until=None if data["read_until"] is None else _moment(data["read_until"]),
-                seen={str(run_id): _moment(at) for run_id, at in data["seen"].items()},
-                open={
-                    str(run_id): OpenRun(
-                        _moment(run[0]), _moment(run[1]), _moment(run[2]), _text(run[3]), _text(run[4])
-                    )
-                    for run_id, run in data["open"].items()
-                },
-            )
-        except (KeyError, IndexError, TypeError, ValueError, OverflowError, AttributeError):
+            runs = {run_id: OpenRun(*run) for run_id, run in data["open"].items()}
+            return cls(data["read_until"], dict(data["seen"]), runs)
+        except (AttributeError, KeyError, TypeError):
             return cls()
 
 
@@ -145,25 +128,10 @@ class Look:
     """What one look at an app's runs brought, and the window after it."""
 
     window: RunWindow
-    # Those that have ended since the last look, the first to end first.
-    finished: tuple[FinishedRun, ...] = ()
-    # Ids of those that are no longer watched, because run_timeout is over.
-    overdue: tuple[str, ...] = ()
+    finished: tuple[FinishedRun, ...] = ()  # those that have ended since the last look, the first to end first
+    overdue: tuple[str, ...] = ()  # ids of those that are no longer watched, because run_timeout is over
     # Why not every run could be asked for; what the look brought counts all the same.
     error: DifyConnectionError | None = None
-
-
-def _moment(value: object) -> float:
-    number = float(value)  # type: ignore[arg-type]
-    if not abs(number) < _NO_TIME:
-        raise ValueError("not a time")
-    return number
-
-
-def _text(value: object) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError("not a text")
-    return value
 
 
 PAGE_SIZE = 20
@@ -182,9 +150,8 @@ CATCH_UP = 86_400.0
 
 async def look_at_runs(client: Client, window: RunWindow, policy: WindowPolicy, now: float) -> Look:
     """
-    Look which of an app's runs have ended, at ``now`` in epoch seconds.
-
-    The window stays as it is, so that a look that fails changes nothing. Raises a DifyError if the log can't be read.
+    Look which of an app's runs have ended, at ``now`` in epoch seconds. The window stays as it is, so that a look that
+    fails changes nothing. Raises a DifyError if the log can't be read.
     """
     reader = _Reader(window, policy, now)
     async for rows in read_log(client, user=policy.user, created_after=reader.created_after, size=PAGE_SIZE):

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.events import ERROR, FINISHED, WorkflowEvent
-from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRun
+from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRun, as_text, one_line
 from airflow_provider_dify.api.run_stream import SECONDS_AFTER_ERROR, AsyncWorkflowRunStream
-from airflow_provider_dify.api.text import as_text, one_line
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyInputsRejected, DifyWorkflowRunNotFound
-from airflow_provider_dify.runs.log import RETRY_DELAY
-from airflow_provider_dify.runs.verdict import Outcome, Verdict
-from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments, delay_after
+from airflow_provider_dify.runs.log import RETRY_DELAY, delay_after
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -149,16 +147,8 @@ SHORTEST_WAIT = 0.25
 
 class Follower:
     """
-    Follows one run to its end.
-
-    :param client: sends the requests, each once.
-    :param deadline: when the wait gives up.
-    :param log: the task's log.
-    :param arguments: how the task waits.
-    :param reads_success: whether the detail of a run is read whose events say that it succeeded. Such a request costs
-        Dify ten queries, and a batch has thousands of runs.
-    :ivar ended_run: the run as the last event of its stream describes it; ``None`` while that is still to come.
-    :ivar record_is_open: whether the run's record went on saying that it is not over, so that the events counted.
+    Follows one run to its end. ``reads_success`` says whether the detail of a run is read whose events say that it
+    succeeded: such a request costs Dify ten queries, and a batch has thousands of runs.
     """
 
     def __init__(
@@ -175,17 +165,18 @@ class Follower:
         self.log = log
         self.arguments = arguments
         self.progress = RunProgress()
+        # The run as the last event of its stream describes it; None while that is still to come.
         self.ended_run: WorkflowRun | None = None
+        # Whether the run's record went on saying that it is not over, so that the events counted.
         self.record_is_open = False
         self._reads_success = reads_success
         self._succeeded_run: WorkflowRun | None = None
 
     async def follow(self, wait: RunWait, stream: AsyncWorkflowRunStream | None) -> tuple[WorkflowRun, Verdict]:
         """
-        Follow a run until it is over, and return it and what it means; without a stream by polls alone.
-
-        Raises a DifyWorkflowRunTimeout if the deadline is over (the run was looked at once more then), and any other
-        DifyError if the wait can't continue.
+        Follow a run until it is over, and return it and what it means; without a stream by polls alone. Raises a
+        DifyWorkflowRunTimeout if the deadline is over (the run was looked at once more then), and any other DifyError
+        if the wait can't continue.
         """
         found = await self._follow_events(wait, stream) if stream is not None else None
         found = found or await self._poll_until_over(wait)

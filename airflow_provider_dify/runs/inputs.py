@@ -13,13 +13,16 @@ Every rule here holds on Dify 1.12.1, 1.13.0, 1.14.2, 1.15.0 and 1.16.1 alike. S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 from uuid import UUID
 
-from airflow_provider_dify.api.text import one_line
-from airflow_provider_dify.exceptions import DifyInputsRejected
+from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.calls import Client
+from airflow_provider_dify.api.models import one_line
+from airflow_provider_dify.exceptions import DifyError, DifyInputsRejected
 from airflow_provider_dify.runs.log import parse_number
 
 
@@ -57,6 +60,13 @@ class InputForm:
         values = {one_line(f.variable, _EXCERPT): "..." for f in shown if f.required}
         task = f"DifyRunWorkflowOperator(task_id='run', inputs={values!r})"
         return f"{f'Its inputs: {inputs}{more}' if inputs else 'It has no inputs'}. A task that runs it: {task}"
+
+
+async def read_form(client: Client) -> InputForm | None:
+    """Read the app's form; ``None`` where the server refuses it, which leaves the check out: the start tells why."""
+    with suppress(DifyError):
+        return parse_input_form(await client.perform(calls.parameters()))
+    return None
 
 
 def parse_input_form(parameters: Any) -> InputForm:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,20 +20,19 @@ from airflow_provider_dify.api.models import (
     LogRow,
     RowWithoutRun,
     WorkflowRunStatus,
-    is_deleted,
-    is_server_from,
     known_fields,
     row_key,
     runs_of,
     time_of,
 )
 from airflow_provider_dify.exceptions import (
+    MAX_RETRY_DELAY,
     DifyConnectionError,
     DifyError,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.waiting import Deadline, delay_after
+from airflow_provider_dify.runs.waiting import Deadline
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -128,10 +128,8 @@ async def read_log(
     patience_seconds: float = 0.0,
 ) -> AsyncIterator[list[LogRow]]:
     """
-    Iterate over pages of the log, the newest rows first, each row once.
-
-    ``created_after`` is the server's filter; ``not_before`` ends the reading on a server that knows none. ``next_size``
-    is for the pages after the first one.
+    Iterate over pages of the log, the newest rows first, each row once. ``created_after`` is the server's filter;
+    ``not_before`` ends the reading on a server that knows none. ``next_size`` is for the pages after the first one.
     """
     seen: set[str] = set()
     stale_pages = 0
@@ -168,11 +166,9 @@ class _LogPage:
 
     size: int
     number: int = 1
-    # The newest second of the page; None for the log's beginning.
-    created_before: datetime | None = None
+    created_before: datetime | None = None  # the newest second of the page; None for the log's beginning
     next_size: int | None = None
-    # Whether the server is known to filter by time, or may.
-    is_filtered: bool = True
+    is_filtered: bool = True  # whether the server is known to filter by time, or may
 
     def after(self, rows: Sequence[LogRow], not_before: datetime | None) -> _LogPage | None:
         """Return the page after this one, whose rows these are; ``None`` at the log's end, or where older rows are."""
@@ -195,6 +191,17 @@ class _LogPage:
         return replace(self, number=self.number + 1)
 
 
+def delay_after(error: Exception, failures: int, retry_delay: float) -> float:
+    """
+    Return for how many seconds not to ask after a failure: doubled from ``retry_delay`` on with each in a row, with
+    jitter, so that short intervals don't use up the allowance at once. A ``Retry-After`` is never cut short.
+    """
+    if not isinstance(error, DifyConnectionError):
+        return 0.0
+    delay = retry_delay * 2.0 ** (min(failures, 16) - 1) * random.uniform(1, 1.5)  # noqa: S311
+    return max(min(delay, MAX_RETRY_DELAY), error.retry_after or 0.0)
+
+
 async def until(
     look: Callable[[], Awaitable[T | None]],
     deadline: Deadline,
@@ -205,11 +212,10 @@ async def until(
     seconds_left: Callable[[bool], float] | None = None,
 ) -> T | None:
     """
-    Repeat a look, through failures, until it brings something; ``None`` if the time is over.
-
-    The pauses grow from ``first_seconds`` (one, by default) to the interval. ``on_failure`` gets each error with the
-    number of failures in a row, and raises what ends the looking. ``seconds_left`` gets whether the last look failed,
-    and returns how long to go on, if not until the deadline.
+    Repeat a look until it brings something; ``None`` if the time is over. The pauses grow from ``first_seconds`` (one,
+    by default) to the interval. ``on_failure`` gets each error with the number of failures in a row, and raises what
+    ends the looking. ``seconds_left`` gets whether the last look failed, and returns how long to go on, if not until
+    the deadline.
     """
     pause = min(1.0, interval_seconds) if first_seconds is None else first_seconds
     failures = 0
@@ -254,25 +260,15 @@ _MAX_ROWS = 1000
 
 @dataclass(frozen=True)
 class RunSearch:
-    """
-    What is known of a run that was not named. It travels in a serialized trigger, so it holds no inputs.
+    """What is known of a run that was not named. It travels in a serialized trigger, so it holds no inputs."""
 
-    :param user: the ``user`` of the start.
-    :param sent_at: epoch seconds of the start, by this machine's clock.
-    :param user_is_unique: whether the user names one try of one task, so that each run of it is ours.
-    :param fingerprint: of the start's inputs, from :func:`~airflow_provider_dify.runs.log.fingerprint`.
-    :param known_runs: ids of the user's runs from before the start.
-    :param skips_failed: whether a run that failed or was stopped is of no interest.
-    :param announced_id: the run's UUID, where the response to the start named it; empty elsewhere.
-    """
-
-    user: str
-    sent_at: float
-    user_is_unique: bool
-    fingerprint: dict[str, str] = field(default_factory=dict)
-    known_runs: tuple[str, ...] = ()
-    skips_failed: bool = False
-    announced_id: str = ""
+    user: str  # of the start
+    sent_at: float  # epoch seconds of the start, by this machine's clock
+    user_is_unique: bool  # whether the user names one try of one task, so that each run of it is ours
+    fingerprint: dict[str, str] = field(default_factory=dict)  # of the start's inputs
+    known_runs: tuple[str, ...] = ()  # ids of the user's runs from before the start
+    skips_failed: bool = False  # whether a run that failed or was stopped is of no interest
+    announced_id: str = ""  # the run's UUID, where the response to the start named it
 
     def serialize(self) -> dict[str, Any]:
         """Return the search as JSON-ready values, for :meth:`deserialize`."""
@@ -290,11 +286,7 @@ class RunSearch:
         return datetime.fromtimestamp(self.sent_at, timezone.utc) - CLOCK_TOLERANCE
 
     def is_candidate(self, run: LoggedWorkflowRun) -> bool:
-        """
-        Return whether a row of the log may be the run.
-
-        Compared here too, because a server may ignore what it was asked to filter by.
-        """
+        """Return whether a row of the log may be the run; a server may ignore what it was asked to filter by."""
         return (
             run.user == self.user
             and run.workflow_run_id not in self.known_runs
@@ -308,9 +300,8 @@ async def find_run(
 ) -> str | None:
     """
     Look once for the run of a start in Dify's log, and return its id; ``None`` if no run fits yet: it may be queued.
-
-    A look adds to ``others`` the runs that it meets which were started with other inputs, and does not ask for those
-    that it holds. Raises a DifyWorkflowRunUncertain if several runs fit, one can't be compared, or there are too many.
+    Runs that were started with other inputs go into ``others``, and are not asked for again. Raises a
+    DifyWorkflowRunUncertain if several runs fit, one can't be compared, or there are too many.
     """
     if search.announced_id:
         try:
@@ -344,10 +335,9 @@ async def find_run(
 
 async def before_start(client: Client, user: str | None) -> tuple[tuple[str, ...], float]:
     """
-    Return the ids of a user's newest runs, before a start, and what counts as the start's time, in epoch seconds.
-
-    A default user (``None``) has none. Where the log can't be read, no run from before the start may fit: there the
-    clocks get no tolerance.
+    Return the ids of a user's newest runs before a start (none of a default user, ``None``), and what counts as the
+    start's time, in epoch seconds. Where the log can't be read, no earlier run may fit: there the clocks get no
+    tolerance.
     """
     if user is None:
         return (), time.time()
@@ -356,11 +346,6 @@ async def before_start(client: Client, user: str | None) -> tuple[tuple[str, ...
     except DifyError:
         return (), time.time() + CLOCK_TOLERANCE.total_seconds()
     return tuple(run.workflow_run_id for run in runs_of(rows) if run.user == user), time.time()
-
-
-def runs_queue(server_version: str | None) -> bool:
-    """Return whether a server lets runs wait before they have a record: 1.13 and later do, and an unknown one may."""
-    return is_server_from(server_version, (1, 13)) is not False
 
 
 async def user_runs(
@@ -382,17 +367,14 @@ async def user_runs(
         if number_of_rows >= _MAX_ROWS:
             return found, False
         for row in rows:
-            is_ours = row.user == search.user
-            if is_ours and isinstance(row, RowWithoutRun) and not is_deleted(row, time.time()):
-                raise without_record(f"a run of user {search.user!r}")
+            if isinstance(row, RowWithoutRun) and row.user == search.user and row.may_get_record(time.time()):
+                raise DifyConnectionError(
+                    f"Dify's log has no record yet of a run of user {search.user!r}: a worker of Dify writes it. This "
+                    "may pass."
+                )
         found += [run for run in runs_of(rows) if search.is_candidate(run)]
         number_of_rows += len(rows)
     return found, True
-
-
-def without_record(what: str) -> DifyConnectionError:
-    """Return the error for a row of the log that may be ours, and whose run can't be known yet."""
-    return DifyConnectionError(f"Dify's log has no record yet of {what}: a worker of Dify writes it. This may pass.")
 
 
 def _uncertain(search: RunSearch, why: str) -> DifyWorkflowRunUncertain:

@@ -9,9 +9,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.api.models import WorkflowRun
+from airflow_provider_dify.api.models import WorkflowRun, is_server_from
 from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
@@ -21,18 +20,18 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.runs.following import SHORTEST_WAIT, Follower
-from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
+from airflow_provider_dify.runs.inputs import check_inputs, read_form
 from airflow_provider_dify.runs.log import (
     RETRY_DELAY,
     RunSearch,
     before_start,
+    delay_after,
     find_run,
     fingerprint,
     looking_again,
-    runs_queue,
     until,
 )
-from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait, delay_after
+from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait
 
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
 QUEUE_INTERVAL = 30.0
@@ -43,13 +42,7 @@ _GRACES_THROUGH_FAILURES = 10
 
 
 class Starter(Follower):
-    """
-    Starts one run, and follows it to its end.
-
-    :ivar stream: the start under way, and its run's events; ``None`` where there is none.
-    :ivar last_look_failed: whether the last look of the last search into Dify's log failed.
-    :ivar log_shows_no_run: whether that search, of which no look failed, found no run.
-    """
+    """Starts one run, and follows it to its end."""
 
     # How often a start is sent again that did not reach Dify; one that Dify has no room for, until the deadline.
     start_retries = 3
@@ -61,7 +54,9 @@ class Starter(Follower):
     wait_for_room: Callable[[DifyConnectionError], Awaitable[None]] | None = None
     # Of the start, beside the usual ones.
     headers: Headers = None
+    # The start under way, and its run's events.
     stream: AsyncWorkflowRunStream | None = None
+    # Of the last search into Dify's log: whether its last look failed, and whether none did and there was no run.
     last_look_failed = False
     log_shows_no_run = False
     _next_line = 0.0
@@ -73,8 +68,8 @@ class Starter(Follower):
 
     @property
     def may_be_queued(self) -> bool:
-        """Whether the server may hold a start back without a record of it."""
-        return runs_queue(self.client.server_version)
+        """Whether the server may hold a start back without a record of it; 1.13 and later do, an unknown one may."""
+        return is_server_from(self.client.server_version, (1, 13)) is not False
 
     @property
     def is_in_queue(self) -> bool:
@@ -108,10 +103,8 @@ class Starter(Follower):
 
     async def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Check inputs against the app's form; raises a DifyInputsRejected if Dify is sure to reject them."""
-        try:
-            form = parse_input_form(await self.client.perform(calls.parameters()))
-        except DifyError:
-            # A server that refuses the form leaves the check out; the start tells what else is wrong.
+        form = await read_form(self.client)
+        if form is None:
             return
         check = check_inputs(form, inputs)
         for warning in check.warnings:
@@ -121,9 +114,8 @@ class Starter(Follower):
 
     async def start_and_name(self, inputs: Mapping[str, Any], workflow_id: str | None, search: RunSearch) -> str:
         """
-        Start a run, wait until it has a name (on its stream, or in Dify's log), and return the run's id.
-
-        Raises a DifyWorkflowRunUncertain if it has none in time, and any other DifyError as :meth:`send_start` does.
+        Start a run, wait until it has a name (on its stream, or in Dify's log), and return the run's id. Raises a
+        DifyWorkflowRunUncertain if it has none in time, and any other DifyError as :meth:`send_start` does.
         """
         try:
             stream = await self.send_start(inputs, search.user, workflow_id)
@@ -141,9 +133,8 @@ class Starter(Follower):
 
     async def send_start(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> AsyncWorkflowRunStream:
         """
-        Send a start until Dify accepts it, again only where nothing can have started; return it with its event stream.
-
-        Raises a DifyError as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
+        Send a start until Dify accepts it, again only where nothing can have started; return it with its event stream,
+        or raise as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
         """
         failures = 0
         while True:
@@ -199,11 +190,9 @@ class Starter(Follower):
 
     async def wait_until_named(self, stream: AsyncWorkflowRunStream, search: RunSearch, seconds: float) -> str | None:
         """
-        Wait until Dify names the run of a start: on its stream, and now and then in the log.
-
-        Return the run's id; ``None`` if it is still queued then. Raises a DifyInputsRejected if Dify rejects the
-        inputs, a DifyWorkflowRunFailed if Dify says that it failed to start the run, and a DifyWorkflowRunUncertain if
-        the stream ends before.
+        Wait until Dify names the run of a start, on its stream, and now and then in the log; return its id, ``None`` if
+        it is still queued then. Raises what Dify says of a start that it rejects or fails, and a
+        DifyWorkflowRunUncertain if the stream ends before.
         """
         search, began = self.known(search), time.monotonic()
         next_look = began + QUEUE_INTERVAL
@@ -279,10 +268,9 @@ class Starter(Follower):
         patience_seconds: float = 0.0,
     ) -> str | None:
         """
-        Look for the run of a start in Dify's log, until it is there; return its id, ``None`` if the time is over.
-
-        While the log can't be read it looks for ten times as long, by default. ``error`` says why no id came back.
-        Raises a DifyWorkflowRunUncertain if several runs fit, or the log can't be read at all.
+        Look for the run of a start in Dify's log until it is there (ten times as long, by default, while the log can't
+        be read); return its id, ``None`` if the time is over. ``error`` says why no id came back. Raises a
+        DifyWorkflowRunUncertain if several runs fit, or the log can't be read at all.
         """
         search, began = self.known(search), time.monotonic()
         others: set[str] = set()

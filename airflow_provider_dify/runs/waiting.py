@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a series of polls means for a wait: which failures it survives, what ends it, and what is worth a line."""
+"""What a run's state means for a wait, and a series of polls: what ends the wait, and what is worth a line. No I/O."""
 
 from __future__ import annotations
 
@@ -7,23 +7,120 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
+from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, one_line
 from airflow_provider_dify.exceptions import (
-    MAX_RETRY_DELAY,
     DifyConnectionError,
     DifyError,
+    DifyWorkflowRunCannotSucceed,
+    DifyWorkflowRunFailed,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
-from airflow_provider_dify.runs.verdict import Outcome, Verdict, judge
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
+
+
+# How Dify (1.13 to 1.16) ends a run whose Celery worker is shut down: as `stopped`, though nobody stopped it.
+_WORKER_SHUT_DOWN = "the worker is shutting down"
+# How Dify 1.16.0 and 1.16.1 end a run that went on after a Human Input node, 30 of 30 times. A stop goes by its status,
+# never by its text: this adds advice alone.
+_STREAM_CLOSED = "Client response stream closed before app execution completed"
+# The other text that it has for that, and has for a stop, too.
+_STOPPED = "App task was stopped"
+
+
+class Outcome(str, Enum):
+    """What a workflow run's state means for the task that waits on it."""
+
+    WAIT = "wait"
+    DONE = "done"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one look at a workflow run means for the task that waits on it."""
+
+    outcome: Outcome
+    reason: str  # a sentence for the log or the exception: the cause first, then run, status, seconds and steps
+    is_warning: bool = False  # although the task goes on
+    can_be_repeated: bool = False  # whether another run with the same inputs may succeed where this one failed
+
+    @property
+    def is_failure(self) -> bool:
+        """Whether the task fails."""
+        return self.outcome in (Outcome.FAILED, Outcome.TIMED_OUT)
+
+    def raise_if_failed(self, run: WorkflowRun, *, starts_again: bool = False) -> None:
+        """Raise what the verdict means; ``starts_again`` is whether a retry of the task starts another run."""
+        if self.outcome is Outcome.FAILED:
+            retryable = starts_again and self.can_be_repeated
+            raise (DifyWorkflowRunFailed if retryable else DifyWorkflowRunCannotSucceed)(self.reason, run=run)
+        if self.outcome is Outcome.TIMED_OUT:
+            raise DifyWorkflowRunTimeout(self.reason, run=run)
+
+    def because_of(self, node: str | None) -> Verdict:
+        """Add the node that failed to a failure's reason, such as ``Node 'Ask' (llm) failed: no such model.``"""
+        if node is None or self.outcome is not Outcome.FAILED:
+            return self
+        name, _, error = node.partition(" failed: ")
+        # A node's error is usually the run's, too, which is not said twice.
+        is_the_same = bool(error) and self.reason.startswith(error.rstrip("."))
+        return replace(self, reason=f"{name} failed: {self.reason}" if is_the_same else f"{node} {self.reason}")
+
+
+def _judge_failure(run: WorkflowRun) -> Verdict:
+    error = run.error or ""
+    if run.status == WorkflowRunStatus.FAILED:
+        return Verdict(
+            Outcome.FAILED, f"{_error(run)} Dify workflow run {run.id} failed{_facts(run)}.", can_be_repeated=True
+        )
+    advice = ""
+    # A run that a person has stopped has no outputs.
+    if _STREAM_CLOSED in error or (_STOPPED in error and run.outputs):
+        advice = (
+            " Dify 1.16.0 and 1.16.1 end runs like this that were paused for a person, although their nodes ran to the "
+            "end. Its outputs may be complete: see the exception's run, or the run in Dify's console."
+        )
+    return Verdict(
+        Outcome.FAILED,
+        f"{_error(run)} Dify workflow run {run.id} was stopped{_facts(run)}.{advice}",
+        can_be_repeated=_WORKER_SHUT_DOWN in error,
+    )
+
+
+def _overdue(run: WorkflowRun, age: float, run_timeout: float) -> str:
+    cause = (
+        "It waits for a person at a Human Input node."
+        if run.status == WorkflowRunStatus.PAUSED
+        else "Such a record is usually orphaned: the server that ran it was killed, or it was stopped and Dify did not "
+        "write that down. Look at the run in Dify's log and start a new one."
+    )
+    return (
+        f"Dify workflow run {run.id} is still {run.status} {age:.0f} seconds after it was created "
+        f"(run_timeout is {run_timeout:g} seconds). {cause}"
+    )
+
+
+def _error(run: WorkflowRun) -> str:
+    if not run.error:
+        return "Dify gave no error text."
+    text = one_line(run.error)
+    return text if text.endswith((".", "!", "?", "…")) else f"{text}."
+
+
+def _facts(run: WorkflowRun) -> str:
+    took = [] if run.elapsed_time is None else [f"after {run.elapsed_time:.1f} seconds"]
+    steps = [] if run.total_steps is None else [f"{run.total_steps} step{'' if run.total_steps == 1 else 's'}"]
+    return f" {' and '.join(took + steps)}" if took or steps else ""
+
 
 E = TypeVar("E", bound=BaseException)
 
@@ -62,12 +159,31 @@ class WaitArguments:
 
     def judge(self, run: WorkflowRun, now: datetime | None = None) -> Verdict:
         """Return what a run's state means for a task that waits like this."""
-        return judge(
-            run,
-            now=now or datetime.now(timezone.utc),
-            fail_on_partial_success=self.fail_on_partial_success,
-            run_timeout=self.run_timeout,
-        )
+        if run.status == WorkflowRunStatus.SUCCEEDED:
+            return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{_facts(run)}.")
+        if run.status == WorkflowRunStatus.PARTIAL_SUCCEEDED:
+            reason = (
+                "At least one node failed and its error handling (default value or fail branch) took over: "
+                f"Dify workflow run {run.id} is partial-succeeded{_facts(run)}."
+            )
+            if self.fail_on_partial_success:
+                return Verdict(Outcome.FAILED, f"{reason} fail_on_partial_success is set.", can_be_repeated=True)
+            return Verdict(Outcome.DONE, reason, is_warning=True)
+        if run.status in (WorkflowRunStatus.FAILED, WorkflowRunStatus.STOPPED):
+            return _judge_failure(run)
+        if run.is_over:
+            return Verdict(
+                Outcome.FAILED,
+                f"{_error(run)} Dify workflow run {run.id} finished with the status {str(run.status)!r}, "
+                f"which this version of airflow-provider-dify does not know{_facts(run)}.",
+                can_be_repeated=True,
+            )
+        if self.run_timeout is not None and run.created_at is not None:
+            age = ((now or datetime.now(timezone.utc)) - run.created_at).total_seconds()
+            if age > self.run_timeout:
+                return Verdict(Outcome.TIMED_OUT, _overdue(run, age, self.run_timeout))
+        waits = " and waits for a person" if run.status == WorkflowRunStatus.PAUSED else ""
+        return Verdict(Outcome.WAIT, f"Dify workflow run {run.id} is {run.status}{waits}.")
 
 
 @dataclass(frozen=True)
@@ -113,6 +229,14 @@ class TriggerWait(WaitArguments):
     def of(cls, arguments: WaitArguments, **more: Any) -> TriggerWait:
         """Return the wait of a task that waits like this, and of which this is known, too."""
         return cls(**vars(arguments), **more)
+
+    def interval_after(self, polls: int) -> float:
+        """Return the seconds to the next poll; doubled with each, up to ``max_wait``, as Airflow's sensors may do."""
+        if not self.exponential_backoff:
+            return self.poll_interval
+        # From half the interval, as Airflow counts; the exponent is bounded only so that it can't overflow.
+        doubled = self.poll_interval * 2.0 ** (min(polls, 64) - 2) * random.uniform(1, 2)  # noqa: S311
+        return doubled if self.max_wait is None else min(doubled, self.max_wait)
 
     def serialize(self) -> dict[str, Any]:
         """Return the arguments: text, numbers, booleans, null and the search's dict only, and no secret."""
@@ -214,11 +338,7 @@ class RunWait:
         return verdict
 
     def on_failed_poll(self, error: DifyConnectionError | DifyWorkflowRunNotFound) -> None:
-        """
-        Take a poll that failed: return if the wait goes on, raise the error once it ends.
-
-        A run that is not known ends it after ``not_found_grace``, other failures after ``max_consecutive_failures``.
-        """
+        """Take a poll that failed; raise its error after ``not_found_grace``, or ``max_consecutive_failures``."""
         if isinstance(error, DifyWorkflowRunNotFound):
             self.consecutive_failures = 0
             self._times_unknown += 1
@@ -283,12 +403,20 @@ def _life(run: WorkflowRun, now: datetime) -> str:
     return ", ".join(filter(None, (age, steps))) or "as before"
 
 
-def deferral_end(deadline: float, ti: Any, execution_timeout: timedelta | None) -> float:
-    """
-    Return when a deferral ends, in epoch seconds: by its own deadline, or by the task's ``execution_timeout``.
+def error_from_event(event: Any, timed_out: Callable[[str], E]) -> E | DifyError | None:
+    """Return the error that a trigger's event stands for, ``timed_out`` a wait's; ``None`` to read the run again."""
+    # What is no dict is the event that ends a task, which only a test run hands to its task.
+    if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
+        return None
+    message = str(event.get("message"))
+    if event.get("end") == WaitEnd.TIMED_OUT:
+        return timed_out(message)
+    return DifyError.from_event(event.get("error") or {"text": message})
 
-    Airflow 3 does not look at that while a task is deferred.
-    """
+
+def deferral_end(deadline: float, ti: Any, execution_timeout: timedelta | None) -> float:
+    """Return when a deferral ends, in epoch seconds: by its own deadline, or by the task's ``execution_timeout``."""
+    # Airflow 3 does not look at that while a task is deferred.
     if execution_timeout is None:
         return deadline
     # The start is not known in dag.test() of Airflow 2.
@@ -299,42 +427,3 @@ def deferral_end(deadline: float, ti: Any, execution_timeout: timedelta | None) 
 def is_limited(execution_timeout: timedelta | None, timeout: float) -> bool:
     """Return whether a deferral ends by the task's ``execution_timeout``, before its own timeout (seconds) is over."""
     return execution_timeout is not None and execution_timeout.total_seconds() < timeout
-
-
-def error_from_event(event: Any, timed_out: Callable[[str], E]) -> E | DifyError | None:
-    """
-    Return the error that a trigger's event stands for; ``None`` if the run is over and has to be read again.
-
-    ``timed_out`` makes the error for a wait whose time was over, out of the run's last status.
-    """
-    # What is no dict is the event that ends a task, which only a test run hands to its task.
-    if not isinstance(event, dict) or event.get("end") == WaitEnd.RUN_IS_OVER:
-        return None
-    message = str(event.get("message"))
-    if event.get("end") == WaitEnd.TIMED_OUT:
-        return timed_out(message)
-    return DifyError.from_event(event.get("error") or {"text": message})
-
-
-def next_interval(
-    interval: float, polls: int, *, exponential_backoff: bool = False, max_wait: float | None = None
-) -> float:
-    """Return the seconds to the next poll; doubled with each, up to ``max_wait``, where Airflow's sensors do that."""
-    if not exponential_backoff:
-        return interval
-    # From half the interval, as Airflow counts; the exponent is bounded only so that it can't overflow.
-    doubled = interval * 2.0 ** (min(polls, 64) - 2) * random.uniform(1, 2)  # noqa: S311
-    return doubled if max_wait is None else min(doubled, max_wait)
-
-
-def delay_after(error: Exception, failures: int, retry_delay: float) -> float:
-    """
-    Return for how many seconds not to ask after a failure, so that short intervals don't use up the allowance at once.
-
-    From ``retry_delay`` on they double with each failure in a row, with jitter. A server's ``Retry-After`` is never cut
-    short.
-    """
-    if not isinstance(error, DifyConnectionError):
-        return 0.0
-    delay = retry_delay * 2.0 ** (min(failures, 16) - 1) * random.uniform(1, 1.5)  # noqa: S311
-    return max(min(delay, MAX_RETRY_DELAY), error.retry_after or 0.0)

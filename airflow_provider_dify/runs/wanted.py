@@ -22,12 +22,9 @@ _PREFIX_MARK = "*"
 class RunFilter:
     """Which runs are wanted: any, where a field is empty or ``None``."""
 
-    # How they ended.
-    statuses: tuple[str, ...] = ()
-    # What started them: app-run, webhook, schedule, ...
-    triggered_from: tuple[str, ...] = ()
-    # The user of the start; one that ends with * is a prefix.
-    user: str | None = None
+    statuses: tuple[str, ...] = ()  # how they ended
+    triggered_from: tuple[str, ...] = ()  # what started them: app-run, webhook, schedule, ...
+    user: str | None = None  # the user of the start; one that ends with * is a prefix
 
     @classmethod
     def parse(cls, *, statuses: Any, triggered_from: Any, user: Any) -> RunFilter:
@@ -102,11 +99,9 @@ def parse_time(name: str, value: Any) -> float:
 class LatestRunSearch:
     """A search for the latest run that has ended. What one look has read, the next one does not read again."""
 
-    # Epoch seconds, by Dify's clock.
-    created_after: float
+    created_after: float  # epoch seconds, by Dify's clock
     filter: RunFilter = field(default_factory=RunFilter)
-    # Seconds between looks.
-    poll_interval: float = 10.0
+    poll_interval: float = 10.0  # seconds between looks
     # Seconds after its creation from which a run is no longer watched; None for no limit.
     run_timeout: float | None = None
 

@@ -35,8 +35,8 @@ from airflow_provider_dify.exceptions import (
     TaskErrors,
 )
 from airflow_provider_dify.links.dify import UI_COLOR, UI_FGCOLOR, DifyWorkflowRunLink
-from airflow_provider_dify.runs.verdict import Outcome
 from airflow_provider_dify.runs.waiting import (
+    Outcome,
     RunWait,
     TriggerWait,
     WaitArguments,

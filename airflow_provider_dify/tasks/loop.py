@@ -14,6 +14,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -26,13 +27,10 @@ SECONDS_AFTER_KILL = 6.0
 
 
 class TaskLoop:
-    """
-    Runs a task's work on an event loop in a thread.
-
-    :ivar was_killed: whether Airflow has ended the task.
-    """
+    """Runs a task's work on an event loop in a thread."""
 
     def __init__(self) -> None:
+        # Whether Airflow has ended the task.
         self.was_killed = False
         # What the work asks of the main thread; None when the work is over.
         self._asked: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -43,19 +41,16 @@ class TaskLoop:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """
-        Run the work to its end, and return or raise what it does.
-
-        Raises a DifyTaskKilled if Airflow killed the task. What a signal's handler raises in this thread goes on after
-        the work has ended.
+        Run the work to its end, and return or raise what it does; a DifyTaskKilled if Airflow killed the task. What a
+        signal's handler raises in this thread goes on after the work has ended.
         """
-        results: list[T] = []
-        errors: list[BaseException] = []
+        outcome: Future[T] = Future()
 
         def run_loop() -> None:
             try:
-                results.append(asyncio.run(self._run(work)))
+                outcome.set_result(asyncio.run(self._run(work)))
             except BaseException as error:
-                errors.append(error)
+                outcome.set_exception(error)
             finally:
                 self._loop = self._work = None
                 self._asked.put(None)
@@ -67,13 +62,12 @@ class TaskLoop:
             self.kill()
             self._serve(SECONDS_AFTER_KILL)
             raise
-        for error in errors:
-            if isinstance(error, asyncio.CancelledError):
-                break
-            raise error
-        for result in results:
-            return result
-        raise DifyTaskKilled("Airflow killed the task while it waited for Dify. A retry starts or finds its run again.")
+        try:
+            return outcome.result()
+        except asyncio.CancelledError:
+            raise DifyTaskKilled(
+                "Airflow killed the task while it waited for Dify. A retry starts or finds its run again."
+            ) from None
 
     def kill(self) -> None:
         """Cancel the work, from any thread, also in a signal's handler."""

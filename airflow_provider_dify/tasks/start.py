@@ -69,20 +69,14 @@ class TaskStart:
     """One start of a task's try, and its run once Dify has named it. Airflow 3.3 and later keep it from try to try."""
 
     user: str
-    # What is known of the run until it is named.
-    search: RunSearch
+    search: RunSearch  # what is known of the run until it is named
     try_number: int
-    # The task's; it changes only when the task is cleared.
-    max_tries: int
-    # Whether Dify began to respond, so that the run is at least queued.
-    was_accepted: bool = False
-    # The run's UUID, and what the stop route takes; None until they are known.
-    workflow_run_id: str | None = None
-    task_id: str | None = None
-    # Whether Dify was asked to stop the run, which must not be continued then.
-    stop_was_asked: bool = False
-    # Whether the run's events said that it failed, although its record says that it goes on.
-    has_ended: bool = False
+    max_tries: int  # the task's; it changes only when the task is cleared
+    was_accepted: bool = False  # whether Dify began to respond, so that the run is at least queued
+    workflow_run_id: str | None = None  # the run's UUID; None until it is known
+    task_id: str | None = None  # what the stop route takes, the same
+    stop_was_asked: bool = False  # whether Dify was asked to stop the run, which must not be continued then
+    has_ended: bool = False  # whether the run's events said that it failed, although its record says that it goes on
 
     def serialize(self) -> dict[str, Any]:
         """Return the start as JSON-ready values, for :meth:`deserialize`."""

@@ -30,8 +30,7 @@ from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.log import before_start
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport
-from airflow_provider_dify.runs.verdict import Outcome, Verdict
-from airflow_provider_dify.runs.waiting import Deadline, RunWait, WaitArguments
+from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments
 from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import (
     SECONDS_FOR_LOG,
@@ -107,7 +106,6 @@ class RunningTask:
     def execute(self) -> Any:
         """
         Start the run, or continue an earlier try's, and wait for it; return the outputs, or the id without a wait.
-
         Raises a TaskDefers if the triggerer is to wait, and a DifyError as the operator does.
         """
         # Here, in the main thread, and for a start only: inputs may be megabytes.
@@ -123,10 +121,8 @@ class RunningTask:
 
     def resume(self, data: Mapping[str, Any] | None, event: Any, error: DifyError | None) -> dict[str, Any]:
         """
-        Take up the start that the task deferred with: read its run, or fail with the error as the wait did.
-
-        ``data`` is the start, as it was serialized; ``None`` where Airflow lost it, and for ``dag.test()``, which
-        returns nothing but the event to a resumed task.
+        Take up the start that the task deferred with: read its run, or fail with the error as the wait did. ``data`` is
+        the serialized start; ``None`` where Airflow lost it, and for ``dag.test()``, which returns the event alone.
         """
         self._take_up(data, event)
         try:
@@ -280,9 +276,8 @@ class RunningTask:
 
     async def _continue_unnamed(self, start: TaskStart) -> bool:
         """
-        Wait for the run of a start that was under way when an earlier try was killed.
-
-        Return whether this try goes on with it; else a new run is to be started.
+        Wait for the run of a start that was under way when an earlier try was killed; return whether this try goes on
+        with it, else a new run is to be started.
         """
         self._log.info("An earlier try was ended while its start was under way; looking for its run.")
         self._start = start

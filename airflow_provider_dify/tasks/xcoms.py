@@ -14,12 +14,10 @@ from airflow_provider_dify.airflow_versions import (
     is_xcom_key,
 )
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import WorkflowRun, one_line
 from airflow_provider_dify.exceptions import DifyError, DifyOutputsError
 from airflow_provider_dify.links.dify import RUN_LOG_KEY, DifyWorkflowRunLink
-from airflow_provider_dify.runs.verdict import Verdict
-from airflow_provider_dify.runs.waiting import TriggerWait
+from airflow_provider_dify.runs.waiting import TriggerWait, Verdict
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context

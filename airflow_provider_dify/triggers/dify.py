@@ -16,8 +16,7 @@ from airflow.triggers.base import BaseTrigger, TriggerEvent
 
 from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
 from airflow_provider_dify.api.calls import parse_workflow_run_id
-from airflow_provider_dify.api.models import known_fields
-from airflow_provider_dify.api.text import one_line
+from airflow_provider_dify.api.models import known_fields, one_line
 from airflow_provider_dify.exceptions import (
     ARGUMENT_SECTION,
     DifyConnectionError,
@@ -25,17 +24,15 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
-from airflow_provider_dify.runs.log import RunSearch, find_run, looking_again, until
+from airflow_provider_dify.runs.log import RunSearch, delay_after, find_run, looking_again, until
 from airflow_provider_dify.runs.stopping import StopReport, stop_queued, stop_run
-from airflow_provider_dify.runs.verdict import Outcome
 from airflow_provider_dify.runs.waiting import (
     LIFE_INTERVAL,
     Deadline,
+    Outcome,
     RunWait,
     TriggerWait,
     WaitEnd,
-    delay_after,
-    next_interval,
 )
 from airflow_provider_dify.runs.wanted import LatestRunSearch
 from airflow_provider_dify.tasks.xcoms import TriggerXComs
@@ -269,14 +266,8 @@ class DifyWorkflowRunTrigger(BaseTrigger):
             if deadline is not None and time.time() >= deadline:
                 return self._event(WaitEnd.TIMED_OUT, wait.describe_last_status(), status=wait.status)
             polls += 1
-            interval = next_interval(
-                self.wait.poll_interval,
-                polls,
-                exponential_backoff=self.wait.exponential_backoff,
-                max_wait=self.wait.max_wait,
-            )
             # From when this poll was due, not from when it ended: so the polls keep their rhythm.
-            due = max(due + interval, loop.time() + delay)
+            due = max(due + self.wait.interval_after(polls), loop.time() + delay)
 
     async def _sleep_until(self, due: float, deadline: float | None) -> None:
         delay = due - asyncio.get_running_loop().time()

@@ -31,14 +31,14 @@ from airflow_provider_dify.exceptions import (
     DifyRequestError,
 )
 from airflow_provider_dify.runs.ended import Look, RunWindow, WindowPolicy, look_at_runs
-from airflow_provider_dify.runs.waiting import delay_after
+from airflow_provider_dify.runs.log import delay_after
 from airflow_provider_dify.runs.wanted import RunFilter
 from airflow_provider_dify.tasks.arguments import parse_seconds
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from airflow_provider_dify.hooks.shared_reading import SharedReading
+    from airflow_provider_dify.hooks.dify_async import SharedReading
 
 # Seconds between two lines of a trigger that can't work: it has no task that could fail.
 COMPLAINT_INTERVAL = 60.0
@@ -279,6 +279,6 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
 
 
 def _load_reading() -> Any:
-    from airflow_provider_dify.hooks.shared_reading import SharedReading
+    from airflow_provider_dify.hooks.dify_async import SharedReading
 
     return SharedReading

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from airflow_provider_dify.batch.row import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask
+from airflow_provider_dify.batch.running import BatchTask
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.waiting import WaitArguments
 

@@ -11,9 +11,11 @@ import pytest
 
 from airflow_provider_dify import DOCUMENTATION, __version__
 from airflow_provider_dify.airflow_versions import CAN_START_FROM_TRIGGER, XCOMS_ARE_STRICT_JSON
-from airflow_provider_dify.api import calls, responses
+from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.session import load_bundle
-from airflow_provider_dify.batch.results import ReturnedResults, RowResult
+from airflow_provider_dify.batch.output import ReturnedOutput
+from airflow_provider_dify.batch.results import RowResult
+from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import read_rows
 from airflow_provider_dify.batch.storage import storage_path
 from airflow_provider_dify.exceptions import BATCH_SECTION, DifyError
@@ -27,6 +29,7 @@ from tests.unit.test_connection import read as read_connection
 from tests.unit.test_workflow_run import http_answer
 from tests.unit.test_workflow_run import read as read_run
 
+FIRST_TRY = EarlierTries(0.0, False, 0)
 ARGUMENT, CONNECTION, REJECTED = "an-argument-cant-work", "the-connection-cant-be-used", "dify-rejects-the-request"
 AWAY = "dify-cant-be-reached-or-cant-answer"
 ENDED, STARTED = "the-run-ended-without-success", "the-start-of-a-run"
@@ -48,12 +51,12 @@ def raised(error: DifyError) -> None:
 
 
 def start_with(code: str | None, status: int) -> None:
-    raised(responses.error_from_start_event({"code": code, "message": "No", "status": status}, None))
+    raised(calls.error_from_start_event({"code": code, "message": "No", "status": status}, None))
 
 
 def dify_says(status: int, code: str) -> None:
     body = {"code": code, "message": "No", "status": status}
-    responses.parse_app_info(http_answer(status, body))
+    calls.parse_app_info(http_answer(status, body))
 
 
 ON_LATER_AIRFLOWS: list[tuple[Callable[[], Any], str, str]] = [
@@ -62,7 +65,9 @@ ON_LATER_AIRFLOWS: list[tuple[Callable[[], Any], str, str]] = [
 ]
 ON_AIRFLOW_3: list[tuple[Callable[[], Any], str, str]] = [
     (
-        lambda: ReturnedResults(1).add(RowResult(0, "succeeded", outputs={"a": float("nan")}, workflow_run_id="r")),
+        lambda: ReturnedOutput(1, FIRST_TRY).add(
+            RowResult(0, "succeeded", outputs={"a": float("nan")}, workflow_run_id="r")
+        ),
         BATCH_SECTION,
         "which Airflow cannot store as an XCom",
     ),
@@ -117,7 +122,7 @@ CASES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: read_rows(7), ARGUMENT, "inputs must be a list of dicts"),
     (lambda: read_rows("[{}]"), ARGUMENT, "inputs is a text, not a list of dicts"),
     (lambda: read_rows("rows.txt"), ARGUMENT, "The file of inputs must end in"),
-    (lambda: ReturnedResults(1_001), ARGUMENT, "rows, and at most"),
+    (lambda: ReturnedOutput(1_001, FIRST_TRY), ARGUMENT, "rows, and at most"),
     (lambda: storage_path("nowhere://a/b"), BATCH_SECTION, "could not be"),
     (lambda: start_with("invalid_param", 400), STARTED, "Dify rejected the inputs and started no"),
     (lambda: start_with("app_unavailable", 400), REJECTED, "Dify rejected the start of a workflow run"),

@@ -21,7 +21,7 @@ BATCH = """
 import logging, resource, sys
 from types import SimpleNamespace
 from airflow_provider_dify.batch.row import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask
+from airflow_provider_dify.batch.running import BatchTask
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.waiting import WaitArguments
 

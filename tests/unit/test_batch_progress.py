@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit, short_number, short_time
+from airflow_provider_dify.batch.progress import BatchProgress, allowed_failures, short_number, short_time
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.exceptions import DifyBatchFailed, DifyConfigurationError
+from airflow_provider_dify.tasks.arguments import parse_limit
 
 RUN = "5ad498c7-41ae-4e1c-9bd2-6dd2e9ac8b22"
 
 
 def progress_of(total: int, allowed: float = 0, **kwargs: Any) -> BatchProgress:
-    return BatchProgress(total, FailureLimit(allowed), began_at=1000.0, **kwargs)
+    return BatchProgress(total, allowed, began_at=1000.0, **kwargs)
 
 
 def add(progress: BatchProgress, *statuses: str, error: str | None = None, tokens: int = 0) -> None:
@@ -94,13 +95,13 @@ def test_a_partial_success_fails_if_that_was_asked_for(fails: bool, failed: int)
     ],
 )
 def test_a_limit_is_a_number_or_a_share(allowed: float, total: int, count: int) -> None:
-    assert FailureLimit(allowed).allowed(total) == count
+    assert allowed_failures(allowed, total) == count
 
 
 @pytest.mark.parametrize("value", [-1, -0.1, 1.5, True, "5", None, float("nan"), float("inf")])
 def test_a_limit_that_is_neither_is_refused(value: Any) -> None:
     with pytest.raises(DifyConfigurationError, match="max_failed_runs"):
-        FailureLimit(value)
+        parse_limit("max_failed_runs", value)
 
 
 def test_a_batch_beyond_its_limit_fails_with_its_most_frequent_errors() -> None:

@@ -14,10 +14,9 @@ import pytest
 from airflow.providers.common.compat.sdk import ObjectStoragePath
 
 from airflow_provider_dify.batch.naming import BatchName
-from airflow_provider_dify.batch.output import FileOutput, ResultFiles, merge_parts
-from airflow_provider_dify.batch.progress import BatchProgress, FailureLimit
+from airflow_provider_dify.batch.output import MAX_RETURNED_ROWS, FileOutput, ResultFiles, ReturnedOutput, merge_parts
+from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import (
-    MAX_RETURNED_ROWS,
     PART_BYTES,
     PART_ROWS,
     PART_SECONDS,
@@ -25,7 +24,6 @@ from airflow_provider_dify.batch.results import (
     Checkpoint,
     Part,
     PartBuffer,
-    ReturnedResults,
     RowResult,
     RowSet,
 )
@@ -68,7 +66,7 @@ def test_a_result_is_one_line_with_the_eight_fields() -> None:
 
 def test_a_run_that_is_over_is_a_result() -> None:
     run = make_run("failed", error="no such model", total_tokens=5, elapsed_time=1.5)
-    result = RowResult.of_run(3, run, 2)
+    result = replace(RowResult.of_run(3, run), attempts=2)
     assert result == RowResult(3, "failed", run.outputs, "no such model", run.id, 5, 1.5, 2)
     assert type(result.status) is str
 
@@ -255,7 +253,7 @@ def test_a_part_that_was_removed_is_missed(output_path: str, damaged: bool) -> N
         files.write(buffer.take())
     if damaged:
         next(ObjectStoragePath(f"{output_path}.parts/{BATCH.folder}").glob("000000002-*")).unlink()
-    progress = BatchProgress(4, FailureLimit(0), began_at=0)
+    progress = BatchProgress(4, 0, began_at=0)
     output = FileOutput(ResultFiles(output_path, BATCH), 8, progress, EarlierTries(100, True, 1))
     assert (output.earlier.since, output.earlier.has_parts) == (200, not damaged)
     assert [output.has(row) for row in range(4)] == [True, True, not damaged, True]
@@ -372,19 +370,22 @@ def test_a_merge_holds_no_more_than_a_few_lines_of_each_part(tmp_path: Path) -> 
 
 
 def test_a_return_value_has_the_results_in_row_order() -> None:
-    results = ReturnedResults(3)
+    results = ReturnedOutput(3, EarlierTries(0, False, 0))
     for row in (2, 0, 1):
         results.add(RowResult(row, "succeeded", {"n": row}))
-    returned = results.in_order()
+    returned = results.finish()
     assert [result["index"] for result in returned] == [0, 1, 2]
     assert json.loads(json.dumps(returned)) == returned
 
 
-def test_too_much_for_a_return_value_ends_the_batch_as_soon_as_it_is_known() -> None:
-    ReturnedResults(MAX_RETURNED_ROWS)
+def test_too_many_rows_for_a_return_value_are_refused_before_anything_is_started() -> None:
+    ReturnedOutput(MAX_RETURNED_ROWS, EarlierTries(0, False, 0))
     with pytest.raises(DifyConfigurationError, match=r"1,001 rows.*output_path.*Nothing was started"):
-        ReturnedResults(MAX_RETURNED_ROWS + 1)
-    results = ReturnedResults(3)
+        ReturnedOutput(MAX_RETURNED_ROWS + 1, EarlierTries(0, False, 0))
+
+
+def test_too_much_for_a_return_value_ends_the_batch_as_soon_as_it_is_known() -> None:
+    results = ReturnedOutput(3, EarlierTries(0, False, 0))
     results.add(RowResult(0, "succeeded", {"text": "x" * 600_000}))
     with pytest.raises(DifyOutputsError, match="output_path"):
         results.add(RowResult(1, "succeeded", {"text": "x" * 600_000}))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.batch.row import BatchSettings
-from airflow_provider_dify.batch.task import BatchTask
+from airflow_provider_dify.batch.running import BatchTask
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyTokenLimitReached
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator

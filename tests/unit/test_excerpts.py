@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.text import as_text, one_line, redact
+from airflow_provider_dify.api.models import as_text, one_line, redact
 from airflow_provider_dify.exceptions import DifyError, DifyWorkflowRunFailed
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.runs.waiting import RunWait, WaitArguments

@@ -9,7 +9,7 @@ import logging
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from airflow.models.connection import Connection
 from hypothesis import assume, example
 from hypothesis import strategies as st
 
-from airflow_provider_dify.api import responses
+from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse
@@ -28,8 +28,7 @@ from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from airflow_provider_dify.runs.following import RunProgress
 from airflow_provider_dify.runs.inputs import check_inputs, parse_input_form
 from airflow_provider_dify.runs.log import fingerprint, fits
-from airflow_provider_dify.runs.verdict import judge
-from airflow_provider_dify.runs.waiting import error_from_event
+from airflow_provider_dify.runs.waiting import WaitArguments, error_from_event
 from airflow_provider_dify.tasks.xcoms import check_outputs, xcoms_from_run
 from tests.dify_stand_in import API_KEY, Recording
 from tests.unit.fuzzing import fuzzed
@@ -123,12 +122,12 @@ statuses = st.sampled_from(
 )
 
 PARSERS: list[Callable[[HttpResponse], Any]] = [
-    lambda response: responses.parse_workflow_run(response, RUN_ID),
-    responses.parse_app_info,
-    responses.parse_parameters,
-    responses.parse_log,
-    responses.parse_uploaded_file_id,
-    responses.parse_stop,
+    lambda response: calls.parse_workflow_run(response, RUN_ID),
+    calls.parse_app_info,
+    calls.parse_parameters,
+    calls.parse_log,
+    calls.parse_uploaded_file_id,
+    calls.parse_stop,
 ]
 
 
@@ -160,7 +159,7 @@ def test_every_response_is_a_value_or_an_error_of_ours(status: int, head: dict[s
     for parse in PARSERS:
         with only_dify_errors():
             parse(response)
-    assert_is_presentable(responses.error_from_start(response))
+    assert_is_presentable(calls.error_from_start(response))
 
 
 @fuzzed(runs)
@@ -169,8 +168,8 @@ def test_every_run_has_a_verdict_and_xcoms_or_an_error_that_names_the_output(fie
     body = json.dumps(fields).encode()
     response = HttpResponse(200, {}, body, "https://dify.example/v1", "my_dify", (API_KEY,))
     with only_dify_errors():
-        run = responses.parse_workflow_run(response, RUN_ID)
-        verdict = judge(run, now=datetime.now(timezone.utc), run_timeout=60)
+        run = calls.parse_workflow_run(response, RUN_ID)
+        verdict = WaitArguments(run_timeout=60).judge(run)
         assert verdict.reason.isprintable()
         assert len(verdict.reason) < 2000
         assert "return_value" in xcoms_from_run(run, multiple_outputs=True)

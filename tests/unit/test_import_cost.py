@@ -75,7 +75,7 @@ def test_the_batch_loads_no_http_client_and_none_of_its_rooms(loaded: dict[str, 
     batch = loaded["batch"]
     assert not {"requests", "aiohttp", "csv", "fsspec", "airflow_provider_dify.hooks.dify"} & batch
     # What the exceptions and the XComs are made of, without any client.
-    light = {f"airflow_provider_dify.api{name}" for name in ("", ".connection", ".models", ".text")}
+    light = {f"airflow_provider_dify.api{name}" for name in ("", ".connection", ".models")}
     rooms = ("airflow_provider_dify.batch", "airflow_provider_dify.api", "airflow_provider_dify.runs.following")
     assert not {name for name in batch if name.startswith(rooms)} - light
 

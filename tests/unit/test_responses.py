@@ -8,10 +8,7 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.http_response import HttpResponse, without_key
-from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.api.responses import (
+from airflow_provider_dify.api.calls import (
     error_from_start,
     parse_app_info,
     parse_log,
@@ -20,7 +17,9 @@ from airflow_provider_dify.api.responses import (
     parse_uploaded_file_id,
     parse_workflow_run,
 )
-from airflow_provider_dify.api.text import REASON_LENGTH
+from airflow_provider_dify.api.connection import DifyConnection
+from airflow_provider_dify.api.http_response import HttpResponse, without_key
+from airflow_provider_dify.api.models import REASON_LENGTH, LoggedWorkflowRun, WorkflowRunStatus
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConnectionError,

@@ -7,19 +7,9 @@ import time
 from typing import Any
 
 import pytest
-from tenacity import Future, RetryCallState, Retrying
 
 from airflow_provider_dify.api.session import RequestRetries
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyRequestError
-
-
-def state_after(error: Exception | None, attempt: int) -> RetryCallState:
-    state = RetryCallState(Retrying(), None, (), {})
-    state.attempt_number = attempt
-    if error is not None:
-        state.outcome = Future(attempt)
-        state.outcome.set_exception(error)
-    return state
 
 
 @pytest.mark.parametrize(
@@ -27,12 +17,18 @@ def state_after(error: Exception | None, attempt: int) -> RetryCallState:
     [(None, 1, 1.0, 2.0), (None, 3, 4.0, 5.0), (None, 30, 60.0, 60.0), (7.0, 1, 7.0, 8.0), (60.0, 1, 60.0, 60.0)],
 )
 def test_a_retry_waits_for_its_turn_and_for_what_the_server_asks(
-    retry_after: float | None, attempt: int, least: float, most: float
+    monkeypatch: pytest.MonkeyPatch, retry_after: float | None, attempt: int, least: float, most: float
 ) -> None:
-    retries = RequestRetries(3, 1.0, None, logging.getLogger())  # type: ignore[arg-type]
-    waits = [
-        retries._wait(state_after(DifyConnectionError("busy", retry_after=retry_after), attempt)) for _ in "x" * 50
-    ]
+    pauses: list[float] = []
+    monkeypatch.setattr("airflow_provider_dify.api.session.time.sleep", pauses.append)
+
+    def work() -> None:
+        raise DifyConnectionError("busy", retry_after=retry_after)
+
+    for _ in range(50):
+        with pytest.raises(DifyConnectionError):
+            RequestRetries(attempt, 1.0, None, logging.getLogger()).call(work)  # type: ignore[arg-type]
+    waits = pauses[attempt - 1 :: attempt]
     assert least <= min(waits) <= max(waits) <= most
     if least < most:
         # With jitter, so that many tasks don't come back together.
@@ -83,7 +79,7 @@ def test_nothing_is_sent_again_after_the_deadline(
     monkeypatch: pytest.MonkeyPatch, seconds: float, attempts: int
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time.sleep", pauses.append)
+    monkeypatch.setattr("airflow_provider_dify.api.session.time.sleep", pauses.append)
     retries = RequestRetries(2, 1.0, time.time() + seconds, logging.getLogger())  # type: ignore[arg-type]
     made = []
 

@@ -12,7 +12,9 @@ import pytest
 from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.api.models import LoggedWorkflowRun
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyWorkflowRunUncertain
-from airflow_provider_dify.runs.log import RunSearch, before_start, find_run, fingerprint, runs_queue
+from airflow_provider_dify.runs.log import RunSearch, before_start, find_run, fingerprint
+from airflow_provider_dify.runs.starting import Starter
+from airflow_provider_dify.runs.waiting import Deadline, WaitArguments
 from tests.unit.scripted_client import ScriptedClient
 from tests.unit.test_workflow_run import make_run
 
@@ -153,4 +155,7 @@ def test_where_the_log_cannot_be_read_before_a_start_no_run_from_before_it_fits(
     ("version", "queues"), [("1.12.1", False), ("1.13.0", True), ("1.16.1", True), (None, True), ("x", True)]
 )
 def test_runs_queue_from_1_13_on_and_where_the_version_is_not_known(version: str | None, queues: bool) -> None:
-    assert runs_queue(version) == queues
+    client: Any = ScriptedClient(lambda call: None)
+    client.server_version = version
+    log: Any = None
+    assert Starter(client, Deadline.after(1), log, WaitArguments()).may_be_queued == queues

@@ -9,7 +9,7 @@ import pytest
 
 from airflow_provider_dify.exceptions import DifyWorkflowRunCannotSucceed
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.verdict import Outcome, judge
+from airflow_provider_dify.runs.waiting import Outcome, judge
 from tests.dify_stand_in import DifyStandIn, Start
 from tests.unit.test_contradicted_events import STARTED, said_finished
 from tests.unit.test_running_task import task_in

@@ -27,8 +27,8 @@ from airflow_provider_dify.api.client import SharedSession
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyWorkflowRunUncertain
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from airflow_provider_dify.runs.log import RunSearch, fingerprint
-from airflow_provider_dify.runs.waiting import delay_after, next_interval
+from airflow_provider_dify.runs.log import RunSearch, delay_after, fingerprint
+from airflow_provider_dify.runs.waiting import TriggerWait
 from airflow_provider_dify.runs.wanted import LatestRunSearch
 from airflow_provider_dify.tasks.xcoms import RUN_LOG, TriggerXComs
 from airflow_provider_dify.triggers.dify import DifyLatestWorkflowRunTrigger, DifyWorkflowRunTrigger
@@ -530,8 +530,7 @@ def test_backoff_and_its_limit_are_honoured(dify: DifyStandIn, pauses: list[floa
 
 
 def test_backoff_never_overflows() -> None:
-    assert next_interval(10, 100_000, exponential_backoff=True, max_wait=300) == 300
-    assert next_interval(10, 5) == 10
+    assert TriggerWait(poll_interval=10, exponential_backoff=True, max_wait=300).interval_after(100_000) == 300
 
 
 def test_a_key_that_was_rotated_is_read_again(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -848,7 +847,7 @@ def test_a_wait_that_breaks_says_what_broke(
     def broken(*_: Any, **__: Any) -> None:
         raise KeyError("x" * 1000)
 
-    monkeypatch.setattr("airflow_provider_dify.runs.waiting.judge", broken)
+    monkeypatch.setattr("airflow_provider_dify.runs.waiting.WaitArguments.judge", broken)
     run_id = dify.add_run("running")
     payload = payload_of(trigger_of(run_id))
     assert (payload["end"], payload["status"]) == ("failed", None)

@@ -16,7 +16,7 @@ import requests
 
 from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
 from airflow_provider_dify.exceptions import DifyConfigurationError
-from airflow_provider_dify.hooks import dify_async, shared_reading
+from airflow_provider_dify.hooks import dify_async
 from tests.dify_stand_in import API_KEY, DifyStandIn, rejects, respond
 from tests.unit.test_trigger import run as run_on_loop
 from tests.unit.test_trigger import until
@@ -37,7 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "settle_delay", 0.0)
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 0.0)
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "_until_next_look", lambda self, now: 0.05)
-    monkeypatch.setattr(shared_reading, "SHARED_SECONDS", 0.02)
+    monkeypatch.setattr(dify_async, "SHARED_SECONDS", 0.02)
     monkeypatch.setattr(dify_async, "FRESH_SECONDS", 0.2)
     monkeypatch.setattr(dify_events, "_windows", {})
 
@@ -403,7 +403,7 @@ def test_the_key_of_an_app_without_a_log_is_named(
 
 def test_watchers_of_one_app_share_one_reading(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "_until_next_look", lambda self, now: 0.25 - now % 0.25)
-    monkeypatch.setattr(shared_reading, "SHARED_SECONDS", 0.2)
+    monkeypatch.setattr(dify_async, "SHARED_SECONDS", 0.2)
     triggers = [trigger_of(), trigger_of(statuses=["failed"]), trigger_of(user="nightly-*")]
     dify.run_duration = 0.5
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyRequestError, DifyWorkflowRunNotFound
-from airflow_provider_dify.runs.verdict import Outcome
+from airflow_provider_dify.runs.log import delay_after
 from airflow_provider_dify.runs.waiting import (
+    Outcome,
     RunWait,
     TriggerWait,
     WaitArguments,
-    delay_after,
     error_from_event,
-    next_interval,
 )
 from tests.unit.test_workflow_run import RUN_ID, make_run
 
@@ -220,14 +219,15 @@ def test_a_wait_survives_its_way_through_a_serialized_trigger() -> None:
     [(1, None, 5, 10), (2, None, 10, 20), (3, None, 20, 40), (5, None, 80, 160), (5, 100.0, 80, 100), (5, 7.0, 7, 7)],
 )
 def test_an_interval_doubles_from_poll_to_poll(polls: int, max_wait: float | None, least: float, most: float) -> None:
-    intervals = [next_interval(10, polls, exponential_backoff=True, max_wait=max_wait) for _ in range(200)]
+    wait = TriggerWait(poll_interval=10, exponential_backoff=True, max_wait=max_wait)
+    intervals = [wait.interval_after(polls) for _ in range(200)]
     assert least <= min(intervals) <= max(intervals) <= most
     assert most == least or max(intervals) - min(intervals) > (most - least) / 2
-    assert next_interval(10, polls, max_wait=max_wait) == 10
+    assert TriggerWait(poll_interval=10, max_wait=max_wait).interval_after(polls) == 10
 
 
 def test_an_interval_is_bounded_however_many_polls_there_were() -> None:
-    assert next_interval(1, 10_000, exponential_backoff=True) < 2.0**63 + 1
+    assert TriggerWait(poll_interval=1, exponential_backoff=True).interval_after(10_000) < 2.0**63 + 1
 
 
 @pytest.mark.parametrize(("failures", "least", "most"), [(1, 2, 3), (2, 4, 6), (3, 8, 12), (6, 60, 60), (9999, 60, 60)])

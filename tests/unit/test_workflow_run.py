@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from airflow_provider_dify.api.calls import parse_workflow_run_id
+from airflow_provider_dify.api.calls import parse_app_info, parse_workflow_run, parse_workflow_run_id
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus
-from airflow_provider_dify.api.responses import parse_app_info, parse_workflow_run
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
@@ -25,7 +24,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
 )
-from airflow_provider_dify.runs.verdict import Outcome, judge
+from airflow_provider_dify.runs.waiting import Outcome, WaitArguments
 from tests.dify_stand_in import RECORDED, Recording
 
 RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"
@@ -388,7 +387,7 @@ def make_run(status: str, **fields: Any) -> WorkflowRun:
 def test_what_a_run_means_for_a_task(
     run: WorkflowRun, arguments: dict[str, Any], outcome: Outcome, reason: str
 ) -> None:
-    verdict = judge(run, now=NOW, **arguments)
+    verdict = WaitArguments(**arguments).judge(run, NOW)
     assert verdict.outcome is outcome
     assert re.search(reason, verdict.reason)
     assert run.id in verdict.reason
@@ -418,7 +417,7 @@ def test_what_a_run_means_for_a_task(
 def test_only_a_task_that_starts_again_is_retried_and_only_where_that_may_help(
     run: WorkflowRun, can_be_repeated: bool
 ) -> None:
-    verdict = judge(run, now=NOW, fail_on_partial_success=True)
+    verdict = WaitArguments(fail_on_partial_success=True).judge(run, NOW)
     assert (verdict.is_failure, verdict.can_be_repeated) == (True, can_be_repeated)
     for starts_again in (True, False):
         with pytest.raises(DifyWorkflowRunFailed) as caught:
@@ -431,11 +430,11 @@ def test_only_a_task_that_starts_again_is_retried_and_only_where_that_may_help(
 def test_a_run_that_1_16_1_ends_after_a_form_may_have_its_outputs() -> None:
     error = "Aborted: Client response stream closed before app execution completed"
     advice = "Its outputs may be complete: see the exception's run"
-    assert advice in judge(make_run("stopped", error=error), now=NOW).reason
+    assert advice in WaitArguments().judge(make_run("stopped", error=error), NOW).reason
     # The other text it has for that, which it has for a stop by a person, too: such a run has no outputs.
     error = "Aborted: App task was stopped"
-    assert advice in judge(make_run("stopped", error=error, outputs={"text": "q"}), now=NOW).reason
-    assert judge(make_run("stopped", error=error, outputs={}), now=NOW).reason.endswith("2 steps.")
+    assert advice in WaitArguments().judge(make_run("stopped", error=error, outputs={"text": "q"}), NOW).reason
+    assert WaitArguments().judge(make_run("stopped", error=error, outputs={}), NOW).reason.endswith("2 steps.")
 
 
 @pytest.mark.parametrize(
@@ -476,12 +475,16 @@ def test_a_run_that_1_16_1_ends_after_a_form_may_have_its_outputs() -> None:
     ],
 )
 def test_a_failure_is_explained_in_whole_sentences(run: WorkflowRun, reason: str) -> None:
-    assert judge(run, now=NOW, fail_on_partial_success=True, run_timeout=60).reason == reason
+    assert WaitArguments(fail_on_partial_success=True, run_timeout=60).judge(run, NOW).reason == reason
 
 
 @pytest.mark.parametrize("end", ["!", "?", "…", "."])
 def test_an_error_that_is_a_sentence_gets_no_second_full_stop(end: str) -> None:
-    assert judge(make_run("failed", error=f"broken{end}"), now=NOW).reason.startswith(f"broken{end} Dify workflow run")
+    assert (
+        WaitArguments()
+        .judge(make_run("failed", error=f"broken{end}"), NOW)
+        .reason.startswith(f"broken{end} Dify workflow run")
+    )
 
 
 @pytest.mark.parametrize(
@@ -494,7 +497,7 @@ def test_an_error_that_is_a_sentence_gets_no_second_full_stop(end: str) -> None:
     ],
 )
 def test_a_reason_has_the_facts_that_there_are(fields: dict[str, Any], facts: str) -> None:
-    reason = judge(make_run("failed", error="e", **fields), now=NOW).reason
+    reason = WaitArguments().judge(make_run("failed", error="e", **fields), NOW).reason
     assert reason == f"e. Dify workflow run {RUN_ID} {facts}"
 
 
@@ -515,7 +518,7 @@ def test_a_reason_has_the_facts_that_there_are(fields: dict[str, Any], facts: st
     ],
 )
 def test_a_failure_names_its_node_and_says_the_nodes_error_once(status: str, node: str | None, reason: str) -> None:
-    verdict = judge(make_run(status, error="no such model"), now=NOW)
+    verdict = WaitArguments().judge(make_run(status, error="no such model"), NOW)
     named = verdict.because_of(node)
     assert named.reason.startswith(reason)
     assert (named.outcome, named.can_be_repeated) == (verdict.outcome, verdict.can_be_repeated)
@@ -529,13 +532,13 @@ def test_a_failure_names_its_node_and_says_the_nodes_error_once(status: str, nod
     ],
 )
 def test_a_nodes_error_is_separated_from_its_name(error: str, node: str, reason: str) -> None:
-    assert judge(make_run("failed", error=error), now=NOW).because_of(node).reason.startswith(reason)
+    assert WaitArguments().judge(make_run("failed", error=error), NOW).because_of(node).reason.startswith(reason)
 
 
 def test_a_run_is_overdue_only_after_its_time() -> None:
     run = make_run("running", finished_at=None)
     assert run.created_at is not None
     for age, outcome in ((99, Outcome.WAIT), (100, Outcome.WAIT), (101, Outcome.TIMED_OUT)):
-        verdict = judge(run, now=run.created_at + timedelta(seconds=age), run_timeout=100)
+        verdict = WaitArguments(run_timeout=100).judge(run, run.created_at + timedelta(seconds=age))
         assert verdict.outcome is outcome
         assert verdict.can_be_repeated is False
