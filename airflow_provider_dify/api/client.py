@@ -272,8 +272,8 @@ ReadConnection = Callable[[DifyConnection | None], Awaitable[DifyConnection]]
 
 class DifyClient:
     """
-    Sends requests with one app's API key, each once, and once more if the key was rotated. Used as ``async with``, which
-    takes and returns its share of the session.
+    Sends requests with one app's API key, each once, and once more if the key was rotated. Used as ``async with``,
+    which takes and returns its share of the session.
     """
 
     def __init__(self, read_connection: ReadConnection, *, keeps_connections: bool = False) -> None:
