@@ -276,19 +276,15 @@ ReadConnection = Callable[[DifyConnection | None], Awaitable[DifyConnection]]
 
 class DifyClient:
     """
-    Sends requests with one app's API key, each once, and once more if the key was rotated.
-
-    Used as ``async with``, which takes and returns its share of the session.
-
-    :param read_connection: returns the connection's settings.
-    :ivar connection: the connection's settings, as last read; ``None`` until then.
-    :ivar server_version: Dify's version, as its last response named it; ``None`` until then.
-    :ivar deadline: epoch seconds at which a request ends, at the earliest after a second; ``None`` for no limit.
+    Sends requests with one app's API key, each once, and once more if the key was rotated. Used as ``async with``,
+    which takes and returns its share of the session.
     """
 
     def __init__(self, read_connection: ReadConnection, *, keeps_connections: bool = False) -> None:
+        # The connection's settings, as last read, and Dify's version, as its last response named it.
         self.connection: DifyConnection | None = None
         self.server_version: str | None = None
+        # Epoch seconds at which a request ends, at the earliest after a second; None for no limit.
         self.deadline: float | None = None
         self._read_connection = read_connection
         # Of starts, for many one after another: that saves a TLS handshake each.

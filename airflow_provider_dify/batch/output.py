@@ -2,17 +2,14 @@
 """
 The files of a batch's results, one JSON object a row: in parts while it runs, in one file in row order at its end.
 
-Runs end out of order, an early one maybe hours after its neighbours. So results don't wait for their turn in memory:
-they are written in parts as they come, beside the file that they are for, and merged at the end. That suits every
-storage. An object store can't append to an object, and shows a new one only when it is complete; a local file that is
-being written may be cut by a crash. So a part is a file of its own, written at once and never changed, and ends with a
-line that says so: without it the part counts as cut, and its whole lines still count. That line also counts the rows
-of all parts so far, so that a part that was removed or cut is missed. A crash loses the results since
-the last part. Their runs are in Dify's log, so they are read again and not paid again.
+Runs end out of order, so results don't wait for their turn in memory: they are written in parts as they come, beside
+the file that they are for, and merged at the end. No storage can append to an object, and a local file that is being
+written may be cut by a crash. So a part is a file of its own, written at once and never changed. Its last line says
+that it is whole, and counts the rows of all parts so far, so that one that was removed or cut is missed. A crash loses
+the results since the last part. Their runs are in Dify's log, so they are read again and not paid again.
 
-Each part is sorted and has its first row in its name, and runs start in row order. So the merge reads the parts as
-streams, opens each when its first row is due, and has as many open at once as there were runs that overlapped, about
-``max_active_runs``. It needs the memory of those buffers, whatever the number of rows.
+Each part is sorted and has its first row in its name. So the merge reads the parts as streams, opens each when its
+first row is due, and has about ``max_active_runs`` open at once, whatever the number of rows.
 """
 
 from __future__ import annotations
