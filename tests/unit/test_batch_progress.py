@@ -62,7 +62,7 @@ def test_the_speed_is_that_of_the_last_lines() -> None:
 
 def test_the_summary_has_the_eight_counts_at_the_start_and_at_the_end() -> None:
     progress = progress_of(6, output_path="s3://bucket/results.jsonl")
-    counts = "succeeded partial_succeeded failed stopped total_tokens elapsed_time".split()
+    counts = ["succeeded", "partial_succeeded", "failed", "stopped", "total_tokens", "elapsed_time"]
     beginning = {"total": 6, **dict.fromkeys(counts, 0), "output_path": "s3://bucket/results.jsonl"}
     assert progress.summary(1000) == beginning
     assert list(progress.summary(1000)) == list(beginning)
