@@ -44,7 +44,8 @@ def task_of(
 ) -> BatchTask:
     """Return a try of a batch, of the task instance with these fields."""
     context: Any = {"ti": ti_of(**ti)}
-    return BatchTask(settings, context, DifyHook(), logging.getLogger("batch"), push)
+    log: Any = logging.getLogger("batch")
+    return BatchTask(settings, context, DifyHook(), log, push)
 
 
 def numbered(count: int) -> list[dict[str, Any]]:
