@@ -115,8 +115,9 @@ def test_rejected_inputs_fail_at_once_name_the_input_and_start_nothing(
     assert type(error) is DifyInputsRejected
     assert named in str(error)
     assert dify.started == []
-    # Nothing is asked but the form.
-    assert [(request.method, request.path.rpartition("/")[2]) for request in dify.requests] == [("GET", "parameters")]
+    # Nothing is asked but the form; before Airflow 3.3 also, whether an earlier try has started a run.
+    asked = [request.path.partition("?")[0].rpartition("/")[2] for request in dify.requests]
+    assert sorted(asked) in (["parameters"], ["logs", "parameters"])
 
 
 def in_the_queue(dify: DifyStandIn) -> None:
