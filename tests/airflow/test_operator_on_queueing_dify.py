@@ -33,17 +33,10 @@ from tests.dify_stand_in import (
     too_many_requests,
 )
 
-pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
+pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries", "short_waits")
 
 WAYS = list(OPERATOR_WAYS)
 on_todays_dify_or_all = pytest.mark.parametrize("dialect", each_or_long(DIALECTS, short=DIALECTS[-1:]), indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scale the waits of a start down, as the stand-in's runs are."""
-    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_DEFERRAL", 0.3)
-    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_QUEUED", 0.1)
 
 
 @pytest.fixture
