@@ -25,6 +25,13 @@ def in_one_process(quick_resumption: None) -> None:
     """Let what ``dag.test()`` defers resume at once."""
 
 
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scale the waits of a start down, as the stand-in's runs are."""
+    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_DEFERRAL", 0.3)
+    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_QUEUED", 0.1)
+
+
 @pytest.fixture(scope="session")
 def airflow_db() -> Path:
     """Airflow's database, migrated."""

@@ -99,7 +99,7 @@ class Watched:
         before = len(self.dify.log)
         for _ in range(count):
             threading.Thread(target=self._start, args=(user,), daemon=True).start()
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while len(self.dify.log) < before + count:
             assert time.monotonic() < until
             time.sleep(0.05)

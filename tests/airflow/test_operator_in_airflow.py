@@ -618,19 +618,6 @@ def the_first_try_loses_sight_of_its_run(dify: DifyStandIn) -> None:
     dify.misbehave_always(sometimes)
 
 
-def test_a_retry_continues_the_run_that_the_first_try_started(dify: DifyStandIn, operator_way: dict[str, Any]) -> None:
-    if AIRFLOW_3_0 and operator_way:
-        pytest.skip("Airflow 3.0's dag.test() takes the retry of a deferred task for its resumption")
-    the_first_try_loses_sight_of_its_run(dify)
-    result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=3, **operator_way)
-    assert result.state == "success"
-    assert result.tries["run"] == 2
-    assert type(result.raised["run"][0]) is DifyConnectionError
-    assert len(dify.started) == 1
-    assert dify.stopped == []
-    assert result.received["outputs"] == OUTPUTS
-
-
 def test_retries_that_are_lowered_while_a_task_runs_do_not_make_a_second_run(dify: DifyStandIn) -> None:
     the_first_try_loses_sight_of_its_run(dify)
     result = run_dag(

@@ -51,7 +51,9 @@ from tests.dify_stand_in import (
     said_finished,
 )
 
-pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries", "short_reading_on")
+pytestmark = pytest.mark.usefixtures(
+    "airflow_db", "dify_connection", "quick_retries", "short_reading_on", "short_waits"
+)
 
 OUTPUTS = {"answer": "héllo 你好 🎉"}
 POLLS = "GET .*/workflows/run/"
@@ -62,13 +64,6 @@ STARTED = said("workflow_started", {"inputs": {"sys.user_id": "me"}})
 def default_dialect() -> str:
     """Today's Dify."""
     return "current"
-
-
-@pytest.fixture(autouse=True)
-def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scale the waits of a start down, as the stand-in's runs are."""
-    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_DEFERRAL", 0.3)
-    monkeypatch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_BEFORE_QUEUED", 0.1)
 
 
 def between(dify: DifyStandIn, *faults: Fault) -> None:
@@ -161,6 +156,7 @@ def test_a_gateway_that_stays_leaves_an_operator_its_run_for_the_retry(
     assert result.state == "success"
     assert [type(error) for error in result.raised["run"]] == [DifyConnectionError]
     assert "in front of Dify" in str(result.raised["run"][0])
+    assert result.received["outputs"] == OUTPUTS
     assert (posts(dify), dify.stopped) == (1, [])
 
 
@@ -531,15 +527,3 @@ def test_a_retry_gives_an_earlier_run_up_only_when_dify_has_said_twice_that_it_i
     result = run_operator(retries=1, retry_delay=0, max_consecutive_failures=1, **operator_way)
     assert result.state == "success"
     assert (posts(dify), dify.stopped) == (1, [])
-
-
-def test_a_run_that_a_nodes_event_named_is_waited_for_by_a_sensor_downstream(dify: DifyStandIn) -> None:
-    dify.starts.append(Start(raw=(PING, NODE), statuses=("running", "succeeded"), fields={"outputs": OUTPUTS}))
-    result = run_dag(
-        """
-        run = DifyRunWorkflowOperator(task_id="run", inputs={}, wait_for_completion=False, timeout=10)
-        wait = DifyWorkflowRunSensor(task_id="wait", workflow_run_id=run.output, poke_interval=0.05)
-        """
-    )
-    assert result.state == "success"
-    assert result.xcoms["wait"]["return_value"] == OUTPUTS
