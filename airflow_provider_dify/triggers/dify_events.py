@@ -125,6 +125,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the class and its arguments: JSON-ready values only, and no secret."""
+        queue = getattr(self, "queue", None)
         return (
             "airflow_provider_dify.triggers.dify_events.DifyWorkflowRunsTrigger",
             {
@@ -133,6 +134,8 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
                 "poll_interval": self.policy.poll_interval,
                 "run_timeout": self.policy.run_timeout,
                 "lookback": self.policy.lookback,
+                # Here too, because Airflow takes a trigger for another one by its arguments only.
+                **({"queue": queue} if queue else {}),
             },
         )
 

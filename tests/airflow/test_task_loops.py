@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 from airflow import __version__
 
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
-from airflow_provider_dify.tasks.start import default_user
+from airflow_provider_dify.tasks.start import StartMemory, TaskStart, default_user, new_start
 from tests.airflow.airflow_runs import run_dag
-from tests.dify_stand_in import DifyStandIn, Start
+from tests.dify_stand_in import DifyStandIn, Start, respond
 
 HAS_LOOPS = tuple(int(part) for part in __version__.split(".")[:2]) >= (3, 4)
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
@@ -79,18 +80,19 @@ body.loop(max_iterations=3)
 
 
 @on_airflow_3_4
+@pytest.mark.long
 def test_a_retry_in_a_loops_second_iteration_continues_its_own_rows(dify: DifyStandIn, tmp_path: Path) -> None:
     output = tmp_path / "{{ loop.index }}.jsonl"
-    dify.starts += [Start(fields={"outputs": {"start": number}}) for number in range(3)]
-    # In the second iteration the first row's run fails the batch, and the retry starts the rest.
-    dify.starts += [Start("run_streaming_failed")]
-    dify.starts += [Start(fields={"outputs": {"start": number}}) for number in range(4, 12)]
+    # In the second iteration Dify is away when the second row's run is asked for.
+    broken = Start(statuses=("running", "succeeded"), cut="workflow_started")
+    dify.starts += [Start()] * 4 + [broken] + [Start()] * 4
+    dify.misbehave(*[respond(503)] * 2, only="GET .*/(workflows/run/|info)")
     result = run_dag(
         LOOP.format(
             operator=f"""run = DifyRunWorkflowBatchOperator(
         task_id="run", inputs=[{{"n": n, "iteration": "{{{{ loop.index }}}}"}} for n in range(3)],
-        output_path={str(output)!r}, max_active_runs=1, max_failed_runs=0, poll_interval=0.05, retries=1,
-        retry_delay=0.0, not_found_grace=0.2,
+        output_path={str(output)!r}, max_active_runs=1, poll_interval=0.2, retries=1, retry_delay=0.0,
+        max_consecutive_failures=0, not_found_grace=0.2,
     )"""
         )
     )
@@ -101,9 +103,11 @@ def test_a_retry_in_a_loops_second_iteration_continues_its_own_rows(dify: DifySt
         assert [row["index"] for row in rows] == [0, 1, 2]
         assert {row["workflow_run_id"] for row in rows} <= started
     assert len({run.user.rpartition("/")[0] for run in dify.started}) == 3
+    assert (result.tries["run"], len(dify.started)) == (2, 9)
 
 
 @on_airflow_3_4
+@pytest.mark.long
 @pytest.mark.parametrize("deferrable", [False, True])
 def test_a_retry_in_a_loops_second_iteration_starts_a_run_of_its_own(dify: DifyStandIn, deferrable: bool) -> None:
     outputs = [{"start": number} for number in range(4)]
@@ -121,3 +125,57 @@ def test_a_retry_in_a_loops_second_iteration_starts_a_run_of_its_own(dify: DifyS
     assert len(set(users)) == 4
     assert [user.rpartition("/")[2] for user in users] == ["1", "1", "2", "1"]
     assert [user.partition("[")[2][0] for user in users] == ["0", "1", "1", "2"]
+
+
+# --- tasks that are cleared with their state kept
+
+
+def remembered_and_cleared(monkeypatch: pytest.MonkeyPatch, discards: bool, **fields: Any) -> TaskStart | None:
+    """Keep a start, clear its task but not its state, and return what the next try gets of it."""
+    monkeypatch.setattr("airflow_provider_dify.tasks.start.CLEARING_DISCARDS_STATE", discards)
+    ti = ti_of()
+    store: dict[str, Any] = {}
+    context = {"ti": ti, "task_state_store": SimpleNamespace(get=store.get, set=store.__setitem__)}
+    StartMemory(context).save(replace(new_start(ti, None, {}, (), 0.0), **fields))
+    ti.max_tries += 1
+    return StartMemory(context).load()
+
+
+def test_state_that_outlives_a_clear_is_continued_where_a_clear_discards_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = remembered_and_cleared(monkeypatch, True, workflow_run_id="r")
+    assert start is not None
+    assert (start.workflow_run_id, start.max_tries) == ("r", 2)
+    assert remembered_and_cleared(monkeypatch, True, was_returned=True) is None
+    assert remembered_and_cleared(monkeypatch, False, workflow_run_id="r") is None
+
+
+CLEARED = """
+run = DifyRunWorkflowOperator(task_id="run", inputs={{}}, poll_interval=0.05, defer_after=0, {arguments})
+
+@task(trigger_rule="all_done")
+def clear_once(ti=None):
+    clear_task(dag, ti, "run")
+
+run >> clear_once()
+"""
+
+
+@on_airflow_3_4
+def test_a_task_that_failed_and_is_cleared_with_its_state_kept_gets_the_run_of_before(dify: DifyStandIn) -> None:
+    dify.run_duration = 4.0
+    # This clear of dag.test() keeps the state, as a user's does who asks for it.
+    result = run_dag(CLEARED.format(arguments="timeout=1, stop_on_failure=False, on_failure_callback=raised"))
+    assert result.state == "success"
+    assert len(result.raised["run"]) >= 1
+    (started,) = dify.started
+    assert result.xcoms["run"]["workflow_run_id"] == started.workflow_run_id
+
+
+@pytest.mark.parametrize("arguments", ["", "deferrable=True", "deferrable=True, end_from_trigger=True", "waits=False"])
+@on_airflow_3_4
+def test_a_task_that_succeeded_and_is_cleared_starts_another_run_whatever_is_kept(
+    dify: DifyStandIn, arguments: str
+) -> None:
+    result = run_dag(CLEARED.format(arguments=arguments.replace("waits", "wait_for_completion")))
+    assert result.state == "success"
+    assert len(dify.started) == 2

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, EVENT_TRIGGERS_HAVE_QUEUES
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.hooks import dify_async, shared_reading
 from tests.dify_stand_in import API_KEY, DifyStandIn, rejects, respond
@@ -265,6 +265,7 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(collect(), seconds)
 
+    monkeypatch.setenv("AIRFLOW__SCHEDULER__BATCH_ASSET_EVENTS", "True")
     now = time.time()
     for second in range(4):
         dify.add_logged_runs(1, ending=now - 3 + second)
@@ -273,6 +274,30 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
     assert moments[2] - moments[0] < 1.5
     assert 2.0 <= moments[3] - moments[2] < 3.5
     assert 2.4 <= moments[4] - moments[3] < 4.4
+
+
+@pytest.mark.skipif(not EVENT_TRIGGERS_HAVE_QUEUES, reason="before Airflow 3.4 a Dag run may be for several events")
+def test_no_event_waits_where_each_has_a_dag_run_of_its_own(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 10.0)
+    dify.add_logged_runs(4, ending=time.time())
+    began = time.monotonic()
+    assert len(events_of(trigger_of(lookback=8), lambda: None, 4)) == 4
+    assert time.monotonic() - began < 5
+
+
+def test_a_queue_is_told_to_airflow_where_it_has_queues_for_event_triggers() -> None:
+    if not EVENT_TRIGGERS_HAVE_QUEUES:
+        with pytest.raises(DifyConfigurationError, match=r"queue needs Airflow 3\.4"):
+            trigger_of(queue="dify")
+        return
+    trigger = trigger_of(queue="dify")
+    path, arguments = trigger.serialize()
+    # Airflow reads the attribute, and takes a trigger with other arguments for another one.
+    assert (trigger.queue, arguments["queue"]) == ("dify", "dify")
+    assert DifyWorkflowRunsTrigger(**arguments).serialize() == (path, arguments)
+    assert "queue" not in trigger_of().serialize()[1]
 
 
 def test_lookback_sends_what_ended_before_the_first_look(dify: DifyStandIn) -> None:
