@@ -46,8 +46,8 @@ XCOMS_ARE_STRICT_JSON = _AIRFLOW >= (3, 0)
 
 def region_of(ti: Any) -> tuple[int, str]:
     """
-    Return a task instance's map index or iteration, -1 for none, and the id of its region, empty for none: one execution
-    of a map or a loop (Airflow 3.4), all of whose iterations have the map index -1. Goes with Airflow 3.3.
+    Return a task instance's map index or iteration, -1 for none, and the id of its region, empty for none: one
+    execution of a map or loop (Airflow 3.4). All iterations have the map index -1. Goes with Airflow 3.3.
     """
     region = getattr(ti, "region_id", None)
     index = ti.map_index if region is None else ti.region_index

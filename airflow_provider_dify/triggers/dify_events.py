@@ -107,7 +107,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         *,
         queue: str | None = None,
     ) -> None:
-        super().__init__(**_base_arguments(queue))
+        super().__init__(**_base_arguments(queue))  # type: ignore[no-untyped-call]
         self.dify_conn_id = dify_conn_id
         self.filter = RunFilter.parse(statuses=statuses, triggered_from=triggered_from, user=user)
         self.policy = WindowPolicy(

@@ -103,7 +103,7 @@ def test_a_retry_in_a_loops_second_iteration_continues_its_own_rows(dify: DifySt
         assert [row["index"] for row in rows] == [0, 1, 2]
         assert {row["workflow_run_id"] for row in rows} <= started
     assert len({run.user.rpartition("/")[0] for run in dify.started}) == 3
-    assert (result.tries["run"], len(dify.started)) == (2, 9)
+    assert (result.tries["body.run[1]"], len(dify.started)) == (2, 9)
 
 
 @on_airflow_3_4
@@ -116,7 +116,8 @@ def test_a_retry_in_a_loops_second_iteration_starts_a_run_of_its_own(dify: DifyS
     result = run_dag(
         LOOP.format(
             operator=f"""run = DifyRunWorkflowOperator(
-        task_id="run", inputs={{}}, poll_interval=0.05, defer_after=0, deferrable={deferrable}, retries=1, retry_delay=0.0
+        task_id="run", inputs={{}}, poll_interval=0.05, defer_after=0, deferrable={deferrable}, retries=1,
+        retry_delay=0.0,
     )"""
         )
     )

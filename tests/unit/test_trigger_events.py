@@ -277,9 +277,7 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
 
 
 @pytest.mark.skipif(not EVENT_TRIGGERS_HAVE_QUEUES, reason="before Airflow 3.4 a Dag run may be for several events")
-def test_no_event_waits_where_each_has_a_dag_run_of_its_own(
-    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_event_waits_where_each_has_a_dag_run_of_its_own(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 10.0)
     dify.add_logged_runs(4, ending=time.time())
     began = time.monotonic()
