@@ -107,7 +107,9 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         *,
         queue: str | None = None,
     ) -> None:
-        super().__init__(**_base_arguments(queue))  # type: ignore[no-untyped-call]
+        if queue is not None and not EVENT_TRIGGERS_HAVE_QUEUES:
+            raise DifyConfigurationError("queue needs Airflow 3.4 or later.")
+        super().__init__(**({} if queue is None else {"queue": queue}))  # type: ignore[no-untyped-call]
         self.dify_conn_id = dify_conn_id
         self.filter = RunFilter.parse(statuses=statuses, triggered_from=triggered_from, user=user)
         self.policy = WindowPolicy(
@@ -281,14 +283,6 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
             self._on_failure(error)
             return stored
         return window
-
-
-def _base_arguments(queue: str | None) -> dict[str, Any]:
-    if queue is None:
-        return {}
-    if not EVENT_TRIGGERS_HAVE_QUEUES:
-        raise DifyConfigurationError("queue needs Airflow 3.4 or later.")
-    return {"queue": queue}
 
 
 def _load_reading() -> Any:
