@@ -10,16 +10,15 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from airflow import __version__
 
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.tasks.start import StartMemory, TaskStart, default_user, new_start
+from tests.airflow.airflow_processes import AIRFLOW_3_4
 from tests.airflow.airflow_runs import run_dag
 from tests.dify_stand_in import DifyStandIn, Start, respond
 
-HAS_LOOPS = tuple(int(part) for part in __version__.split(".")[:2]) >= (3, 4)
 pytestmark = pytest.mark.usefixtures("airflow_db", "dify_connection", "quick_retries")
-on_airflow_3_4 = pytest.mark.skipif(not HAS_LOOPS, reason="Airflow 3.4 brings task loops")
+on_airflow_3_4 = pytest.mark.skipif(not AIRFLOW_3_4, reason="Airflow 3.4 brings task loops")
 
 # Both have the same beginning, as the ids of regions that Airflow makes within a minute.
 REGION, OTHER_REGION = UUID("019ad7a0-0000-7000-8000-000000000001"), UUID("019ad7a0-0000-7000-8000-000000000002")
