@@ -33,6 +33,12 @@ CAN_PUSH_NONE = _AIRFLOW != (3, 0)
 # Whether a task's rendered fields may be written after it has run. Airflow 3.0 to 3.2 refuse those of a try that will
 # be retried: 3.0 and 3.1 then end the task's process before its callbacks, 3.2 logs a traceback. Goes with Airflow 3.2.
 CAN_RENDER_AFTER_EXECUTION = _AIRFLOW >= (3, 3)
+# Whether clearing a task discards its state unless the user keeps it. Goes with Airflow 3.3.
+CLEARING_DISCARDS_STATE = _AIRFLOW >= (3, 4)
+# Whether an event trigger may be for the triggerers of a queue. Goes with Airflow 3.3.
+EVENT_TRIGGERS_HAVE_QUEUES = _AIRFLOW >= (3, 4)
+# Whether a trigger's on_kill is called also where another triggerer has taken the trigger over. Goes with Airflow 3.3.
+KILLS_WHAT_IT_HANDS_OVER = _AIRFLOW < (3, 4)
 # What no XCom's key may have on Airflow 3, which puts it into a URL as it is: the XCom would have another key, or the
 # task fail (measured on 3.0.6 and 3.3.2). 3.0 takes one part of a path. Goes with the last Airflow that quotes no key.
 _NOT_IN_XCOM_KEY = re.compile(
@@ -40,6 +46,23 @@ _NOT_IN_XCOM_KEY = re.compile(
 )
 # Whether XComs travel as strict JSON, without NaN and the like. Goes with Airflow 2.11.
 XCOMS_ARE_STRICT_JSON = _AIRFLOW >= (3, 0)
+
+
+def region_of(ti: Any) -> tuple[int, str]:
+    """
+    Return a task instance's map index or iteration, -1 for none, and the id of its region, empty for none: one
+    execution of a map or loop (Airflow 3.4). All iterations have the map index -1. Goes with Airflow 3.3.
+    """
+    region = getattr(ti, "region_id", None)
+    index = ti.map_index if region is None else ti.region_index
+    return -1 if index is None else int(index), str(region) if region is not None and region.int else ""
+
+
+def may_batch_events() -> bool:
+    """Return whether one Dag run may be for several events of an asset: before Airflow 3.4 always."""
+    from airflow.providers.common.compat.sdk import conf
+
+    return _AIRFLOW < (3, 4) or bool(conf.getboolean("scheduler", "batch_asset_events", fallback=False))
 
 
 def is_xcom_key(name: str) -> bool:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from airflow_provider_dify.airflow_versions import region_of
 from airflow_provider_dify.api.calls import MAX_USER_LENGTH, check_user
 from airflow_provider_dify.tasks.start import installation_id, shorten_user, task_name
 
@@ -44,14 +45,15 @@ class BatchName:
     """The name of a task's batch, the same in each of its tries."""
 
     task: str  # a digest of the task in its Dag run
-    map_index: int = -1  # -1 for a task that isn't mapped
+    map_index: int = -1  # or the iteration of a loop; -1 for a task that is in neither
     generation: int = 0  # grows when the task is cleared
 
     @classmethod
     def of_task(cls, ti: Any) -> BatchName:
         """Return the name of a task instance's batch."""
-        map_index = -1 if ti.map_index is None else int(ti.map_index)
-        task = _digest(f"{installation_id()}/{ti.dag_id}/{ti.task_id}/{ti.run_id}")
+        map_index, region = region_of(ti)
+        # Where there is no region, the name is that of older versions.
+        task = _digest("/".join([installation_id(), ti.dag_id, ti.task_id, ti.run_id, *([region] if region else [])]))
         return cls(task, map_index, generation_of(ti))
 
     @classmethod

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from airflow.providers.common.compat.sdk import conf
 
-from airflow_provider_dify.airflow_versions import UI_SECTION
+from airflow_provider_dify.airflow_versions import CLEARING_DISCARDS_STATE, UI_SECTION, region_of
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import MAX_USER_LENGTH
 from airflow_provider_dify.api.models import WorkflowRun, known_fields
@@ -77,6 +78,7 @@ class TaskStart:
     task_id: str | None = None  # what the stop route takes, the same
     stop_was_asked: bool = False  # whether Dify was asked to stop the run, which must not be continued then
     has_ended: bool = False  # whether the run's events said that it failed, although its record says that it goes on
+    was_returned: bool = False  # whether the task has got the run's outputs, so that a cleared one starts another run
 
     def serialize(self) -> dict[str, Any]:
         """Return the start as JSON-ready values, for :meth:`deserialize`."""
@@ -112,11 +114,22 @@ class StartMemory:
         else:
             self._store.set(STATE_KEY, start.serialize())
 
+    def mark_returned(self, start: TaskStart) -> None:
+        """Say that the task has got the outputs, where what is here may outlive a clear. Never fails the task."""
+        if CLEARING_DISCARDS_STATE:
+            with contextlib.suppress(Exception):
+                self.save(replace(start, was_returned=True))
+
     def load(self) -> TaskStart | None:
         """Return the last start; ``None`` for none, or if the task was cleared since, and is to start from scratch."""
         start = TaskStart.deserialize(self._store.get(STATE_KEY)) if self._store is not None else None
-        is_this_task = start is not None and start.max_tries == (self._ti.max_tries or 0)
-        return start if is_this_task else None
+        max_tries = self._ti.max_tries or 0
+        if start is None or start.max_tries == max_tries:
+            return start
+        # A clear that keeps the state keeps the run. Not all clears of Airflow 3.4.0b2 ask whether to: that of a whole
+        # Dag run doesn't, and must not return old outputs.
+        is_kept = CLEARING_DISCARDS_STATE and not start.was_returned
+        return replace(start, max_tries=max_tries) if is_kept else None
 
 
 def new_start(
@@ -295,15 +308,17 @@ def default_user(ti: Any, try_number: int) -> str:
     :param ti: the task instance.
     :param try_number: the try.
     :return: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>/<try>``, of at most 255 characters, which
-        Dify's log shows and can be searched for.
+        Dify's log shows and can be searched for. From Airflow 3.4 on, a digest of the map's or loop's execution follows
+        the index.
     """
     return shorten_user(f"{task_name(ti)}/{try_number}", MAX_USER_LENGTH)
 
 
 def task_name(ti: Any) -> str:
     """Return the name of a task instance: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>``, uncut."""
-    map_index = "" if ti.map_index is None or ti.map_index < 0 else f"[{ti.map_index}]"
-    return f"airflow/{installation_id()}/{ti.dag_id}/{ti.task_id}{map_index}/{ti.run_id}"
+    index, region = region_of(ti)
+    place = f"{index}~{hashlib.sha256(region.encode()).hexdigest()[:8]}" if region else index
+    return f"airflow/{installation_id()}/{ti.dag_id}/{ti.task_id}{f'[{place}]' if index >= 0 else ''}/{ti.run_id}"
 
 
 def shorten_user(user: str, limit: int) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import conf
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
-from airflow_provider_dify.airflow_versions import TRIGGER_TIMEOUT_MARGIN
+from airflow_provider_dify.airflow_versions import KILLS_WHAT_IT_HANDS_OVER, TRIGGER_TIMEOUT_MARGIN
 from airflow_provider_dify.api.calls import parse_workflow_run_id
 from airflow_provider_dify.api.models import known_fields, one_line
 from airflow_provider_dify.exceptions import (
@@ -329,7 +329,7 @@ _tasks: set[asyncio.Task[None]] = set()
 async def run_shielded(work: Coroutine[Any, Any, None], timeout: float) -> None:
     """
     Run to its end what a trigger does in ``on_kill``; raises an asyncio.TimeoutError after ``timeout`` seconds. Airflow
-    3.3 cancels a killed trigger again about every second, which ends a longer ``on_kill`` without a word. Before Python
+    3.3 and 3.4.0b2 cancel a killed trigger again about every second, which ends a longer ``on_kill``. Before Python
     3.12 the second cancel also ends Airflow's own wait for ``on_kill``; the work goes on then, too.
     """
     task = asyncio.create_task(asyncio.wait_for(work, timeout))
@@ -348,7 +348,7 @@ async def is_waiting_elsewhere(ti: Any, log: Logger) -> bool:
     trigger's ``on_kill`` also on a triggerer that was silent for so long (a minute under load, say) that another one
     has taken its triggers over.
     """
-    if ti is None:
+    if ti is None or not KILLS_WHAT_IT_HANDS_OVER:
         return False
     from airflow.sdk.execution_time.task_runner import RuntimeTaskInstance
     from asgiref.sync import sync_to_async

@@ -20,7 +20,7 @@ except ImportError:
         "DifyLatestWorkflowRunSensor in a task."
     ) from None
 
-from airflow_provider_dify.airflow_versions import asset_state_of
+from airflow_provider_dify.airflow_versions import EVENT_TRIGGERS_HAVE_QUEUES, asset_state_of, may_batch_events
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
@@ -85,6 +85,8 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         warning; for runs that Dify leaves ``running`` for ever. Seven days by default.
     :param lookback: seconds (or a ``timedelta``) before the first look from which runs that have ended are sent, too. 0
         by default.
+    :param queue: the queue of the triggerers that watch (``airflow triggerer --queues``; Airflow 3.4 and later). Any
+        triggerer without queues by default.
     :raises DifyConfigurationError: if an argument can't work.
     """
 
@@ -104,8 +106,12 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         poll_interval: timedelta | float = 30,
         run_timeout: timedelta | float = 604_800,
         lookback: timedelta | float = 0,
+        *,
+        queue: str | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        if queue is not None and not EVENT_TRIGGERS_HAVE_QUEUES:
+            raise DifyConfigurationError("queue needs Airflow 3.4 or later.")
+        super().__init__(**({} if queue is None else {"queue": queue}))  # type: ignore[no-untyped-call]
         self.dify_conn_id = dify_conn_id
         self.filter = RunFilter.parse(statuses=statuses, triggered_from=triggered_from, user=user)
         self.policy = WindowPolicy(
@@ -123,6 +129,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
         """Return the class and its arguments: JSON-ready values only, and no secret."""
+        queue = getattr(self, "queue", None)
         return (
             "airflow_provider_dify.triggers.dify_events.DifyWorkflowRunsTrigger",
             {
@@ -131,6 +138,8 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
                 "poll_interval": self.policy.poll_interval,
                 "run_timeout": self.policy.run_timeout,
                 "lookback": self.policy.lookback,
+                # Here too, because Airflow takes a trigger for another one by its arguments only.
+                **({"queue": queue} if queue else {}),
             },
         )
 
@@ -192,7 +201,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
         # A Dag run takes events up to the moment at which Airflow queued it, which is that of the first event. One that
         # comes after, and before the scheduler has made the Dag run, waits until another one comes (Airflow 3.0 to
         # 3.3.2). So the last one must come when the scheduler is done with the first, and takes the others along.
-        if self._last_event is None:
+        if self._last_event is None or not may_batch_events():
             return 0.0
         # Airflow stores some 50 events a second.
         return max(0.0, self._last_event + self.scheduler_delay + count / 50 - time.monotonic())

@@ -26,6 +26,15 @@ from tests.airflow.empty_airflow import copy_migrated_airflow
 
 AIRFLOW_2 = version("apache-airflow").startswith("2.")
 AIRFLOW_3_0 = version("apache-airflow").startswith("3.0.")
+AIRFLOW_3_4 = tuple(int(part) for part in version("apache-airflow").split(".")[:2]) >= (3, 4)
+# Airflow 3.4 keeps earlier tries as rows of their own, and its XComs name no more than their task instance.
+AS_BEFORE_3_4 = """
+CREATE TEMP VIEW task_instance AS
+    SELECT *, region_index AS map_index FROM main.task_instance WHERE working_set;
+CREATE TEMP VIEW xcom AS
+    SELECT dag_id, task_id, run_id, region_index AS map_index, key, value
+    FROM main.xcom_v2 JOIN main.task_instance ti ON ti.id = task_instance_id WHERE working_set;
+"""
 
 # ``python -m airflow``, with deferred tasks that may resume soon: see min_heartbeat_interval below.
 QUICKLY = """
@@ -158,6 +167,8 @@ class AirflowProcesses:
     def query(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """Ask Airflow's database."""
         with contextlib.closing(sqlite3.connect(f"file:{self.home}/airflow.db?mode=ro", uri=True, timeout=30)) as db:
+            if AIRFLOW_3_4:
+                db.executescript(AS_BEFORE_3_4)
             return db.execute(sql, values).fetchall()
 
     @property

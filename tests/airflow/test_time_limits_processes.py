@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0
+from tests.airflow.airflow_processes import AIRFLOW_2, AIRFLOW_3_0, AIRFLOW_3_4
 from tests.airflow.shared_airflow import SharedAirflow, side_by_side
 from tests.dify_stand_in.runs import Started
 
@@ -131,6 +131,15 @@ def test_on_a_worker_each_try_stops_its_run_and_the_retry_starts_a_new_one(ended
     # A run that was stopped is not continued: its record may stay `running`, and the retry would wait for nothing.
     assert len(task.started) == 2
     assert task.stopped == [run.task_id for run in task.started]
+
+
+@pytest.mark.skipif(not AIRFLOW_3_4, reason="before Airflow 3.4 no supervisor ends such a task")
+def test_the_run_is_stopped_before_the_supervisor_would_end_the_task(ended: dict[str, Ended]) -> None:
+    task = ended["worker"]
+    assert len(task.stopped) == 2
+    # The last try, with [core] killed_task_cleanup_time of 60 seconds after its limit of 4.
+    assert task.seconds < 64
+    assert "Task did not stop before execution_timeout elapsed" not in task.log
 
 
 if AIRFLOW_2:

@@ -310,7 +310,10 @@ def test_retry_after_is_honoured(
     dify: DifyStandIn, connect: Connect, monkeypatch: pytest.MonkeyPatch, as_date: bool
 ) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(
+        "airflow_provider_dify.api.session.time",
+        SimpleNamespace(sleep=slept.append, time=time.time, monotonic=time.monotonic),
+    )
     in_half_a_minute = datetime.now(timezone.utc) + timedelta(seconds=30)
     dify.misbehave(too_many_requests(retry_after_date(in_half_a_minute) if as_date else "30"))
     with connect() as hook:

@@ -78,7 +78,7 @@ def test_a_workflow_runs_make_targets_and_pinned_actions_only(path: Path) -> Non
 @in_the_repository
 def test_no_file_names_another_repository_than_the_package() -> None:
     named = re.compile(r"https://github\.com/[\w-]+/airflow-provider-dify\b")
-    names = ("pyproject.toml", ".airflow-registry.yaml", ".astro-registry.yaml", "SECURITY.md", "CHANGELOG.md")
+    names = ("pyproject.toml", ".astro-registry.yaml", "SECURITY.md", "CHANGELOG.md")
     for path in [ROOT / name for name in names]:
         assert set(named.findall(path.read_text(encoding="utf-8"))) == {SOURCE}
 
@@ -106,9 +106,8 @@ def test_every_module_begins_with_the_identifier_of_the_license() -> None:
 
 
 @in_the_repository
-@pytest.mark.parametrize("name", [".airflow-registry.yaml", ".astro-registry.yaml"])
-def test_a_registry_names_classes_that_exist(name: str) -> None:
-    registry = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+def test_the_registry_names_classes_that_exist() -> None:
+    registry = yaml.safe_load((ROOT / ".astro-registry.yaml").read_text(encoding="utf-8"))
     assert registry["package-name"] == "airflow-provider-dify"
     for kind in ("operators", "sensors", "triggers", "hooks"):
         for entry in registry[kind]:
@@ -119,9 +118,8 @@ def test_a_registry_names_classes_that_exist(name: str) -> None:
 
 
 @in_the_repository
-@pytest.mark.parametrize("name", [".airflow-registry.yaml", ".astro-registry.yaml"])
-def test_a_registry_names_every_operator_and_sensor_and_the_hooks_and_triggers_for_users(name: str) -> None:
-    registry = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+def test_the_registry_names_every_operator_and_sensor_and_the_hooks_and_triggers_for_users() -> None:
+    registry = yaml.safe_load((ROOT / ".astro-registry.yaml").read_text(encoding="utf-8"))
     info = get_provider_info()
     for kind in ("operators", "sensors", "triggers", "hooks"):
         modules = {module for entry in info[kind] for module in entry["python-modules"]}

@@ -222,7 +222,9 @@ def test_a_retry_whose_memory_was_lost_looks_for_the_earlier_tries() -> None:
     assert asked == [default_user(context["ti"], number) for number in (2, 1)]
 
 
-def test_a_cleared_task_starts_from_scratch() -> None:
+def test_a_cleared_task_starts_from_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where a clear discards the state, there is none unless the user keeps it; see test_task_loops.py.
+    monkeypatch.setattr("airflow_provider_dify.tasks.start.CLEARING_DISCARDS_STATE", False)
     store = Store()
     remembered(store, context_of(1, 2), workflow_run_id=RUN_ID)
     # Cleared after its first try: Airflow adds the tries that it had.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
 from typing import Any
 
 import pytest
 
 from airflow_provider_dify.exceptions import DifyWorkflowRunCannotSucceed
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.waiting import Outcome, judge
+from airflow_provider_dify.runs.waiting import Outcome, WaitArguments
 from tests.dify_stand_in import DifyStandIn, Start
 from tests.unit.test_contradicted_events import STARTED, said_finished
 from tests.unit.test_running_task import task_in
@@ -47,12 +46,12 @@ def test_a_stop_that_only_the_events_tell_of_is_one(dify: DifyStandIn, text: str
     dify.starts.append(Start(raw=(STARTED, said_finished("stopped", error=text)), statuses=("running",)))
     run = DifyHook().run_workflow({}, "me", poll_interval=0.05, timeout=8)
     assert (run.status, run.error) == ("stopped", text)
-    verdict = judge(run, now=datetime.now(timezone.utc))
+    verdict = WaitArguments().judge(run)
     assert (verdict.outcome, verdict.can_be_repeated) == (Outcome.FAILED, False)
 
 
 @pytest.mark.parametrize("text", ["Stopped by user.", "the tool said: App task was stopped"])
 def test_a_run_that_failed_is_no_stop_because_its_text_reads_like_one(dify: DifyStandIn, text: str) -> None:
     run = DifyHook().get_workflow_run(dify.add_run("failed", error=text))
-    verdict = judge(run, now=datetime.now(timezone.utc))
+    verdict = WaitArguments().judge(run)
     assert (run.status, verdict.can_be_repeated) == ("failed", True)

@@ -659,9 +659,10 @@ def test_a_killed_wait_whose_time_is_over_says_that_the_run_goes_on(
 
 @pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 no trigger is killed")
 def test_a_killed_wait_stops_its_run_where_airflow_does_not_say_who_waits(
-    dify: DifyStandIn, caplog: pytest.LogCaptureFixture
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     trigger = trigger_of(dify.add_run("running"), stop_task_id="77b720b7-eaf5-4cfd-95ab-a25d6b783f74", stop_user="us")
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.KILLS_WHAT_IT_HANDS_OVER", True)
     # There is no Airflow to ask here.
     trigger.task_instance = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1, task=None)
     run(trigger.on_kill())
@@ -669,6 +670,18 @@ def test_a_killed_wait_stops_its_run_where_airflow_does_not_say_who_waits(
     (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
     assert warning.getMessage() == "Airflow did not say whether the task still waits; its run is stopped."
     assert warning.exc_info
+
+
+@pytest.mark.skipif(not CAN_START_FROM_TRIGGER, reason="before Airflow 3.3 no trigger is killed")
+def test_airflow_3_4_is_not_asked_whether_another_triggerer_waits(
+    dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.KILLS_WHAT_IT_HANDS_OVER", False)
+    trigger = trigger_of(dify.add_run("running"), stop_task_id="77b720b7-eaf5-4cfd-95ab-a25d6b783f74", stop_user="us")
+    trigger.task_instance = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1, task=None)
+    run(trigger.on_kill())
+    assert len(dify.stopped) == 1
+    assert "Airflow did not say" not in caplog.text
 
 
 def test_a_killed_wait_of_a_sensor_stops_nothing(dify: DifyStandIn) -> None:

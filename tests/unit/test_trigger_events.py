@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import requests
 
-from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER
+from airflow_provider_dify.airflow_versions import CAN_END_FROM_TRIGGER, EVENT_TRIGGERS_HAVE_QUEUES
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.hooks import dify_async
 from tests.dify_stand_in import API_KEY, DifyStandIn, rejects, respond
@@ -271,6 +271,7 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
             if len(moments) == 4:
                 return
 
+    monkeypatch.setenv("AIRFLOW__SCHEDULER__BATCH_ASSET_EVENTS", "True")
     dify.add_logged_runs(4, ending=time.time() - 3)
     run_on_loop(collect(1.0))
     assert moments[3] - moments[2] >= 1.0
@@ -279,6 +280,28 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
     with pytest.raises(asyncio.TimeoutError):
         run_on_loop(asyncio.wait_for(collect(600.0), 3.0))
     assert len(moments) == 3
+
+
+@pytest.mark.skipif(not EVENT_TRIGGERS_HAVE_QUEUES, reason="before Airflow 3.4 a Dag run may be for several events")
+def test_no_event_waits_where_each_has_a_dag_run_of_its_own(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 10.0)
+    dify.add_logged_runs(4, ending=time.time())
+    began = time.monotonic()
+    assert len(events_of(trigger_of(lookback=8), lambda: None, 4)) == 4
+    assert time.monotonic() - began < 5
+
+
+def test_a_queue_is_told_to_airflow_where_it_has_queues_for_event_triggers() -> None:
+    if not EVENT_TRIGGERS_HAVE_QUEUES:
+        with pytest.raises(DifyConfigurationError, match=r"queue needs Airflow 3\.4"):
+            trigger_of(queue="dify")
+        return
+    trigger = trigger_of(queue="dify")
+    path, arguments = trigger.serialize()
+    # Airflow reads the attribute, and takes a trigger with other arguments for another one.
+    assert (trigger.queue, arguments["queue"]) == ("dify", "dify")
+    assert DifyWorkflowRunsTrigger(**arguments).serialize() == (path, arguments)
+    assert "queue" not in trigger_of().serialize()[1]
 
 
 def test_lookback_sends_what_ended_before_the_first_look(dify: DifyStandIn) -> None:

@@ -23,7 +23,7 @@ sys.meta_path.insert(0, NoAirflow())
 from airflow_provider_dify.api.calls import run_detail
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.session import DifySession, send
+from airflow_provider_dify.api.session import DifySession
 
 base_url, api_key = sys.argv[1:]
 connection = DifyConnection("", base_url, api_key)
@@ -43,7 +43,7 @@ async def run():
 
 asyncio.run(run())
 with DifySession(connection) as session:
-    print(send(session, connection, "GET", "/info", "the app", time_limit_seconds=10).status_code)
+    print(session.receive("GET", "/info", "the app", time_limit_seconds=10).status_code)
 """
 
 
