@@ -245,7 +245,7 @@ def test_a_run_that_its_events_say_succeeded_is_a_success_with_a_warning(
 
 @pytest.mark.parametrize(
     ("arguments", "fields"),
-    [({"timeout": 1}, {}), ({"run_timeout": 1, "timeout": 2}, {"created_at": 1_700_000_000})],
+    [({"timeout": 5}, {}), ({"run_timeout": 1, "timeout": 5}, {"created_at": 1_700_000_000})],
     ids=["timeout", "run_timeout"],
 )
 def test_also_where_a_limit_of_time_comes_first(
