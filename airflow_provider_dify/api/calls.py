@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,27 +93,6 @@ def check_user(user: object) -> None:
         )
 
 
-# As Dify checks them (1.16 and 1.17): it ignores another id, and rejects a start with another session.
-_TRACE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
-_TRACE_SESSION_ID = re.compile(r"[\x20-\x7e]{1,200}")
-
-
-def trace_headers(
-    trace_id: str | None = None, trace_session_id: str | None = None, traceparent: str | None = None
-) -> dict[str, str]:
-    """Return the headers of a start that say which trace its run is in; ``{}`` for none."""
-    if trace_id is not None and not (isinstance(trace_id, str) and _TRACE_ID.fullmatch(trace_id)):
-        raise DifyConfigurationError(
-            f"trace_id must be text of 1 to 128 letters, digits, - and _, but it is {one_line(repr(trace_id), 200)}."
-        )
-    session = trace_session_id.strip() if isinstance(trace_session_id, str) else trace_session_id
-    if session is not None and not (isinstance(session, str) and _TRACE_SESSION_ID.fullmatch(session)):
-        shown = one_line(repr(session), 300)
-        raise DifyConfigurationError(f"trace_session_id must be text of 1 to 200 ASCII characters, but it is {shown}.")
-    headers = {"X-Trace-Id": trace_id, "X-Trace-Session-Id": session, "traceparent": traceparent}
-    return {name: value for name, value in headers.items() if value is not None}
-
-
 def plain_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """
     Return inputs as JSON has them: sequences of any kind become lists, such as the outputs of a mapped task.
@@ -125,17 +103,29 @@ def plain_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def encode_start(inputs: Mapping[str, Any], user: str) -> bytes:
-    """Return the JSON body of a start in streaming mode; raises a DifyConfigurationError for what can't be sent."""
+# What the provider sends itself with each start.
+_OWN_FIELDS = ("inputs", "user", "response_mode")
+
+
+def encode_start(inputs: Mapping[str, Any], user: str, extra_body: Mapping[str, Any] | None = None) -> bytes:
+    """
+    Return the JSON body of a start in streaming mode, with further fields of one's own.
+
+    Raises a DifyConfigurationError for what can't be sent.
+    """
     check_user(user)
-    return f'{{"inputs": {_json_of(inputs)}, "user": {json.dumps(user)}, "response_mode": "streaming"}}'.encode()
+    if own := [name for name in _OWN_FIELDS if name in (extra_body or {})]:
+        raise DifyConfigurationError(f"extra_body must not have {own[0]!r}, which the provider sends itself.")
+    extra = f", {_json_of(extra_body, 'extra_body')[1:-1]}" if extra_body else ""
+    own_fields = f'"inputs": {_json_of(inputs)}, "user": {json.dumps(user)}, "response_mode": "streaming"'
+    return f"{{{own_fields}{extra}}}".encode()
 
 
-def _json_of(inputs: Mapping[str, Any]) -> str:
+def _json_of(inputs: Mapping[str, Any], name: str = "inputs") -> str:
     try:
         return json.dumps(dict(inputs), allow_nan=False, default=_as_list)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DifyConfigurationError(f"inputs must be an object of JSON values: {error}") from error
+        raise DifyConfigurationError(f"{name} must be an object of JSON values: {error}") from error
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -21,7 +21,7 @@ from airflow_provider_dify.api.connection import HEADERS, DifyConnection
 from airflow_provider_dify.api.events import EventStreamReader
 from airflow_provider_dify.api.http_response import HttpResponse, no_response
 from airflow_provider_dify.api.models import WorkflowRun
-from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
+from airflow_provider_dify.api.run_stream import NO_EXTRAS, AsyncWorkflowRunStream, StartExtras
 from airflow_provider_dify.api.session import load_bundle, route_to
 from airflow_provider_dify.exceptions import DifyAuthenticationError
 
@@ -337,15 +337,15 @@ class DifyClient:
         return await self.with_current_key(send)
 
     def send_start(
-        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None = None, headers: Headers = None
+        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None = None, extras: StartExtras = NO_EXTRAS
     ) -> AsyncWorkflowRunStream:
         """
         Send the start of a run once, and return at once; its response is still to come. Raises a DifyConfigurationError
         if an argument can't be sent.
         """
-        path, body = start_path(workflow_id), encode_start(inputs, user)
+        path, body = start_path(workflow_id), encode_start(inputs, user, extras.body)
         # A share of its own: this client may use another session meanwhile, with a key that was rotated.
-        stream = AsyncWorkflowRunStream(SharedSession.join(self._opened.connection), path, body, user, headers)
+        stream = AsyncWorkflowRunStream(SharedSession.join(self._opened.connection), path, body, user, extras.headers)
         self._streams.add(stream)
         return stream
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from airflow_provider_dify.api.calls import error_from_start, error_from_start_event, parse_workflow_run_id
 from airflow_provider_dify.api.connection import DifyConnection
@@ -35,7 +37,41 @@ _SUBJECT = "the start of a workflow run"
 _HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
 # For so long a stream is read on after an error: the end of its run may follow (measured: within milliseconds).
 SECONDS_AFTER_ERROR = 2.0
-Headers: TypeAlias = Mapping[str, str] | None
+
+
+@dataclass(frozen=True)
+class StartExtras:
+    """What goes along with a start beside its inputs: headers, and further fields of its body."""
+
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: Mapping[str, Any] | None = None
+
+
+NO_EXTRAS = StartExtras()
+# As Dify checks them (1.16 and 1.17): it ignores another id, and rejects a start with another session.
+_TRACE_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_TRACE_SESSION_ID = re.compile(r"[\x20-\x7e]{1,200}")
+
+
+def start_extras(
+    trace_id: str | None = None,
+    trace_session_id: str | None = None,
+    traceparent: str | None = None,
+    extra_body: Mapping[str, Any] | None = None,
+) -> StartExtras:
+    """Return what says which trace a run is in, and its further fields; checks the trace and its session."""
+    if trace_id is not None and not (isinstance(trace_id, str) and _TRACE_ID.fullmatch(trace_id)):
+        raise DifyConfigurationError(
+            f"trace_id must be text of 1 to 128 letters, digits, - and _, but it is {one_line(repr(trace_id), 200)}."
+        )
+    session = trace_session_id.strip() if isinstance(trace_session_id, str) else trace_session_id
+    if session is not None and not (isinstance(session, str) and _TRACE_SESSION_ID.fullmatch(session)):
+        shown = one_line(repr(session), 300)
+        raise DifyConfigurationError(f"trace_session_id must be text of 1 to 200 ASCII characters, but it is {shown}.")
+    headers = {"X-Trace-Id": trace_id, "X-Trace-Session-Id": session, "traceparent": traceparent}
+    return StartExtras({name: value for name, value in headers.items() if value is not None}, extra_body)
+
+
 # What a stream brings: that an event stream has begun (None), a response that is none, an event, or why no more comes.
 StreamItem = HttpResponse | WorkflowEvent | Exception | None
 
@@ -72,7 +108,7 @@ class AsyncWorkflowRunStream:
     :ivar error_event: the ``error`` that came before the run had a name; ``None`` where none did.
     """
 
-    def __init__(self, session: Session, path: str, body: bytes, user: str, headers: Headers = None) -> None:
+    def __init__(self, session: Session, path: str, body: bytes, user: str, headers: Mapping[str, str]) -> None:
         self._connection: DifyConnection = session.connection
         self._url = f"{session.connection.base_url}{path}"
         self._user = user
@@ -94,7 +130,7 @@ class AsyncWorkflowRunStream:
         self._was_taken = asyncio.Event()
         self._is_closed = False
         self._session = session
-        self._reader = asyncio.get_running_loop().create_task(self._read(body, {**_HEADERS, **(headers or {})}))
+        self._reader = asyncio.get_running_loop().create_task(self._read(body, {**_HEADERS, **headers}))
 
     @property
     def is_named(self) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.models import WorkflowRun, one_line
-from airflow_provider_dify.api.run_stream import Headers
+from airflow_provider_dify.api.run_stream import NO_EXTRAS, StartExtras
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan
@@ -68,7 +68,7 @@ class BatchSettings:
     progress_interval: float = 30.0
     restart_lost_runs: bool = False
     retries: int = 0  # Airflow's, of the task
-    headers: Headers = None
+    extras: StartExtras = NO_EXTRAS
 
 
 class Batch(Protocol):
@@ -263,7 +263,7 @@ class RowRun:
     def _new_starter(self) -> Starter:
         batch = self._batch
         starter = Starter(batch.client, batch.deadline, self._log, batch.settings.wait, reads_success=False)
-        starter.headers = batch.settings.headers
+        starter.extras = batch.settings.extras
         starter.start_retries = START_RETRIES
         starter.before_send = self._before_send
         starter.wait_for_room = self._wait_for_room

@@ -19,6 +19,7 @@ from airflow_provider_dify.api.calls import Call, parse_uploaded_file_id
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
+from airflow_provider_dify.api.run_stream import start_extras
 from airflow_provider_dify.api.session import DifySession, RequestRetries, open_upload
 from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
@@ -161,6 +162,7 @@ class DifyHook(BaseHook):
         timeout: float = 300.0,
         trace_id: str | None = None,
         trace_session_id: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> WorkflowRunStream:
         """
         Start a run of the app's workflow, and wait until Dify names it: ``POST /workflows/run``, in streaming mode.
@@ -173,6 +175,7 @@ class DifyHook(BaseHook):
         :param timeout: seconds to wait for a run that is queued.
         :param trace_id: the run's id in Dify's tracing, as for the operator.
         :param trace_session_id: the session of that trace, as for the operator.
+        :param extra_body: further fields of the body.
         :return: the started run: its ids, and its events. To be closed; the run continues without its client.
         :raises DifyConfigurationError: if an argument can't be sent.
         :raises DifyRequestError: if Dify rejects the start. Inputs that Dify 1.15 or later rejects begin a run, whose
@@ -182,13 +185,13 @@ class DifyHook(BaseHook):
         """
         from airflow_provider_dify.hooks.started_run import WorkflowRunStream
 
-        inputs, headers = calls.plain_inputs(inputs), calls.trace_headers(trace_id, trace_session_id)
+        inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, None, extra_body)
         deadline = self._deadline_after(timeout)
 
         def start() -> WorkflowRunStream:
             # An attempt that is made at all has a second, as every other request.
             seconds = max(min(timeout, 1.0), round(deadline.left, 1))
-            stream = WorkflowRunStream(self.connection, seconds, inputs, user, workflow_id, headers)
+            stream = WorkflowRunStream(self.connection, seconds, inputs, user, workflow_id, extras)
             self.server_version = stream.server_version or self.server_version
             return stream
 
@@ -204,6 +207,7 @@ class DifyHook(BaseHook):
         timeout: float = WEEK_SECONDS,
         trace_id: str | None = None,
         trace_session_id: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> WorkflowRun:
         """
         Start a run of the app's workflow, and wait until it is over: for a function of ``@task``.
@@ -219,19 +223,20 @@ class DifyHook(BaseHook):
         :param timeout: seconds for the start and the run, which continues after that.
         :param trace_id: as for :meth:`start_workflow_run`.
         :param trace_session_id: as there.
+        :param extra_body: as there.
         :return: the run, whatever its status.
         :raises DifyInputsRejected: if Dify rejects the inputs.
         :raises DifyWorkflowRunUncertain: if a run may have been started and could not be found.
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
         """
-        inputs, headers = calls.plain_inputs(inputs), calls.trace_headers(trace_id, trace_session_id)
+        inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, None, extra_body)
         deadline, arguments = self._deadline_after(timeout), _wait_arguments(poll_interval)
 
         async def work(client: DifyClient) -> WorkflowRun:
             from airflow_provider_dify.runs.starting import Starter
 
-            return await Starter(client, deadline, self.log, arguments).run(inputs, user, workflow_id, headers)
+            return await Starter(client, deadline, self.log, arguments).run(inputs, user, workflow_id, extras)
 
         return self.run_on_loop(work, deadline.at)
 

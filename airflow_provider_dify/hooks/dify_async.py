@@ -20,6 +20,7 @@ from airflow_provider_dify.api.calls import Call
 from airflow_provider_dify.api.client import DifyClient, Shared
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRun, runs_of
+from airflow_provider_dify.api.run_stream import start_extras
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, WaitArguments
@@ -70,6 +71,7 @@ class DifyAsyncHook(DifyClient):
         timeout: float = 300.0,
         trace_id: str | None = None,
         trace_session_id: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> AsyncWorkflowRunStream:
         """
         Start a run, and wait until Dify names it; sent once, and once more if the key was rotated.
@@ -80,13 +82,14 @@ class DifyAsyncHook(DifyClient):
         :param timeout: as there.
         :param trace_id: as there.
         :param trace_session_id: as there.
+        :param extra_body: as there.
         :return: the started run: its ids, and its events. To be closed, by ``async with``.
         :raises DifyError: as there; a :class:`DifyConnectionError` if nothing was started.
         """
-        until, headers = time.time() + timeout, calls.trace_headers(trace_id, trace_session_id)
+        until, extras = time.time() + timeout, start_extras(trace_id, trace_session_id, None, extra_body)
 
         async def start() -> AsyncWorkflowRunStream:
-            stream = self.send_start(inputs, user, workflow_id, headers)
+            stream = self.send_start(inputs, user, workflow_id, extras)
             await stream.require_name(max(min(timeout, 1.0), round(until - time.time(), 1)))
             self.server_version = stream.server_version or self.server_version
             return stream
@@ -103,6 +106,7 @@ class DifyAsyncHook(DifyClient):
         timeout: float = WEEK_SECONDS,
         trace_id: str | None = None,
         trace_session_id: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
     ) -> WorkflowRun:
         """
         Start a run and wait until it is over, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.run_workflow`.
@@ -114,15 +118,16 @@ class DifyAsyncHook(DifyClient):
         :param timeout: as there.
         :param trace_id: as there.
         :param trace_session_id: as there.
+        :param extra_body: as there.
         :return: the run, whatever its status.
         :raises DifyError: as there.
         """
-        deadline, headers = Deadline.after(timeout, "hook's"), calls.trace_headers(trace_id, trace_session_id)
+        deadline, extras = Deadline.after(timeout, "hook's"), start_extras(trace_id, trace_session_id, None, extra_body)
         arguments = WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)
         # One of its own, for its deadline; the session is shared.
         async with DifyClient(self._read_connection) as client:
             client.deadline = deadline.at
-            return await Starter(client, deadline, _log, arguments).run(inputs, user, workflow_id, headers)
+            return await Starter(client, deadline, _log, arguments).run(inputs, user, workflow_id, extras)
 
     async def list_workflow_runs(
         self, *, user: str | None = None, created_after: datetime | None = None, page: int = 1, limit: int = 20

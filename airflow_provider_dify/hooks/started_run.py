@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.events import WorkflowEvent
-from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
+from airflow_provider_dify.api.run_stream import NO_EXTRAS, AsyncWorkflowRunStream, StartExtras
 from airflow_provider_dify.exceptions import DifyConfigurationError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class WorkflowRunStream:
     :param inputs: the workflow's inputs.
     :param user: who starts the run.
     :param workflow_id: UUID of a published version; ``None`` for the current one.
-    :param headers: further headers of the start.
+    :param extras: what goes along with the start.
     :raises DifyError: as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
     """
 
@@ -42,7 +42,7 @@ class WorkflowRunStream:
         inputs: Mapping[str, Any],
         user: str,
         workflow_id: str | None,
-        headers: Headers = None,
+        extras: StartExtras = NO_EXTRAS,
     ) -> None:
         async def read_connection(refused: DifyConnection | None) -> DifyConnection:
             return connection
@@ -54,7 +54,7 @@ class WorkflowRunStream:
         self._stream: AsyncWorkflowRunStream | None = None
         threading.Thread(target=self._run_loop, name="dify-run", daemon=True).start()
         try:
-            self._call(self._start(seconds, inputs, user, workflow_id, headers))
+            self._call(self._start(seconds, inputs, user, workflow_id, extras))
         except BaseException:
             self.close()
             raise

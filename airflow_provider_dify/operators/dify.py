@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import cached_property
@@ -76,6 +76,7 @@ class DifyRunWorkflowOperator(BaseOperator):
     :param trace_id: the run's id in Dify's tracing (Langfuse and the like): up to 128 letters, digits, ``-`` and ``_``.
         Templated. Where Airflow itself traces the task, its trace goes along as ``traceparent``.
     :param trace_session_id: the session of that trace, up to 200 characters (Dify 1.15 and later). Templated.
+    :param extra_body: further fields of the start's body, such as the old ``files``. Templated.
     :param wait_for_completion: wait for the run; else return its id at once, for a sensor downstream.
     :param deferrable: wait on the triggerer. Airflow's ``[operators] default_deferrable`` by default.
     :param defer_after: seconds (or a ``timedelta``) for which a deferrable task waits on its worker first. Most runs
@@ -100,7 +101,15 @@ class DifyRunWorkflowOperator(BaseOperator):
     :raises DifyError: any other, as the sensor does.
     """
 
-    template_fields: Sequence[str] = ("inputs", "user", "workflow_id", "dify_conn_id", "trace_id", "trace_session_id")
+    template_fields: Sequence[str] = (
+        "inputs",
+        "user",
+        "workflow_id",
+        "dify_conn_id",
+        "trace_id",
+        "trace_session_id",
+        "extra_body",
+    )
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
     # So that Rendered Templates shows the default user, too (Airflow 3.3 and later).
     overwrite_rtif_after_execution = CAN_RENDER_AFTER_EXECUTION
@@ -117,6 +126,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         workflow_id: str | None = None,
         trace_id: str | None = None,
         trace_session_id: str | None = None,
+        extra_body: Mapping[str, Any] | None = None,
         wait_for_completion: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         poll_interval: timedelta | float = 10,
@@ -140,6 +150,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.workflow_id = workflow_id
         self.trace_id = trace_id
         self.trace_session_id = trace_session_id
+        self.extra_body = extra_body
         self.wait_for_completion = wait_for_completion
         self.poll_interval = parse_seconds("poll_interval", poll_interval)
         self.timeout = parse_seconds("timeout", timeout)
@@ -239,7 +250,7 @@ class DifyRunWorkflowOperator(BaseOperator):
 
     def _begin(self, context: Context, deadline: float) -> RunningTask:
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.api.calls import trace_headers
+        from airflow_provider_dify.api.run_stream import start_extras
         from airflow_provider_dify.tasks.start import RunArguments, traceparent_of
         from airflow_provider_dify.tasks.task_try import RunningTask
 
@@ -254,7 +265,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             defer_after=self.defer_after,
             stop_on_failure=self.stop_on_failure,
             restart_lost_runs=self.restart_lost_runs,
-            headers=trace_headers(self.trace_id, self.trace_session_id, traceparent_of(context["ti"])),
+            extras=start_extras(self.trace_id, self.trace_session_id, traceparent_of(context["ti"]), self.extra_body),
         )
         until = Deadline(deadline, self.timeout)
         xcoms = TaskXComs(self, context)

@@ -165,7 +165,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         :return: ``output_path``; without it the results, a list in row order.
         """
         # Imported when a task runs: the scheduler, which only parses the Dag, never needs an HTTP client.
-        from airflow_provider_dify.api.calls import trace_headers
+        from airflow_provider_dify.api.run_stream import start_extras
         from airflow_provider_dify.batch.row import BatchSettings
         from airflow_provider_dify.batch.running import BatchTask
         from airflow_provider_dify.runs.waiting import WaitArguments
@@ -185,7 +185,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             progress_interval=self.progress_interval,
             restart_lost_runs=self.restart_lost_runs,
             retries=self.retries or 0,
-            headers=trace_headers(trace_session_id=self.trace_session_id),
+            extras=start_extras(trace_session_id=self.trace_session_id),
         )
         ti: Any = context["ti"]
         xcoms = TaskXComs(self, context)

@@ -11,7 +11,7 @@ from typing import Any
 
 from airflow_provider_dify.api.events import WorkflowEvent
 from airflow_provider_dify.api.models import WorkflowRun, is_server_from
-from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream, Headers
+from airflow_provider_dify.api.run_stream import NO_EXTRAS, AsyncWorkflowRunStream, StartExtras
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
     DifyConnectionError,
@@ -52,8 +52,8 @@ class Starter(Follower):
     after_refusal: Callable[[], Awaitable[None]] | None = None
     # Waits until Dify may have room for one run more; a pause that grows, by default.
     wait_for_room: Callable[[DifyConnectionError], Awaitable[None]] | None = None
-    # Of the start, beside the usual ones.
-    headers: Headers = None
+    # What goes along with the start.
+    extras: StartExtras = NO_EXTRAS
     # The start under way, and its run's events.
     stream: AsyncWorkflowRunStream | None = None
     # Of the last search into Dify's log: whether its last look failed, and whether none did and there was no run.
@@ -87,10 +87,10 @@ class Starter(Follower):
             self.stream.close()
 
     async def run(
-        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None, headers: Headers = None
+        self, inputs: Mapping[str, Any], user: str, workflow_id: str | None, extras: StartExtras = NO_EXTRAS
     ) -> WorkflowRun:
         """Start a run and follow it until it is over; return it, whatever its status."""
-        self.headers = headers
+        self.extras = extras
         before, sent_at = await before_start(self.client, user)
         search = RunSearch(user, sent_at, user_is_unique=False, fingerprint=fingerprint(inputs), known_runs=before)
         try:
@@ -149,7 +149,7 @@ class Starter(Follower):
     async def _send_once(self, inputs: Mapping[str, Any], user: str, workflow_id: str | None) -> AsyncWorkflowRunStream:
         if self.before_send is not None:
             await self.before_send()
-        stream = self.stream = self.client.send_start(inputs, user, workflow_id, self.headers)
+        stream = self.stream = self.client.send_start(inputs, user, workflow_id, self.extras)
         try:
             await self._wait_until_accepted(stream, user)
         except DifyConnectionError:

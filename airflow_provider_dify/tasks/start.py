@@ -19,6 +19,7 @@ from airflow_provider_dify.airflow_versions import CLEARING_DISCARDS_STATE, UI_S
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import MAX_USER_LENGTH
 from airflow_provider_dify.api.models import WorkflowRun, known_fields
+from airflow_provider_dify.api.run_stream import NO_EXTRAS, StartExtras
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -62,7 +63,7 @@ class RunArguments:
     defer_after: float = 0.0
     stop_on_failure: bool = True
     restart_lost_runs: bool = False
-    headers: Mapping[str, str] | None = None
+    extras: StartExtras = NO_EXTRAS
 
 
 @dataclass(frozen=True)

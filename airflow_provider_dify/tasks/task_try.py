@@ -310,7 +310,7 @@ class RunningTask:
         start = await self._ask(lambda: new_start(self._ti, arguments.user, arguments.inputs, before, sent_at))
         if self._client.address:
             self._log.info("%s", self._client.address)
-        starter.headers = arguments.headers
+        starter.extras = arguments.extras
         starter.before_send = lambda: self._keep(start)
         starter.after_refusal = lambda: self._keep(None)
         try:

@@ -682,3 +682,15 @@ def test_a_retry_starts_a_new_run_when_the_first_trys_run_failed(
     assert len(dify.started) == 2
     assert result.xcoms["run"]["workflow_run_id"] == dify.started[1].workflow_run_id
     assert [started.user[-2:] for started in dify.started] == ["/1", "/2"]
+
+
+def test_fields_of_ones_own_are_rendered_and_go_along_with_the_start(dify: DifyStandIn) -> None:
+    bodies: list[Any] = []
+
+    async def note(request: Any) -> Any:
+        bodies.append(json.loads(await request.read()))
+        return await dify.respond_to(request)
+
+    dify.misbehave(note, only="POST .*/run$")
+    assert run_operator(extra_body={"files": [], "note": "{{ ti.task_id }}"}).state == "success"
+    assert (bodies[0]["note"], bodies[0]["files"], bodies[0]["response_mode"]) == ("run", [], "streaming")
