@@ -3,9 +3,9 @@ Start a Dify workflow run with real Airflow, wait for it and print what the down
 
 ``make demo`` runs this. Without settings it starts the tests' stand-in for Dify, on this machine, whose run is running
 for a few polls and then succeeds, and ends with a batch of 50 rows. The stand-in speaks like the newest Dify that was
-recorded; ``make demo DIFY=1.13.0`` chooses another version. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it starts a
-run on that real Dify, with the inputs in ``DIFY_INPUTS`` (a JSON object; ``{}`` by default), and no batch. With
-``WORKFLOW_RUN_ID`` set as well it starts none, but waits for that run.
+recorded; ``make demo DIFY=1.13.0`` chooses another version. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it names that
+real Dify's app, its inputs and a Dag for it, and starts a run there, with the inputs in ``DIFY_INPUTS`` (a JSON object;
+``{}`` by default), and no batch. With ``WORKFLOW_RUN_ID`` set as well it starts none, but waits for that run.
 """
 
 from __future__ import annotations
@@ -222,6 +222,43 @@ def xcoms(env: dict[str, str]) -> dict[str, Any]:
     return dict(json.loads(line.removeprefix("XCOMS ")))
 
 
+# Run in a process of its own, too: what the Test button says, and the inputs that the app's form requires.
+ASK_APP = """
+import json
+from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.runs.inputs import parse_input_form
+with DifyHook() as hook:
+    works, message = hook.test_connection()
+    form = parse_input_form(hook.get_parameters()) if works else None
+required = {field.variable: "..." for field in form.fields if field.required} if form else {}
+print("APP " + json.dumps([works, message, required]))
+"""
+
+DAG_TO_PASTE = """
+import pendulum
+from airflow.sdk import dag  # Airflow 2: from airflow.decorators import dag
+from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
+
+@dag(schedule=None, start_date=pendulum.datetime(2026, 1, 1))
+def my_dify_workflow():
+    DifyRunWorkflowOperator(task_id="run", inputs={inputs!r})
+
+my_dify_workflow()
+"""
+
+
+def introduce_app(env: dict[str, str]) -> None:
+    """Print the app of the API key, its inputs, and a Dag that runs it; exit with the cause if the key is refused."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_APP], env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    line = next(line for line in done.stdout.decode().splitlines() if line.startswith("APP "))
+    works, message, inputs = json.loads(line.removeprefix("APP "))
+    if not works:
+        sys.exit(message)
+    print(f"{message}\nA Dag that runs it:\n{DAG_TO_PASTE.format(inputs=inputs)}")
+
+
 def main() -> None:
     """Run the example Dag and check its result."""
     dialect = sys.argv[1] if len(sys.argv) > 1 else "current"
@@ -244,6 +281,8 @@ def main() -> None:
         is_real = dify.outputs is None
         with step(f"Making a database for Airflow, whose whole output goes to {log_path}"):
             airflow("db", "migrate", env=env, log=log)
+        if is_real:
+            introduce_app(env)
         conf = json.dumps(dify.conf)
         with step(f"Running the Dag {dify.dag_id} with {json.dumps(dify.conf, ensure_ascii=False)}"):
             airflow("dags", "test", dify.dag_id, "--conf", conf, env=env, log=log, show=True, shows_all=is_real)
