@@ -4,8 +4,8 @@ Start a Dify workflow run with real Airflow, wait for it and print what the down
 ``make demo`` runs this. Without settings it starts the tests' stand-in for Dify, on this machine, whose run is running
 for a few polls and then succeeds, and ends with a batch of 50 rows. The stand-in speaks like the newest Dify that was
 recorded; ``make demo DIFY=1.13.0`` chooses another version. With ``DIFY_BASE_URL`` and ``DIFY_API_KEY`` set it names
-that real Dify's app, its inputs and a Dag for it, and starts a run there, with the inputs in ``DIFY_INPUTS`` (a JSON object;
-``{}`` by default), and no batch. With ``WORKFLOW_RUN_ID`` set as well it starts none, but waits for that run.
+that real Dify's app, its inputs and a Dag for it, and starts a run there, with the inputs in ``DIFY_INPUTS`` (a JSON
+object; ``{}`` by default), and no batch. With ``WORKFLOW_RUN_ID`` set as well it starts none, but waits for that run.
 """
 
 from __future__ import annotations
