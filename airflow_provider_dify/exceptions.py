@@ -246,13 +246,17 @@ class DifyWorkflowRunFailed(DifyError):
 
     :param message: what happened, for the reader.
     :param run: the workflow run as Dify last described it, outputs included.
+    :param failed_node: ``id``, ``title`` and ``type`` of the node that failed, where the run's events named it.
     """
 
     section = "the-run-ended-without-success"
 
-    def __init__(self, message: str = "", *, run: WorkflowRun | None = None) -> None:
+    def __init__(
+        self, message: str = "", *, run: WorkflowRun | None = None, failed_node: dict[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.run = run
+        self.failed_node = failed_node
 
 
 class DifyWorkflowRunCannotSucceed(DifyWorkflowRunFailed, AirflowFailException):

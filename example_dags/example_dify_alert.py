@@ -18,7 +18,9 @@ from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 def alert(context):
     task_id, error = context["ti"].task_id, context.get("exception")
     if isinstance(error, DifyWorkflowRunFailed) and error.run:
+        node = error.failed_node["title"] if error.failed_node else "unknown"
         print(f"Alert: task {task_id}: Dify run {error.run.id} ended as {error.run.status}: {error.run.error}")
+        print(f"The node that failed: {node}")
     else:
         print(f"Alert: task {task_id}: {error}")
 

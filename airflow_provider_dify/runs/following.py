@@ -32,8 +32,9 @@ class RunProgress:
     """The progress of one run, out of its events in turn."""
 
     def __init__(self) -> None:
-        # The one that failed last, with its error.
+        # The one that failed last, with its error, and its id, title and type.
         self.failed_node: str | None = None
+        self.failed_node_facts: dict[str, str] | None = None
         # What the stream ended the run with.
         self.final_status: str | None = None
         self.final_error: str | None = None
@@ -63,6 +64,8 @@ class RunProgress:
             self._add_price(data.get("execution_metadata"))
             if data.get("status") == "failed":
                 self.failed_node = f"{_node(data)} failed: {_error(data)}."
+                names = {"id": "node_id", "title": "title", "type": "node_type"}
+                self.failed_node_facts = {key: one_line(data.get(name), _TITLE_LENGTH) for key, name in names.items()}
         # One line for an iteration or a loop, not one for each node of each of its items.
         if data.get("iteration_id") or data.get("loop_id"):
             return None
@@ -196,7 +199,7 @@ class Follower:
                 one_line(status, 50),
                 run.status,
             )
-        return run, verdict.because_of(self.progress.failed_node)
+        return run, verdict.because_of(self.progress.failed_node, self.progress.failed_node_facts)
 
     async def _follow_events(self, wait: RunWait, stream: AsyncWorkflowRunStream) -> tuple[WorkflowRun, Verdict] | None:
         """Log a run's events until the stream ends, or the run itself turns out to be over."""

@@ -39,6 +39,8 @@ class Verdict:
     is_warning: bool = False
     # Whether another run with the same inputs may succeed where this one failed.
     can_be_repeated: bool = False
+    # Its id, title and type, where the events named it.
+    failed_node: dict[str, str] | None = None
 
     @property
     def is_failure(self) -> bool:
@@ -49,18 +51,20 @@ class Verdict:
         """Raise what the verdict means; ``starts_again`` is whether a retry of the task starts another run."""
         if self.outcome is Outcome.FAILED:
             retryable = starts_again and self.can_be_repeated
-            raise (DifyWorkflowRunFailed if retryable else DifyWorkflowRunCannotSucceed)(self.reason, run=run)
+            failure = DifyWorkflowRunFailed if retryable else DifyWorkflowRunCannotSucceed
+            raise failure(self.reason, run=run, failed_node=self.failed_node)
         if self.outcome is Outcome.TIMED_OUT:
             raise DifyWorkflowRunTimeout(self.reason, run=run)
 
-    def because_of(self, node: str | None) -> Verdict:
+    def because_of(self, node: str | None, facts: dict[str, str] | None = None) -> Verdict:
         """Add the node that failed to a failure's reason, such as ``Node 'Ask' (llm) failed: no such model.``"""
         if node is None or self.outcome is not Outcome.FAILED:
             return self
         name, _, error = node.partition(" failed: ")
         # A node's error is usually the run's, too, which is not said twice.
         is_the_same = bool(error) and self.reason.startswith(error.rstrip("."))
-        return replace(self, reason=f"{name} failed: {self.reason}" if is_the_same else f"{node} {self.reason}")
+        reason = f"{name} failed: {self.reason}" if is_the_same else f"{node} {self.reason}"
+        return replace(self, reason=reason, failed_node=facts)
 
 
 def judge(

@@ -45,13 +45,13 @@ def run_log_url(connection: DifyConnection, app_id: str) -> str:
     return f"{connection.console}/app/{app_id}/logs"
 
 
-def xcoms_from_run(run: WorkflowRun, *, multiple_outputs: bool, price: dict[str, str] | None = None) -> dict[str, Any]:
+def xcoms_from_run(run: WorkflowRun, *, multiple_outputs: bool, facts: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the XComs of a task whose workflow run is over, the return value last: the outputs, ``{}`` for none."""
     outputs = run.outputs or {}
     names = [key for key in outputs if multiple_outputs and key and key not in RESERVED and is_xcom_key(key)]
     # Airflow 3.0 fails a task that pushes None.
     each = {key: outputs[key] for key in names if outputs[key] is not None or CAN_PUSH_NONE}
-    return {WORKFLOW_RUN: {**run.without_payload(), **(price or {})}, **each, RETURN_VALUE: outputs}
+    return {WORKFLOW_RUN: {**run.without_payload(), **(facts or {})}, **each, RETURN_VALUE: outputs}
 
 
 def check_outputs(run: WorkflowRun) -> None:
@@ -162,7 +162,8 @@ class TaskXComs:
         ``workflow_run``, and a DifyOutputsError if an output can't be an XCom after it has pushed the others.
         """
         has_succeeded = not verdict.is_failure
-        xcoms = xcoms_from_run(run, multiple_outputs=self._multiple_outputs and has_succeeded, price=price)
+        facts: dict[str, Any] = {**(price or {}), **({"failed_node": node} if (node := verdict.failed_node) else {})}
+        xcoms = xcoms_from_run(run, multiple_outputs=self._multiple_outputs and has_succeeded, facts=facts)
         outputs: dict[str, Any] = xcoms.pop(RETURN_VALUE)
         if self._pushes:
             for key, value in xcoms.items():
