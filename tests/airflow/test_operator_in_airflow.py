@@ -368,20 +368,6 @@ def test_the_log_has_a_line_for_each_node(dify: DifyStandIn, everything_said: Ca
     assert "text_chunk" not in said
 
 
-def test_the_node_that_failed_is_in_the_exception_and_in_the_xcom(dify: DifyStandIn) -> None:
-    dify.starts.append(start("failed", recording="run_streaming_failed"))
-    result = run_operator()
-    (error,) = result.raised["run"]
-    node = result.xcoms["run"]["workflow_run"]["failed_node"]
-    assert (node["title"], node["type"]) == ("http", "http-request")
-    assert error.failed_node == node
-    assert node["id"]
-
-
-def test_a_run_that_succeeded_has_no_failed_node(dify: DifyStandIn) -> None:
-    assert "failed_node" not in run_operator().xcoms["run"]["workflow_run"]
-
-
 @pytest.mark.parametrize(("then", "cut"), pairs(["close", "reset", "stall", "pings"], [650, 2000]))
 def test_polls_follow_a_stream_that_breaks(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, then: str, cut: int
