@@ -38,7 +38,6 @@ os.environ.update(AIRFLOW_SETTINGS)
 
 from tests.combinations import each_or_long  # noqa: E402
 from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
-from tests.standstill import Standstill  # noqa: E402
 
 
 @pytest.fixture(params=each_or_long(DIALECTS, short=(DIALECTS[0], DIALECTS[-1])))
@@ -69,13 +68,6 @@ def dify_connection(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> str:
     connection = Connection(conn_id="dify_default", conn_type="dify", host=dify.base_url, password=API_KEY)
     monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", connection.get_uri())
     return "dify_default"
-
-
-@pytest.fixture
-def standstill() -> Iterator[Standstill]:
-    """The seconds of the test in which this machine stood still."""
-    with Standstill() as counted:
-        yield counted
 
 
 @pytest.fixture
