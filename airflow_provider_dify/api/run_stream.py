@@ -108,7 +108,9 @@ class AsyncWorkflowRunStream:
     :ivar error_event: the ``error`` that came before the run had a name; ``None`` where none did.
     """
 
-    def __init__(self, session: Session, path: str, body: bytes, user: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, session: Session, path: str, body: bytes, user: str, headers: Mapping[str, str] = NO_EXTRAS.headers
+    ) -> None:
         self._connection: DifyConnection = session.connection
         self._url = f"{session.connection.base_url}{path}"
         self._user = user
