@@ -56,6 +56,7 @@ class AirflowCluster(AirflowProcesses):
                 "NO_PROXY": "127.0.0.1,localhost",
                 "no_proxy": "127.0.0.1,localhost",
             },
+            quick=False,
         )
 
     def make_database(self) -> None:
@@ -135,6 +136,9 @@ def airflow_cluster() -> Iterator[AirflowCluster]:
         redis(Path(home)) as broker,
     ):
         cluster = AirflowCluster(Path(home), database, broker)
-        with cluster.running():
+        try:
+            cluster.start_all()
             cluster.wait_for(cluster.is_up, seconds=120)
             yield cluster
+        finally:
+            cluster.stop_all()

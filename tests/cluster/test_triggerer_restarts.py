@@ -70,7 +70,7 @@ class Airflow(AirflowProcesses):
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
-        super().__init__(home, {**settings, **environment})
+        super().__init__(home, {**settings, **environment}, quick=False)
         (self.dags / "deferred.py").write_text(DAG)
 
     def counted(self, table: str, columns: str) -> int:
