@@ -214,10 +214,19 @@ def test_its_run_is_taken_if_it_comes_up(
     dify.misbehave(lose_response(fault), only="POST")
     dify.misbehave(respond(500), times=3, only=LOG)
     dify.starts.append(Start(statuses=("succeeded",), fields={"outputs": {"a": 1}, "inputs": {"q": "1"}}))
-    free = threading.Timer(1.0, setattr, (dify, "slots", None))
-    free.start()
+
+    def let_it_run() -> None:
+        until = time.monotonic() + 30
+        while not posts(dify) and time.monotonic() < until:
+            time.sleep(0.01)
+        # In a later second than the start: the log could not be read before it, so an earlier run counts for none.
+        time.sleep(1.1)
+        dify.slots = None
+
+    other = threading.Thread(target=let_it_run)
+    other.start()
     assert run_workflow({"q": "1"}, "me", timeout=30).outputs == {"a": 1}
-    free.join()
+    other.join()
     assert (posts(dify), len(dify.started)) == (1, 1)
 
 
