@@ -62,6 +62,8 @@ def _measure(dify: DifyStandIn, cluster: AirflowCluster, run_seconds: int, defer
             cluster.trigger(dag_id, number=str(number))
             time.sleep(SECONDS_BETWEEN)
         cluster.wait_for(lambda: cluster.is_over(dag_id), seconds=300)
+    # The workers' logs, which the starts are counted in, come some seconds later.
+    time.sleep(10)
     ended = sorted(
         float(at)
         for (at,) in cluster.query("SELECT extract(epoch FROM end_date) FROM task_instance WHERE dag_id = %s", dag_id)
