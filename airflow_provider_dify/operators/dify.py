@@ -180,21 +180,19 @@ class DifyRunWorkflowOperator(BaseOperator):
 
         :return: the run's outputs; its id with ``wait_for_completion=False``.
         """
-        from airflow_provider_dify.tasks.start import StartMemory, TaskDefers
+        from airflow_provider_dify.tasks.start import TaskDefers
 
         with TaskErrors(self.log), self.hook:
             task = self._begin(context, time.time() + self.timeout)
             try:
-                result = task.execute()
+                return task.execute()
             except TaskDefers:
                 # From here on another process waits for the run: a signal to this one must not stop it any more.
                 self._task = None
                 if self.end_from_trigger:
                     # The triggerer can't do that.
-                    StartMemory(context).mark_returned(task.task_start)
+                    task.mark_returned()
                 self._defer(task)
-            StartMemory(context).mark_returned(task.task_start)
-            return result
 
     def execute_complete(
         self,
@@ -214,8 +212,6 @@ class DifyRunWorkflowOperator(BaseOperator):
         :param server_version: Dify's version, which a stop depends on.
         :return: the run's outputs.
         """
-        from airflow_provider_dify.tasks.start import StartMemory
-
         with TaskErrors(self.log), self.hook:
             self.hook.server_version = server_version
             deadline = deadline or time.time() + self.timeout
@@ -223,10 +219,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             if error is None:
                 # The run is over. A worker that comes late reads it all the same, and a failed poll does not end that.
                 deadline = max(deadline, time.time() + SECONDS_TO_READ)
-            task = self._begin(context, deadline)
-            outputs = task.resume(start, event, error)
-            StartMemory(context).mark_returned(task.task_start)
-            return outputs
+            return self._begin(context, deadline).resume(start, event, error)
 
     def resume_execution(self, next_method: str, next_kwargs: dict[str, Any] | None, context: Context) -> Any:
         """Continue after a deferral; where no triggerer saw the wait's end, end it as a timeout of the wait."""

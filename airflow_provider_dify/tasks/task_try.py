@@ -117,6 +117,7 @@ class RunningTask:
             raise
         if not self._arguments.waits:
             self._end_if_killed()
+        self.mark_returned()
         return result
 
     def resume(self, data: Mapping[str, Any] | None, event: Any, error: DifyError | None) -> dict[str, Any]:
@@ -126,13 +127,19 @@ class RunningTask:
         """
         self._take_up(data, event)
         try:
-            return self._run(partial(self._resume, error))
+            outputs = self._run(partial(self._resume, error))
         except DifyError as failure:
             if error is not None and failure is not error:
                 # The way to Dify is lost, too; the task ends for the other reason.
                 self._log.warning("%s", failure)
                 raise error from None
             raise
+        self.mark_returned()
+        return outputs
+
+    def mark_returned(self) -> None:
+        """Let a clear that keeps the task's state start another run: the task has got the outputs of this one."""
+        self._memory.mark_returned(self.task_start)
 
     def stop_after_deferral(self) -> None:
         """Stop the run of a deferred task whose ``execution_timeout`` is over (Airflow 2)."""
@@ -403,11 +410,9 @@ class RunningTask:
 
     async def _stop_if_nobody_waits(self, error: Exception) -> None:
         """Stop the run of a try that failed for good; one that a retry will continue is left alone."""
-        is_over = self._run_is_over or (
-            isinstance(error, DifyWorkflowRunFailed) and not isinstance(error, DifyWorkflowRunTimeout)
-        )
+        has_failed = isinstance(error, DifyWorkflowRunFailed) and not isinstance(error, DifyWorkflowRunTimeout)
         is_final = isinstance(error, AirflowFailException) or not self._will_be_retried
-        if is_final and not is_over:
+        if is_final and not (self._run_is_over or has_failed):
             await self._stop()
 
     async def _stop_after_kill(self) -> None:
@@ -438,9 +443,8 @@ class RunningTask:
             report = await stop_start(self._client, start)
         except Exception as error:
             # Whatever it is, the task ends for another reason, which is the one to be told.
-            reason = reason_of(error, ())
-            why = f"The workflow run of user {start.user!r} could not be stopped and keeps running: {reason}"
-            report = StopReport(False, why, True)
+            why = f"The workflow run of user {start.user!r} could not be stopped and keeps running: "
+            report = StopReport(False, why + reason_of(error, ()), True)
         (self._log.warning if report.is_warning else self._log.info)("%s", report.message)
         if report.was_asked:
             self._start = replace(start, stop_was_asked=True)
