@@ -56,8 +56,8 @@ _TRACE_SESSION_ID = re.compile(r"[\x20-\x7e]{1,200}")
 def start_extras(
     trace_id: str | None = None,
     trace_session_id: str | None = None,
-    traceparent: str | None = None,
     extra_body: Mapping[str, Any] | None = None,
+    traceparent: str | None = None,
 ) -> StartExtras:
     """Return what says which trace a run is in, and its further fields; checks the trace and its session."""
     if trace_id is not None and not (isinstance(trace_id, str) and _TRACE_ID.fullmatch(trace_id)):

@@ -185,7 +185,7 @@ class DifyHook(BaseHook):
         """
         from airflow_provider_dify.hooks.started_run import WorkflowRunStream
 
-        inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, None, extra_body)
+        inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, extra_body)
         deadline = self._deadline_after(timeout)
 
         def start() -> WorkflowRunStream:
@@ -230,7 +230,7 @@ class DifyHook(BaseHook):
         :raises DifyWorkflowRunTimeout: if ``timeout`` is over.
         :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
         """
-        inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, None, extra_body)
+        inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, extra_body)
         deadline, arguments = self._deadline_after(timeout), _wait_arguments(poll_interval)
 
         async def work(client: DifyClient) -> WorkflowRun:

@@ -86,7 +86,7 @@ class DifyAsyncHook(DifyClient):
         :return: the started run: its ids, and its events. To be closed, by ``async with``.
         :raises DifyError: as there; a :class:`DifyConnectionError` if nothing was started.
         """
-        until, extras = time.time() + timeout, start_extras(trace_id, trace_session_id, None, extra_body)
+        until, extras = time.time() + timeout, start_extras(trace_id, trace_session_id, extra_body)
 
         async def start() -> AsyncWorkflowRunStream:
             stream = self.send_start(inputs, user, workflow_id, extras)
@@ -122,7 +122,7 @@ class DifyAsyncHook(DifyClient):
         :return: the run, whatever its status.
         :raises DifyError: as there.
         """
-        deadline, extras = Deadline.after(timeout, "hook's"), start_extras(trace_id, trace_session_id, None, extra_body)
+        deadline, extras = Deadline.after(timeout, "hook's"), start_extras(trace_id, trace_session_id, extra_body)
         arguments = WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)
         # One of its own, for its deadline; the session is shared.
         async with DifyClient(self._read_connection) as client:

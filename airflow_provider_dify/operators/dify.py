@@ -258,7 +258,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             defer_after=self.defer_after,
             stop_on_failure=self.stop_on_failure,
             restart_lost_runs=self.restart_lost_runs,
-            extras=start_extras(self.trace_id, self.trace_session_id, traceparent_of(context["ti"]), self.extra_body),
+            extras=start_extras(self.trace_id, self.trace_session_id, self.extra_body, traceparent_of(context["ti"])),
         )
         until = Deadline(deadline, self.timeout)
         xcoms = TaskXComs(self, context)
