@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from collections.abc import Iterable, Mapping
@@ -264,6 +265,11 @@ def as_text(value: object) -> str:
     except RecursionError:
         # Parsed with less on the stack than there is here.
         return f"a {type(value).__name__} that is nested too deeply"
+
+
+def digest_of(text: str, digits: int = 16) -> str:
+    """Return the first hexadecimal digits of a text's SHA-256: a short name, from which nobody can read the text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:digits]
 
 
 def redact(text: str, secrets: Iterable[str]) -> str:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from airflow_provider_dify.airflow_versions import region_of
 from airflow_provider_dify.api.calls import MAX_USER_LENGTH, check_user
+from airflow_provider_dify.api.models import digest_of
 from airflow_provider_dify.tasks.start import installation_id, shorten_user, task_name
 
 # Room for the row and the attempt: "/999999999.999".
@@ -32,7 +32,7 @@ class RowUsers:
         name = f"{task_name(ti)}/{generation_of(ti)}"
         if user is not None:
             check_user(user[:MAX_USER_LENGTH] if isinstance(user, str) else user)
-            name = f"{user}/{_digest(name)}" if len(user) + 17 <= MAX_USER_LENGTH - _ROW_LENGTH else f"{user}/{name}"
+            name = f"{user}/{digest_of(name)}" if len(user) + 17 <= MAX_USER_LENGTH - _ROW_LENGTH else f"{user}/{name}"
         return cls(shorten_user(name, MAX_USER_LENGTH - _ROW_LENGTH))
 
     def user_of(self, row: int, attempt: int) -> str:
@@ -53,7 +53,7 @@ class BatchName:
         """Return the name of a task instance's batch."""
         map_index, region = region_of(ti)
         # Where there is no region, the name is that of older versions.
-        task = _digest("/".join([installation_id(), ti.dag_id, ti.task_id, ti.run_id, *([region] if region else [])]))
+        task = digest_of("/".join([installation_id(), ti.dag_id, ti.task_id, ti.run_id, *([region] if region else [])]))
         return cls(task, map_index, generation_of(ti))
 
     @classmethod
@@ -80,7 +80,3 @@ class BatchName:
 def generation_of(ti: Any) -> int:
     """Return a number of a task instance that Airflow changes when the task is cleared, and at no other time."""
     return int(ti.max_tries or 0)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]

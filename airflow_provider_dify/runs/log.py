@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import math
 import random
 import time
@@ -20,6 +19,7 @@ from airflow_provider_dify.api.models import (
     LogRow,
     RowWithoutRun,
     WorkflowRunStatus,
+    digest_of,
     known_fields,
     row_key,
     runs_of,
@@ -69,7 +69,7 @@ def fits(sent: Mapping[str, str], run_inputs: Mapping[str, Any]) -> bool | None:
 
 def _digest(name: str, text: str) -> str:
     # With the name in it, equal values of two inputs don't show as equal.
-    return hashlib.sha256(f"{name}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return digest_of(f"{name}\0{text}", 8)
 
 
 def _normalize(value: Any) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from airflow.providers.common.compat.sdk import conf
 from airflow_provider_dify.airflow_versions import CLEARING_DISCARDS_STATE, UI_SECTION, region_of
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import MAX_USER_LENGTH
-from airflow_provider_dify.api.models import WorkflowRun, known_fields
+from airflow_provider_dify.api.models import WorkflowRun, digest_of, known_fields
 from airflow_provider_dify.api.run_stream import NO_EXTRAS, StartExtras
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
@@ -299,7 +298,7 @@ def installation_id() -> str:
     # Airflow 3 warns of the old name each time that it is read.
     settings = (("core", "fernet_key"), (UI_SECTION, "base_url"))
     text = "\n".join(str(conf.get(section, key, fallback="")) for section, key in settings)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return digest_of(text, 8)
 
 
 def default_user(ti: Any, try_number: int) -> str:
@@ -318,7 +317,7 @@ def default_user(ti: Any, try_number: int) -> str:
 def task_name(ti: Any) -> str:
     """Return the name of a task instance: ``airflow/<installation>/<Dag>/<task>[<map index>]/<Dag run>``, uncut."""
     index, region = region_of(ti)
-    place = f"{index}~{hashlib.sha256(region.encode()).hexdigest()[:8]}" if region else index
+    place = f"{index}~{digest_of(region, 8)}" if region else index
     return f"airflow/{installation_id()}/{ti.dag_id}/{ti.task_id}{f'[{place}]' if index >= 0 else ''}/{ti.run_id}"
 
 
@@ -326,5 +325,4 @@ def shorten_user(user: str, limit: int) -> str:
     """Return a name cut to so many characters (more than 17), with a digest of the whole in place of its end."""
     if len(user) <= limit:
         return user
-    digest = hashlib.sha256(user.encode()).hexdigest()[:16]
-    return f"{user[: limit - 17]}~{digest}"
+    return f"{user[: limit - 17]}~{digest_of(user)}"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import time
 import zlib
@@ -22,6 +21,7 @@ except ImportError:
 
 from airflow_provider_dify.airflow_versions import EVENT_TRIGGERS_HAVE_QUEUES, asset_state_of, may_batch_events
 from airflow_provider_dify.api import calls
+from airflow_provider_dify.api.models import digest_of
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
     TRIGGERER_SECTION,
@@ -264,7 +264,7 @@ class DifyWorkflowRunsTrigger(BaseEventTrigger):
     def _state_key(self) -> str:
         """What the window is stored under: two watchers of an asset have one each."""
         what = json.dumps([self.dify_conn_id, self.filter.serialize()])
-        return f"dify_workflow_runs_{hashlib.sha256(what.encode()).hexdigest()[:16]}"
+        return f"dify_workflow_runs_{digest_of(what)}"
 
     async def _load(self) -> RunWindow:
         store = asset_state_of(self)
