@@ -226,16 +226,24 @@ def parse_workflow_run(response: HttpResponse, workflow_run_id: str) -> Workflow
     return WorkflowRun(
         id=fields.required_id("id"),
         workflow_id=fields.text("workflow_id"),
-        status=status_of(fields.status(), fields.text("error")),
         inputs=fields.json_object("inputs"),
         outputs=fields.json_object("outputs"),
-        error=fields.text("error"),
-        total_steps=fields.integer("total_steps"),
-        total_tokens=fields.integer("total_tokens"),
-        created_at=fields.time("created_at"),
-        finished_at=fields.time("finished_at"),
-        elapsed_time=fields.number("elapsed_time"),
+        **_parse_state(fields),
     )
+
+
+def _parse_state(fields: Fields) -> dict[str, Any]:
+    """Parse what a run's detail and its row in the log say alike."""
+    error = fields.text("error")
+    return {
+        "status": status_of(fields.status(), error),
+        "error": error,
+        "total_steps": fields.integer("total_steps"),
+        "total_tokens": fields.integer("total_tokens"),
+        "created_at": fields.time("created_at"),
+        "finished_at": fields.time("finished_at"),
+        "elapsed_time": fields.number("elapsed_time"),
+    }
 
 
 def parse_app_info(response: HttpResponse) -> AppInfo:
@@ -273,18 +281,12 @@ def _parse_log_row(response: HttpResponse, row: Any) -> LogRow:
     fields = Fields(response, LOG_SUBJECT, row["workflow_run"])
     return LoggedWorkflowRun(
         workflow_run_id=fields.required_id("id"),
-        status=status_of(fields.status(), fields.text("error")),
         user=user,
-        error=fields.text("error"),
-        total_steps=fields.integer("total_steps"),
-        total_tokens=fields.integer("total_tokens"),
-        created_at=fields.time("created_at"),
-        finished_at=fields.time("finished_at"),
-        elapsed_time=fields.number("elapsed_time"),
         exceptions_count=fields.integer("exceptions_count"),
         triggered_from=fields.text("triggered_from"),
         version=fields.text("version"),
         logged_at=logged_at,
+        **_parse_state(fields),
     )
 
 
