@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from airflow_provider_dify.batch.row import BatchSettings
-from airflow_provider_dify.batch.running import BatchTask
 from airflow_provider_dify.exceptions import DifyConfigurationError, DifyTokenLimitReached
-from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator
-from airflow_provider_dify.runs.waiting import WaitArguments
 from tests.dify_stand_in import DifyStandIn, Start
+from tests.unit.batches import lines_of, numbered, settings_for, task_of
 
 pytestmark = pytest.mark.usefixtures("dify_connection")
 
 ROWS, ACTIVE, TOKENS = 12, 2, 100
-SETTINGS = BatchSettings(
-    [{"n": n} for n in range(ROWS)],
-    WaitArguments(poll_interval=0.05, not_found_grace=0.2),
-    max_active_runs=ACTIVE,
-    timeout=60.0,
-    retries=1,
-    max_total_tokens=5 * TOKENS,
-)
+SETTINGS = settings_for(numbered(ROWS), max_active_runs=ACTIVE, max_total_tokens=5 * TOKENS)
 
 
 def run_try(settings: BatchSettings, try_number: int = 1) -> dict[str, Any]:
     """Run a try, and return the batch's last summary, also of one that has reached its limit."""
-    ti = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1, try_number=try_number, max_tries=1)
     summaries: list[dict[str, Any]] = []
-    task = BatchTask(settings, {"ti": ti}, DifyHook(), logging.getLogger("batch"), summaries.append)  # type: ignore[typeddict-item]
+    task = task_of(settings, summaries.append, try_number=try_number)
     try:
         task.run(lambda app_id: None)
     except DifyTokenLimitReached as error:
@@ -80,8 +67,7 @@ def test_no_row_is_started_once_the_runs_have_used_more_tokens_and_a_retry_with_
 def test_the_last_try_writes_the_results_that_there_are(dify: DifyStandIn, tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     run_try(replace(SETTINGS, output_path=str(output), retries=0), try_number=2)
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["index"] for row in rows] == list(range(len(dify.started)))
+    assert [row["index"] for row in lines_of(output)] == list(range(len(dify.started)))
 
 
 @pytest.mark.usefixtures("each_takes_100")
