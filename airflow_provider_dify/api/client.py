@@ -48,7 +48,9 @@ class Shared:
     def join(cls, key: Hashable) -> Self:
         """Return what this event loop shares for a key, and count one more who uses it."""
         existing = cls.on_loops.setdefault(asyncio.get_running_loop(), {})
-        shared: Self = existing.setdefault(key, cls(key))  # type: ignore[call-arg]  # of the class that this is mixed into
+        if key not in existing:
+            existing[key] = cls(key)  # type: ignore[call-arg]  # of the class that this is mixed into
+        shared: Self = existing[key]
         shared.users += 1
         return shared
 
@@ -382,21 +384,24 @@ class DifyClient:
         connection = await self._read_connection(refused)
         connection.check_key()
         if self._session is None or connection != self.connection:
-            await self.close()
-            self._session = SharedSession.join(connection)
+            # Exchanged in one step: other tasks of this client send meanwhile.
+            earlier, self._session = self._session, SharedSession.join(connection)
             self._session.keeps_connections |= self._keeps_connections
             self.connection = connection
-            await self._session.open()
+            if earlier is not None:
+                await earlier.leave()
+            await self._opened.open()
 
     async def _send_until_deadline(self, call: Call[Any]) -> HttpResponse:
-        session = self._opened
-        if self.deadline is None:
-            return await session.send(call)
-        seconds = max(_SHORTEST_SECONDS, self.deadline - time.time())
+        # A share of its own, as a start's: another task may have a rotated key read meanwhile.
+        session = SharedSession.join(self._opened.connection)
+        seconds = None if self.deadline is None else max(_SHORTEST_SECONDS, self.deadline - time.time())
         try:
             return await asyncio.wait_for(session.send(call), seconds)
         except asyncio.TimeoutError:
             error = TimeoutError(f"no whole response within {seconds:.3g} seconds")
+        finally:
+            await session.leave()
         raise no_response(session.connection, call.subject, f"{session.connection.base_url}{call.path}", error)
 
     def _parse(self, call: Call[T], response: HttpResponse) -> T:

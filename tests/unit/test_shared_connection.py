@@ -141,6 +141,28 @@ def test_a_rotated_key_is_read_once_for_all_who_were_refused(
     assert 2 <= len(readings) <= 4, len(readings)
 
 
+def test_a_key_may_be_rotated_while_other_tasks_of_the_client_send(
+    dify: DifyStandIn, readings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_id = dify.add_run("running")
+
+    async def rotate() -> list[str]:
+        async with DifyAsyncHook() as hook:
+            await hook.get_workflow_run(run_id)
+            dify.api_keys = {"app-the-new-key"}
+            connection = {"conn_type": "dify", "host": dify.base_url, "password": "app-the-new-key"}
+            monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(connection))
+            refused = asyncio.create_task(hook.get_workflow_run(run_id))
+            others = []
+            # Some of them come while the session is exchanged.
+            while not refused.done():
+                others.append(asyncio.create_task(hook.get_workflow_run(run_id)))
+                await asyncio.sleep(0.0005)
+            return [str(run.status) for run in await asyncio.gather(refused, *others)]
+
+    assert set(run_on_loop(rotate())) == {"running"}
+
+
 def test_a_key_that_is_refused_and_has_not_changed_fails(dify: DifyStandIn, readings: list[str]) -> None:
     run_id = dify.add_run("running")
     dify.api_keys.clear()
