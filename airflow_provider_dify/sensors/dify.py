@@ -217,7 +217,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
                 self._wait_arguments(),
                 log=self.log,
                 first_poll=self._first_poll(context),
-                on_first_run=self._task_xcoms(context).on_run,
+                on_first_run=lambda run: self._task_xcoms(context).push_link(run.app_id),
             )
         try:
             try:

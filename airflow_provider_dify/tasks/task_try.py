@@ -58,9 +58,7 @@ T = TypeVar("T")
 SECONDS_BEFORE_DEFERRAL = 5.0
 # How soon a start counts as queued, and Airflow is to remember that.
 SECONDS_BEFORE_QUEUED = 1.0
-# How long a killed task waits for Airflow, which may be in the middle of another message to it.
-SECONDS_TO_REMEMBER = 2.0
-# How long a killed task waits for a start that is under way, so that it can be stopped.
+# How long a killed task waits for a start that is under way, so as to stop it, and for Airflow to take a message.
 SECONDS_AFTER_KILL = 2.0
 
 
@@ -235,7 +233,7 @@ class RunningTask:
         links: list[asyncio.Future[None]] = []
 
         def on_first_run(run: WorkflowRun) -> None:
-            links.append(asyncio.ensure_future(self._ask(partial(self._xcoms.on_run, run))))
+            links.append(asyncio.ensure_future(self._ask(partial(self._xcoms.push_link, run.app_id))))
 
         run_id = str(self.task_start.workflow_run_id)
         wait = RunWait(run_id, self._arguments.wait, log=self._log, on_first_run=on_first_run, was_seen=True)
@@ -293,9 +291,7 @@ class RunningTask:
             return True
         starter = self._starter
         seconds = self.deadline.left if start.was_accepted else self._arguments.wait.not_found_grace
-        run_id = await starter.search_run(start.search, error, seconds, patience_seconds=SECONDS_FOR_LOG)
-        if run_id is not None:
-            await self._remember(replace(start, workflow_run_id=run_id, try_number=self._try_number))
+        if await self._search(start, error, seconds, patience_seconds=SECONDS_FOR_LOG):
             return True
         if starter.last_look_failed:
             # Airflow remembers the start, so the next try looks again.
@@ -337,7 +333,7 @@ class RunningTask:
         self._start = start
 
     async def _wait_on_stream(self, start: TaskStart, stream: AsyncWorkflowRunStream) -> None:
-        starter = self._starter
+        starter, defers = self._starter, self._arguments.deferrable
         start = replace(start, was_accepted=True, search=starter.known(start.search))
         try:
             run_id = await starter.wait_until_named(stream, start.search, SECONDS_BEFORE_QUEUED)
@@ -347,7 +343,7 @@ class RunningTask:
                     "Dify has accepted the start and named no run yet: the workflow run of user %r is queued.",
                     start.user,
                 )
-                seconds = SECONDS_BEFORE_DEFERRAL if self._arguments.deferrable else self.deadline.left
+                seconds = SECONDS_BEFORE_DEFERRAL if defers else self.deadline.left
                 run_id = await starter.wait_until_named(stream, start.search, seconds)
         except DifyWorkflowRunUncertain as error:
             await self._wait_in_log(start, error)
@@ -356,16 +352,15 @@ class RunningTask:
             # Dify rejected it.
             await self._keep(None)
             raise
-        if run_id is None:
-            if not self._arguments.deferrable:
-                raise starter.still_queued(start.user)
-            self._log.info("Leaving the wait for the queued run to the triggerer.")
-        elif stream.is_named:
-            await self._remember(replace(start, workflow_run_id=run_id, task_id=stream.task_id))
+        if run_id is not None:
+            # The last two stay unknown where the log named the run.
+            await self._remember(replace(start, workflow_run_id=run_id, task_id=stream.task_id or None))
             await self._ask(partial(self._xcoms.push_link, stream.app_id))
             self._log.info("Dify started workflow run %s for user %r.", run_id, start.user)
+        elif defers:
+            self._log.info("Leaving the wait for the queued run to the triggerer.")
         else:
-            await self._remember(replace(start, workflow_run_id=run_id))
+            raise starter.still_queued(start.user)
 
     async def _wait_in_log(self, start: TaskStart, error: DifyWorkflowRunUncertain) -> None:
         """Look for the run of a start that broke off; a deferrable task leaves that to the triggerer soon."""
@@ -375,18 +370,22 @@ class RunningTask:
         is_queued = start.was_accepted and starter.may_be_queued
         defers = is_queued and self._arguments.deferrable
         seconds = self.deadline.left if is_queued else self._arguments.wait.not_found_grace
-        if defers:
-            seconds = min(seconds, SECONDS_BEFORE_DEFERRAL)
-        run_id = await starter.search_run(start.search, error, seconds)
-        if run_id is not None:
-            await self._remember(replace(start, workflow_run_id=run_id))
-        elif defers:
+        seconds = min(seconds, SECONDS_BEFORE_DEFERRAL) if defers else seconds
+        if await self._search(start, error, seconds) or defers:
             return
-        elif not is_queued and self._arguments.restart_lost_runs and starter.log_shows_no_run:
+        if not is_queued and self._arguments.restart_lost_runs and starter.log_shows_no_run:
             await self._keep(None)
             raise DifyConnectionError(f"{error} restart_lost_runs is set: a retry starts another run.") from error
-        else:
-            raise error
+        raise error
+
+    async def _search(
+        self, start: TaskStart, error: DifyError, seconds: float, *, patience_seconds: float = 0.0
+    ) -> bool:
+        """Look for the run of a start in Dify's log, and return whether this try continues it."""
+        run_id = await self._starter.search_run(start.search, error, seconds, patience_seconds=patience_seconds)
+        if run_id is not None:
+            await self._remember(replace(start, workflow_run_id=run_id, try_number=self._try_number))
+        return run_id is not None
 
     async def _remember(self, start: TaskStart) -> None:
         if self._starter.stream is not None and not self._starter.stream.is_named:
@@ -399,7 +398,7 @@ class RunningTask:
     async def _try_to_remember(self, start: TaskStart) -> bool:
         """Let Airflow keep a start for the retry within seconds, and return whether it does."""
         try:
-            await asyncio.wait_for(self._ask(partial(self._memory.save, start)), SECONDS_TO_REMEMBER)
+            await asyncio.wait_for(self._ask(partial(self._memory.save, start)), SECONDS_AFTER_KILL)
         except Exception as error:
             # Of many types: the task's process talks to Airflow's API server, which may be why it is killed.
             self._log.debug("Airflow's task state could not be written: %r", error)

@@ -132,10 +132,6 @@ class TaskXComs:
         self._multiple_outputs = bool(operator.multiple_outputs)
         operator.operator_extra_links = ()
 
-    def on_run(self, run: WorkflowRun) -> None:
-        """Push the link, as soon as a poll has brought the run."""
-        self.push_link(run.app_id)
-
     def push_link(self, app_id: str | None) -> None:
         """Push the XCom that the link is read from, if the app is known."""
         if app_id is None or not self._pushes:
