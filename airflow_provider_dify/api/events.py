@@ -170,15 +170,11 @@ def _parse_event(text: bytes) -> WorkflowEvent:
         raise ValueError(f"{type(error).__name__} in {text[:120]!r}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("event"), str):
         raise ValueError(f"another shape: {text[:120]!r}")
-    data = fields.get("data")
-    run_id, task_id = (
-        value if isinstance(value := fields.get(name), str) and value else None
-        for name in ("workflow_run_id", "task_id")
-    )
+    data, run_id, task_id = (fields.get(name) for name in ("data", "workflow_run_id", "task_id"))
     return WorkflowEvent(
         name=fields["event"],
-        workflow_run_id=run_id,
-        task_id=task_id,
+        workflow_run_id=(isinstance(run_id, str) and run_id) or None,
+        task_id=(isinstance(task_id, str) and task_id) or None,
         # An error has its status, code and message beside its name.
         data=data if isinstance(data, dict) else {k: v for k, v in fields.items() if k != "event"},
     )

@@ -262,7 +262,7 @@ class RowRun:
 
     def _new_starter(self) -> Starter:
         batch = self._batch
-        starter = Starter(batch.client, batch.deadline, self._log, batch.settings.wait, reads_success=False)
+        starter = Starter(batch.client, batch.deadline, self._log, batch.settings.wait, one_of_many=True)
         starter.extras = batch.settings.extras
         starter.start_retries = START_RETRIES
         starter.before_send = self._before_send

@@ -28,9 +28,10 @@ _ITERATION_ENDS = {"iteration_completed": "Iteration", "loop_completed": "Loop"}
 
 
 class RunProgress:
-    """The progress of one run, out of its events in turn."""
+    """The progress of one run, out of its events in turn; with lines for a log, or without."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_lines: bool = True) -> None:
+        self._has_lines = has_lines
         # The one that failed last, with its error, and its id, title and type.
         self.failed_node: str | None = None
         self.failed_node_facts: dict[str, str] | None = None
@@ -66,7 +67,7 @@ class RunProgress:
                 names = {"id": "node_id", "title": "title", "type": "node_type"}
                 self.failed_node_facts = {key: one_line(data.get(name), _TITLE_LENGTH) for key, name in names.items()}
         # One line for an iteration or a loop, not one for each node of each of its items.
-        if data.get("iteration_id") or data.get("loop_id"):
+        if not self._has_lines or data.get("iteration_id") or data.get("loop_id"):
             return None
         return _line(event.name, data)
 
@@ -150,8 +151,8 @@ SHORTEST_WAIT = 0.25
 
 class Follower:
     """
-    Follows one run to its end. ``reads_success`` says whether the detail of a run is read whose events say that it
-    succeeded: such a request costs Dify ten queries, and a batch has thousands of runs.
+    Follows one run to its end. The nodes of ``one_of_many``, a batch's, get no lines, and its detail isn't read if the
+    events say that it succeeded: that would cost Dify ten queries.
     """
 
     def __init__(
@@ -161,18 +162,18 @@ class Follower:
         log: Logger,
         arguments: WaitArguments,
         *,
-        reads_success: bool = True,
+        one_of_many: bool = False,
     ) -> None:
         self.client = client
         self.deadline = deadline
         self.log = log
         self.arguments = arguments
-        self.progress = RunProgress()
+        self.progress = RunProgress(has_lines=not one_of_many)
         # The run as the last event of its stream describes it; None while that is still to come.
         self.ended_run: WorkflowRun | None = None
         # Whether the run's record went on saying that it is not over, so that the events counted.
         self.record_is_open = False
-        self._reads_success = reads_success
+        self._one_of_many = one_of_many
         self._succeeded_run: WorkflowRun | None = None
 
     async def follow(self, wait: RunWait, stream: AsyncWorkflowRunStream | None) -> tuple[WorkflowRun, Verdict]:
@@ -229,7 +230,7 @@ class Follower:
     def _on_ending(self, wait: RunWait, event: WorkflowEvent) -> None:
         if event.workflow_run_id == wait.workflow_run_id:
             self.ended_run = event.ended_run
-            self._succeeded_run = None if self._reads_success else event.succeeded_run
+            self._succeeded_run = event.succeeded_run if self._one_of_many else None
         if event.name == ERROR:
             self.log.warning(
                 "The event stream of workflow run %s ended with the error %s.",
