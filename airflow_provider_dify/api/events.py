@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from airflow_provider_dify.api.models import (
@@ -76,7 +77,7 @@ class WorkflowEvent:
         # What has another shape is left to the detail's parser, which says what is wrong with it.
         return None if None in (run.outputs, run.total_tokens, run.total_steps, run.elapsed_time) else run
 
-    @property
+    @cached_property
     def ended_run(self) -> WorkflowRun | None:
         """The run as this event says that it ended, without inputs and times; ``None`` for any other event."""
         data = self.data

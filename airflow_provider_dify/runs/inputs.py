@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -173,7 +174,8 @@ def check_inputs(form: InputForm, inputs: Mapping[str, Any]) -> InputCheck:
             problems.append(f"{subject} {problem}.")
         elif field.type == "file-list" and (warning := _dropped_files(value)) is not None:
             warnings.append(f"{subject} {warning}.")
-    warnings += [_unknown(name, form) for name in named]
+    names = tuple((field.variable, field.label) for field in form.fields) if named else ()
+    warnings += [_unknown(name, names) for name in named]
     if len(unknown) > len(named):
         warnings.append(f"The workflow's form has none of {len(unknown) - len(named)} more inputs: Dify drops them.")
     # A form may name a variable twice.
@@ -187,11 +189,13 @@ def _missing(field: InputField, unknown: Iterable[str]) -> str:
     return text if given is None else f"{text} The form does not know {_excerpt(given)}, which is given."
 
 
-def _unknown(name: str, form: InputForm) -> str:
+# All rows of a batch may have the same one.
+@lru_cache
+def _unknown(name: str, form: tuple[tuple[str, str], ...]) -> str:
     text = f"The workflow's form has no input {_excerpt(name)}: Dify drops it."
-    names = {field.variable: field.variable for field in form.fields}
+    names = {variable: variable for variable, _ in form}
     # The console shows labels, so one of these may have been taken for the name.
-    labels = {field.label: field.variable for field in form.fields if field.label}
+    labels = {label: variable for variable, label in form if label}
     nearest = _nearest(name, names) or _nearest(name, labels)
     return text if nearest is None else f"{text} Is {_excerpt(nearest)} meant?"
 
