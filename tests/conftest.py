@@ -10,7 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,24 @@ os.environ.update(AIRFLOW_SETTINGS)
 
 from tests.combinations import each_or_long  # noqa: E402
 from tests.dify_stand_in import API_KEY, DIALECTS, DifyStandIn  # noqa: E402
+from tests.dify_stand_in.exchanges import exchanges  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Tell the requests of the test that begins from those of other tests."""
+    exchanges.begin_test()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let the report of a failed test show what was asked of its stand-ins for Dify."""
+    report = yield
+    if report.failed and str(exchanges):
+        report.sections.append(
+            ("Requests to the stand-in for Dify, with the seconds since the test began", str(exchanges))
+        )
+    return report
 
 
 @pytest.fixture(params=each_or_long(DIALECTS, short=(DIALECTS[0], DIALECTS[-1])))

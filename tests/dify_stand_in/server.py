@@ -17,6 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from tests.dify_stand_in.dialects import DIALECT_OF_VERSION, RESUMED_ON_1_16
+from tests.dify_stand_in.exchanges import Exchange, exchanges, user_of
 from tests.dify_stand_in.execution import Execution
 from tests.dify_stand_in.faults import STAND_IN, Fault
 from tests.dify_stand_in.input_form import Form
@@ -24,6 +25,7 @@ from tests.dify_stand_in.routes import Routes
 from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
 
 API_KEY = "app-key-of-the-stand-in"
+EXCHANGE = "exchange"
 
 
 class DifyStandIn:
@@ -113,9 +115,11 @@ class DifyStandIn:
     def __enter__(self) -> DifyStandIn:
         self._thread.start()
         self._do(self._start())
+        exchanges.open_ports.add(self.port)
         return self
 
     def __exit__(self, *_: object) -> None:
+        exchanges.open_ports.discard(self.port)
         self._do(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
@@ -310,11 +314,21 @@ class DifyStandIn:
         self.requests.append(
             ReceivedRequest(request.method, request.raw_path, dict(request.headers), time.monotonic(), number)
         )
+        path = request.raw_path
+        for key in self.api_keys:
+            path = path.replace(key, "***")
+        exchange = request[EXCHANGE] = exchanges.add(Exchange(self.port, request.method, path))
         fault = self._fault(request)
-        return await self.respond_to(request) if fault is None else await fault(request)
+        try:
+            return await self.respond_to(request) if fault is None else await fault(request)
+        finally:
+            exchange.user = user_of(request)
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(self.added_headers)
+        # A stream's handler goes on for long.
+        exchange = request[EXCHANGE]
+        exchange.status, exchange.user = response.status, user_of(request)
 
     def _fault(self, request: web.Request) -> Fault | None:
         line = f"{request.method} {request.raw_path}"
