@@ -25,7 +25,6 @@ from tests.dify_stand_in.routes import Routes
 from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
 
 API_KEY = "app-key-of-the-stand-in"
-EXCHANGE = "exchange"
 
 
 class DifyStandIn:
@@ -106,6 +105,7 @@ class DifyStandIn:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="dify-stand-in", daemon=True)
         self._connections: dict[tuple[str, int], int] = {}
+        self._exchanges: dict[int, Exchange] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.execution = Execution(self)
         self.routes = Routes(self)
@@ -317,18 +317,23 @@ class DifyStandIn:
         path = request.raw_path
         for key in self.api_keys:
             path = path.replace(key, "***")
-        exchange = request[EXCHANGE] = exchanges.add(Exchange(self.port, request.method, path))
+        exchange = self._exchanges[id(request)] = exchanges.add(Exchange(self.port, request.method, path))
         fault = self._fault(request)
         try:
-            return await self.respond_to(request) if fault is None else await fault(request)
+            response = await self.respond_to(request) if fault is None else await fault(request)
+            if request.transport is not None and not request.transport.is_closing():
+                exchange.status = response.status
+            return response
         finally:
             exchange.user = user_of(request)
+            del self._exchanges[id(request)]
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(self.added_headers)
-        # A stream's handler goes on for long.
-        exchange = request[EXCHANGE]
-        exchange.status, exchange.user = response.status, user_of(request)
+        # A stream's handler still goes on.
+        exchange = self._exchanges.get(id(request))
+        if exchange is not None:
+            exchange.status, exchange.user = response.status, user_of(request)
 
     def _fault(self, request: web.Request) -> Fault | None:
         line = f"{request.method} {request.raw_path}"

@@ -13,6 +13,7 @@ from tests.dify_stand_in import API_KEY
 FAILING = """
 import requests
 from tests.conftest import *
+from tests.dify_stand_in import reset
 
 def test_before(dify):
     requests.get(f"{dify.base_url}/before", timeout=10)
@@ -21,6 +22,9 @@ def test_that_fails(dify):
     authorization = {"Authorization": f"Bearer {API_KEY}"}
     body = {"inputs": {}, "user": "anna", "response_mode": "streaming"}
     requests.post(f"{dify.base_url}/workflows/run", json=body, headers=authorization, timeout=10)
+    dify.misbehave(reset())
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"{dify.base_url}/parameters", timeout=10)
     requests.get(f"{dify.base_url}/info?key={API_KEY}", timeout=10)
     raise AssertionError("It failed.")
 """
@@ -36,6 +40,7 @@ def test_a_failed_test_shows_its_requests_but_no_key_and_no_requests_of_another_
 
     assert "1 failed, 1 passed" in said
     assert re.search(r"\+0\.\d+ s  port \d+  POST /v1/workflows/run by anna: 200", said)
+    assert "GET /v1/parameters: no response" in said
     assert re.search(r"GET /v1/info\?key=\*\*\*: 401", said)
     assert "/before" not in said
     assert API_KEY not in said

@@ -257,7 +257,7 @@ def test_a_start_to_a_name_that_does_not_exist_may_be_sent_again(
 def test_a_stream_without_chunks_names_its_run_at_once(
     dify: DifyStandIn, dify_connection: str, on_a_loop: bool
 ) -> None:
-    dify.starts.append(Start(duration=2.0))
+    dify.starts.append(Start(duration=120.0))
     dify.misbehave(unchunked(0.005))
     started = time.monotonic()
     if on_a_loop:
@@ -270,7 +270,7 @@ def test_a_stream_without_chunks_names_its_run_at_once(
     else:
         with DifyHook() as hook, hook.start_workflow_run({}, "airflow"):
             named = time.monotonic()
-    assert named - started < 1.5
+    assert named - started < 60
 
 
 def test_the_key_goes_to_a_host_beyond_ascii(

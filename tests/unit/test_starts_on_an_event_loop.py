@@ -134,7 +134,7 @@ def test_a_server_that_takes_no_connection_started_nothing_and_is_given_up_soon(
     began = time.monotonic()
     with pytest.raises(DifyConnectionError, match="could not be reached"):
         start()
-    assert 0.3 <= time.monotonic() - began < 10
+    assert 0.3 <= time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize("dialect", ["1.16.1"], indirect=True)
@@ -320,4 +320,4 @@ def test_many_runs_at_once_share_the_loop(dify: DifyStandIn) -> None:
     dify.starts += [Start(duration=1.0) for _ in range(40)]
     began = time.monotonic()
     assert len(set(asyncio.run(run()))) == 40
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30

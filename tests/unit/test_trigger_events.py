@@ -271,24 +271,29 @@ def test_the_last_event_of_a_look_comes_when_the_scheduler_has_seen_the_first(
             if len(moments) == 4:
                 return
 
+    async def collect_three_of_four() -> None:
+        task = asyncio.create_task(collect(600.0))
+        await until(lambda: len(moments) == 3)
+        # One too many would come now.
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
     monkeypatch.setenv("AIRFLOW__SCHEDULER__BATCH_ASSET_EVENTS", "True")
     dify.add_logged_runs(4, ending=time.time() - 3)
-    run_on_loop(collect(1.0))
-    assert moments[3] - moments[2] >= 1.0
+    run_on_loop(collect(0.5))
+    assert moments[3] - moments[2] >= 0.5
     dify.log.clear()
     dify.add_logged_runs(4, ending=time.time() - 3)
-    with pytest.raises(asyncio.TimeoutError):
-        run_on_loop(asyncio.wait_for(collect(600.0), 3.0))
+    run_on_loop(collect_three_of_four())
     assert len(moments) == 3
 
 
 @pytest.mark.skipif(not EVENT_TRIGGERS_HAVE_QUEUES, reason="before Airflow 3.4 a Dag run may be for several events")
 def test_no_event_waits_where_each_has_a_dag_run_of_its_own(dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 10.0)
+    monkeypatch.setattr(DifyWorkflowRunsTrigger, "scheduler_delay", 600.0)
     dify.add_logged_runs(4, ending=time.time())
-    began = time.monotonic()
-    assert len(events_of(trigger_of(lookback=8), lambda: None, 4)) == 4
-    assert time.monotonic() - began < 5
+    assert len(events_of(trigger_of(lookback=60), lambda: None, 4)) == 4
 
 
 def test_a_queue_is_told_to_airflow_where_it_has_queues_for_event_triggers() -> None:
