@@ -77,6 +77,22 @@ def everything_said(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixtu
     return said_so_far
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let a test in each dialect and each way have every dialect and every way in the short run, not each pair."""
+    of_tests: dict[Any, list[tuple[pytest.Item, str, str]]] = {}
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        way = next((str(values[name]) for name in ("sensor_way", "operator_way", "start_way") if name in values), None)
+        if way is not None and "dialect" in values and item.get_closest_marker("long") is None:
+            of_tests.setdefault(getattr(item, "function", None), []).append((item, values["dialect"], way))
+    for found in of_tests.values():
+        dialects, ways = (list(dict.fromkeys(names)) for names in list(zip(*found, strict=True))[1:])
+        for item, dialect, way in found:
+            if len(dialects) > 1 and (dialects.index(dialect) + ways.index(way)) % 2:
+                item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def task_logs_of_the_module() -> None:
     """Forget the task logs of the modules before."""

@@ -46,7 +46,11 @@ def default_dialect() -> str:
 
 
 @on_todays_dify_or_all
-@pytest.mark.parametrize("silence_limit", [300.0, 0.3], ids=["the stream stays open", "the server closes the stream"])
+@pytest.mark.parametrize(
+    ("silence_limit", "operator_way"),
+    pairs([pytest.param(300.0, id="the stream stays open"), pytest.param(0.3, id="the server closes it")], WAYS),
+    indirect=["operator_way"],
+)
 def test_a_start_that_is_queued_succeeds_once_a_worker_is_free(
     dify: DifyStandIn, dialect: str, operator_way: dict[str, Any], silence_limit: float
 ) -> None:
@@ -56,7 +60,7 @@ def test_a_start_that_is_queued_succeeds_once_a_worker_is_free(
     dify.silence_limit = silence_limit
 
     async def free_a_worker_later(request: Any) -> Any:
-        dify._loop.call_later(1.0, setattr, dify, "slots", 4)
+        dify._loop.call_later(0.5, setattr, dify, "slots", 4)
         return await dify.respond_to(request)
 
     dify.misbehave(free_a_worker_later, only="POST .*/run")

@@ -113,6 +113,7 @@ def test_no_gateway_ends_the_wait_for_a_run_that_nobody_has_the_id_of(
         pytest.skip("each of its polls is a try of its own")
     # It doubles with each failure in a row.
     monkeypatch.setattr("airflow_provider_dify.runs.log.RETRY_DELAY", 1e-6)
+    monkeypatch.setattr("airflow_provider_dify.triggers.dify.DifyWorkflowRunTrigger.retry_delay", 1e-6)
     dify.misbehave(*GATEWAYS.values())
     dify.add_run("succeeded", user="somebody", outputs=OUTPUTS)
     result = run_dag(
@@ -245,7 +246,7 @@ def test_a_run_that_its_events_say_succeeded_is_a_success_with_a_warning(
 
 @pytest.mark.parametrize(
     ("arguments", "fields"),
-    [({"timeout": 5}, {}), ({"run_timeout": 1, "timeout": 5}, {"created_at": 1_700_000_000})],
+    [({"timeout": 3}, {}), ({"run_timeout": 1, "timeout": 3}, {"created_at": 1_700_000_000})],
     ids=["timeout", "run_timeout"],
 )
 def test_also_where_a_limit_of_time_comes_first(

@@ -117,7 +117,7 @@ def test_that_a_run_is_not_in_the_log_yet_is_said_once_a_minute(
     dify.slots = 0
     dify.silence_limit = 0.2
     with pytest.raises(DifyWorkflowRunUncertain):
-        on_an_event_loop({}, "me", timeout=3)
+        on_an_event_loop({}, "me", timeout=2)
     looks = [request for request in dify.requests if "/logs" in request.path]
     # The first look is the one before the start.
     assert len(looks) > 3

@@ -187,7 +187,13 @@ NOT_ACCEPTED: dict[str, tuple[Fault, str]] = {
     "reset": (reset(), "reset|Disconnected|aborted|Connection|closed"),
     "close": (close(), "reset|Disconnected|aborted|Connection|closed"),
 }
-on_each_failure = pytest.mark.parametrize(("fault", "words"), NOT_ACCEPTED.values(), ids=NOT_ACCEPTED)
+on_each_failure = pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        pytest.param(*values, id=name, marks=() if name in ("502", "reset") else pytest.mark.long)
+        for name, values in NOT_ACCEPTED.items()
+    ],
+)
 
 
 @on_each_failure
@@ -350,12 +356,12 @@ def test_a_row_whose_run_is_gone_for_five_minutes_blocks_no_retry(
 
 @pytest.fixture
 def slow_log(dify: DifyStandIn, dify_connection: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the log take 1.5 seconds for each page, and the connection have a timeout of 0.5."""
-    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 0.5}}
+    """Let the log take a second for each page, and the connection have a timeout of 0.4."""
+    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 0.4}}
     monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
 
     async def slow(request: Any) -> Any:
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.0)
         return await dify.respond_to(request)
 
     dify.misbehave_always(slow, only=LOG)

@@ -310,12 +310,12 @@ def test_a_kept_alive_connection_that_the_server_closed_is_no_failed_poll(
     assert "failed" not in caplog.text
 
 
-@pytest.mark.parametrize(("keepalive", "is_kept"), [(0.1, False), (60, True)])
+@pytest.mark.parametrize(("keepalive", "is_kept"), [(0.05, False), (60, True)])
 def test_a_connection_is_kept_for_as_long_as_is_said(
     dify: DifyStandIn, monkeypatch: pytest.MonkeyPatch, keepalive: float, is_kept: bool
 ) -> None:
     monkeypatch.setattr("airflow_provider_dify.api.client.KEEPALIVE_SECONDS", keepalive)
-    payload_of(trigger_of(dify.add_run("running", "running", "succeeded"), poll_interval=0.5))
+    payload_of(trigger_of(dify.add_run("running", "running", "succeeded"), poll_interval=0.25))
     assert (len({request.connection for request in dify.requests}) == 1) == is_kept
 
 
