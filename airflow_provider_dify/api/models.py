@@ -36,6 +36,8 @@ class WorkflowRunStatus(str, Enum):
 
 WAITING_STATUSES = frozenset({WorkflowRunStatus.RUNNING, WorkflowRunStatus.PAUSED, WorkflowRunStatus.SCHEDULED})
 ENDED_STATUSES = frozenset(WorkflowRunStatus) - WAITING_STATUSES
+GOOD_STATUSES = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
+BAD_STATUSES = ENDED_STATUSES - GOOD_STATUSES
 
 
 # Seconds for which a row of the log may wait for its run's record, where Dify lets workers write the records.

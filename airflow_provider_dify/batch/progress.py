@@ -9,9 +9,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_dify.api.models import WorkflowRunStatus, one_line
+from airflow_provider_dify.api.models import ENDED_STATUSES, WorkflowRunStatus, one_line
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.exceptions import DifyBatchFailed, DifyTokenLimitReached
+from airflow_provider_dify.runs.waiting import counts_as_failed
 
 # Errors that are counted one by one; a batch of a million rows may have as many texts.
 _MAX_ERRORS = 200
@@ -21,10 +22,9 @@ _VARYING = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d+", re.I)
 # Lines whose times the present speed is measured over.
 _SPEED_LINES = 10
 
+# The names of the counts, by status.
 _COUNTED: dict[str, str] = {
-    WorkflowRunStatus.SUCCEEDED: "succeeded",
-    WorkflowRunStatus.PARTIAL_SUCCEEDED: "partial_succeeded",
-    WorkflowRunStatus.STOPPED: "stopped",
+    status: status.value.replace("-", "_") for status in WorkflowRunStatus if status in ENDED_STATUSES
 }
 
 
@@ -67,7 +67,7 @@ class BatchProgress:
         self._fail_on_partial_success = fail_on_partial_success
         self._output_path = output_path
         self._max_total_tokens = max_total_tokens
-        self._counts = dict.fromkeys(("succeeded", "partial_succeeded", "failed", "stopped"), 0)
+        self._counts = dict.fromkeys(_COUNTED.values(), 0)
         self._errors: dict[str, _Failures] = {}
         # Time and rows over at each line; rows of earlier tries took no time of this one.
         self._lines: deque[tuple[float, int]] = deque(maxlen=_SPEED_LINES)
@@ -76,10 +76,8 @@ class BatchProgress:
         """Count a row that is over; return whether it counts as failed."""
         self.over += 1
         self.total_tokens += result.total_tokens or 0
-        counted = _COUNTED.get(result.status, "failed")
-        self._counts[counted] += 1
-        is_partial_failure = counted == "partial_succeeded" and self._fail_on_partial_success
-        is_failure = is_partial_failure or counted in ("failed", "stopped")
+        self._counts[_COUNTED.get(result.status, "failed")] += 1
+        is_failure = counts_as_failed(result.status, self._fail_on_partial_success)
         if is_failure:
             self.failed_rows += 1
             self._count_error(result)

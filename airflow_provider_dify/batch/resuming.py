@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from airflow_provider_dify.api.client import DifyClient
-from airflow_provider_dify.api.models import WAITING_STATUSES, WorkflowRunStatus
+from airflow_provider_dify.api.models import ENDED_STATUSES, GOOD_STATUSES, WorkflowRunStatus
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConnectionError, DifyError
 from airflow_provider_dify.runs.log import RunSearch, until, user_runs
@@ -166,9 +166,9 @@ def plan_row(known: Iterable[FoundRun], *, run_retries: int, stopped_runs: froze
     single operator does after a crash: it was stopped with the task.
     """
     runs = sorted(known, key=lambda run: (run.status == WorkflowRunStatus.SUCCEEDED, run.attempt), reverse=True)
-    failed = [run for run in runs if run.status == WorkflowRunStatus.FAILED]
-    over = [run for run in runs if isinstance(run.status, WorkflowRunStatus) and run.status not in WAITING_STATUSES]
-    good = [run for run in over if run not in failed and run.status != WorkflowRunStatus.STOPPED]
+    over = [run for run in runs if run.status in ENDED_STATUSES]
+    good = [run for run in over if run.status in GOOD_STATUSES]
+    failed = [run for run in over if run not in good and run.status != WorkflowRunStatus.STOPPED]
     # A status that isn't known here is followed: its detail tells whether it is over.
     alive = [run for run in runs if run not in over and run.workflow_run_id not in stopped_runs]
     wanted = good or alive or (failed if len(failed) > run_retries else [])

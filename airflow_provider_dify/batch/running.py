@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowFailException
 
 from airflow_provider_dify.api.client import DifyClient
-from airflow_provider_dify.api.models import WorkflowRunStatus, is_server_from, one_line
+from airflow_provider_dify.api.models import GOOD_STATUSES, is_server_from, one_line
 from airflow_provider_dify.batch.naming import BatchName, RowUsers
 from airflow_provider_dify.batch.output import FileOutput, Output, ResultFiles, ReturnedOutput
 from airflow_provider_dify.batch.progress import BatchProgress
@@ -49,7 +49,6 @@ _SECONDS_AFTER_DEADLINE = 60.0
 _SECONDS_TO_STOP = 3.5
 # Starts that get lost one after the other, beside those under way, until nothing more is started.
 _MAX_LOST_IN_A_ROW = 10
-_GOOD = frozenset({WorkflowRunStatus.SUCCEEDED, WorkflowRunStatus.PARTIAL_SUCCEEDED})
 
 
 class BatchRun:
@@ -234,7 +233,7 @@ class BatchRun:
         except DifyWorkflowRunUncertain as error:
             self._on_lost(run, error)
             return
-        if self._stop_reason is None or result.status in _GOOD or run.lost is not None:
+        if self._stop_reason is None or result.status in GOOD_STATUSES or run.lost is not None:
             run.lost = None
             self._on_result(result)
             if result.workflow_run_id is None:

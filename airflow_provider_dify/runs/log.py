@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Client
 from airflow_provider_dify.api.models import (
+    BAD_STATUSES,
     LoggedWorkflowRun,
     LogRow,
     RowWithoutRun,
-    WorkflowRunStatus,
     digest_of,
     known_fields,
     row_key,
@@ -290,7 +290,7 @@ class RunSearch:
         return (
             run.user == self.user
             and run.workflow_run_id not in self.known_runs
-            and not (self.skips_failed and run.status in (WorkflowRunStatus.FAILED, WorkflowRunStatus.STOPPED))
+            and not (self.skips_failed and run.status in BAD_STATUSES)
             and (run.created_at is None or run.created_at >= self.not_before)
         )
 

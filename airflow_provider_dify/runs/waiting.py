@@ -12,7 +12,7 @@ from datetime import datetime, timedelta, timezone
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from airflow_provider_dify.api.models import WorkflowRun, WorkflowRunStatus, one_line
+from airflow_provider_dify.api.models import GOOD_STATUSES, WorkflowRun, WorkflowRunStatus, one_line
 from airflow_provider_dify.exceptions import (
     DifyConnectionError,
     DifyError,
@@ -77,6 +77,11 @@ class Verdict:
         is_the_same = bool(error) and self.reason.startswith(error.rstrip("."))
         reason = f"{name} failed: {self.reason}" if is_the_same else f"{node} {self.reason}"
         return replace(self, reason=reason, failed_node=facts)
+
+
+def counts_as_failed(status: WorkflowRunStatus | str, fail_on_partial_success: bool) -> bool:
+    """Return whether a run that ended with this status fails its task, or its row of a batch."""
+    return status not in GOOD_STATUSES or (fail_on_partial_success and status == WorkflowRunStatus.PARTIAL_SUCCEEDED)
 
 
 def _judge_failure(run: WorkflowRun) -> Verdict:
@@ -162,16 +167,16 @@ class WaitArguments:
 
     def judge(self, run: WorkflowRun, now: datetime | None = None) -> Verdict:
         """Return what a run's state means for a task that waits like this."""
-        if run.status == WorkflowRunStatus.SUCCEEDED:
-            return Verdict(Outcome.DONE, f"Dify workflow run {run.id} succeeded{_facts(run)}.")
         if run.status == WorkflowRunStatus.PARTIAL_SUCCEEDED:
             reason = (
                 "At least one node failed and its error handling (default value or fail branch) took over: "
                 f"Dify workflow run {run.id} is partial-succeeded{_facts(run)}."
             )
-            if self.fail_on_partial_success:
+            if counts_as_failed(run.status, self.fail_on_partial_success):
                 return Verdict(Outcome.FAILED, f"{reason} fail_on_partial_success is set.", can_be_repeated=True)
             return Verdict(Outcome.DONE, reason, is_warning=True)
+        if run.status in GOOD_STATUSES:
+            return Verdict(Outcome.DONE, f"Dify workflow run {run.id} {run.status}{_facts(run)}.")
         if run.status in (WorkflowRunStatus.FAILED, WorkflowRunStatus.STOPPED):
             return _judge_failure(run)
         if run.is_over:
