@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,18 @@ myst_heading_anchors = 3
 # takes a page's place on the site.
 SITE_PAGES = Path(__file__).parent / "_site"
 exclude_patterns = [SITE_PAGES.name]
+
+# A picture that the repository shows in the reader's theme; the site's own theme may be another one.
+PICTURE = re.compile(r'<picture>\n  <source .* srcset="(.+)">\n  <img alt="(.+)" src="(.+)">\n</picture>')
+PICTURE_ON_SITE = """```{image} \\3
+:alt: \\2
+:class: only-light
+```
+
+```{image} \\1
+:alt: \\2
+:class: only-dark
+```"""
 
 html_theme = "furo"
 html_title = f"{project} {version}"
@@ -77,10 +90,11 @@ nitpick_ignore_regex = [
 
 
 def use_site_page(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Replace a page's text by what stands in its place on the site."""
+    """Replace a page's text by what stands in its place on the site, and its pictures by one for each theme."""
     page = SITE_PAGES / f"{docname}.md"
     if page.exists():
         source[0] = page.read_text(encoding="utf-8")
+    source[0] = PICTURE.sub(PICTURE_ON_SITE, source[0])
 
 
 def label_cells(app: Sphinx, doctree: nodes.document, docname: str) -> None:

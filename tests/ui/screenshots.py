@@ -7,26 +7,29 @@ import io
 import sqlite3
 import sysconfig
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, ImageChops
 from playwright.sync_api import Locator, Page
 
-from tests.airflow.airflow_processes import AirflowProcesses
+from tests.airflow.airflow_processes import AIRFLOW_2, AirflowProcesses
 from tests.airflow.python_blocks import ROOT
 from tests.dify_stand_in import DifyStandIn
 
 # What stands in a picture for what differs from run to run.
 PORT = "5001"
 WORKFLOW_RUN_ID = "e9d68a02-335c-48ff-bcca-2aa6ff006579"
-MOMENT = "2026-11-21T22:21:04"
+DATE, TIME = "2026-11-21", "22:21:04"
 # Where this machine has Airflow and this package, which a traceback shows.
 FOLDERS = {f"{sysconfig.get_path('purelib')}/": "", f"{ROOT}/": ""}
 REPLACE_TEXTS = """
-([replacements, moment]) => {
+([replacements, date, time]) => {
     const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
     while (texts.nextNode()) {
         const before = texts.currentNode.data;
-        let after = before.replaceAll(/\\d{4}-\\d\\d-\\d\\dT\\d\\d:\\d\\d:\\d\\d/g, moment);
+        let after = before.replaceAll(
+            /\\d{4}-\\d\\d-\\d\\d([T ])\\d\\d:\\d\\d:\\d\\d/g,
+            (found, between) => found.startsWith(date) ? found : date + between + time);
         for (const [text, other] of Object.entries(replacements))
             after = after.replaceAll(text, other);
         if (after !== before)
@@ -50,25 +53,42 @@ class Screenshots:
         self.folder = folder
         self.dify = dify
 
-    def take(self, name: str, what: Locator | None = None, *, height: int = 800) -> None:
+    def take(self, name: str, what: Locator | None = None, *, height: int = 800, note: Locator | None = None) -> None:
         """
-        Take one.
+        Take one in each theme: ``name.png`` and ``name-dark.png``.
 
         :param name: the file's name, without its ending.
         :param what: the part of the page; the whole window by default.
         :param height: the window's height meanwhile.
+        :param note: a note that goes by itself, unless the mouse is over it.
         """
         if self.folder is None:
             return
         usual = self.page.viewport_size
         assert usual is not None
         self.page.set_viewport_size({**usual, "height": height})
+        if note is not None:
+            note.hover()
+        self._save(name, what)
+        self._set_theme("dark")
+        self._save(f"{name}-dark", what)
+        self._set_theme("light")
+        self.page.set_viewport_size(usual)
+
+    def _set_theme(self, theme: Literal["dark", "light"]) -> None:
+        if AIRFLOW_2:
+            self.page.evaluate("theme => document.documentElement.dataset.colorScheme = theme", theme)
+        else:
+            # By default the theme is the browser's.
+            self.page.emulate_media(color_scheme=theme)
+
+    def _save(self, name: str, what: Locator | None) -> None:
+        assert self.folder is not None
         # What fades and slides has come to rest then.
         self.page.wait_for_timeout(1000)
         run_ids = dict.fromkeys((run.workflow_run_id for run in self.dify.started), WORKFLOW_RUN_ID)
-        self.page.evaluate(REPLACE_TEXTS, [{str(self.dify.port): PORT, **run_ids, **FOLDERS}, MOMENT])
+        self.page.evaluate(REPLACE_TEXTS, [{str(self.dify.port): PORT, **run_ids, **FOLDERS}, DATE, TIME])
         picture = (what or self.page).screenshot(animations="disabled", caret="hide")
-        self.page.set_viewport_size(usual)
         self.folder.mkdir(parents=True, exist_ok=True)
         with Image.open(io.BytesIO(picture)) as image:
             few_colours = image.convert("RGB").quantize(method=Image.Quantize.MAXCOVERAGE, kmeans=1)

@@ -69,7 +69,7 @@ def test_pressing_test_with_a_wrong_key_shows_the_error(
     assert "Access token is invalid" in test.shown
     assert "a-wrong-key" not in ui.page.content()
     if not AIRFLOW_2:
-        screenshots.take("connection-test-wrong-key", height=560)
+        screenshots.take("connection-test-wrong-key", height=560, note=ui.page.get_by_role("status").last)
 
 
 def test_pressing_test_with_the_right_key_names_the_app(
@@ -90,7 +90,7 @@ def test_pressing_test_with_the_right_key_names_the_app(
     assert test.works, test.message
     assert "as the app 'echo' (workflow)" in test.shown
     if not AIRFLOW_2:
-        screenshots.take("connection-test-success", height=560)
+        screenshots.take("connection-test-success", height=560, note=ui.page.get_by_role("status").last)
 
     connection = stored(airflow)
     assert (connection["host"], connection["port"]) == ("http://localhost", str(dify.port))

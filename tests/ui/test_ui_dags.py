@@ -136,10 +136,10 @@ def test_the_link_has_its_name_and_place_however_a_task_waits(ui: AirflowUI, dag
 def test_a_failing_runs_log_shows_its_cause_at_1400_pixels(
     ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn, screenshots: Screenshots
 ) -> None:
-    cause = "Run failed: the model is overloaded"
+    cause = "[Errno 111] Connection refused"
     # Those that are left would succeed.
     dify.starts.clear()
-    dify.starts.append(Start(statuses=("failed",), fields={"error": cause}))
+    dify.starts.append(Start("run_streaming_failed"))
     ui.trigger("example_dify_start_and_wait", FAILING)
     ended = "SELECT state FROM task_instance WHERE run_id = ? AND task_id = 'run' AND end_date IS NOT NULL"
     airflow.wait_for(lambda: len(airflow.query(ended, FAILING)) == 1, seconds=300)
@@ -150,4 +150,4 @@ def test_a_failing_runs_log_shows_its_cause_at_1400_pixels(
     # The message as a whole may be longer than its line; its cause has to be there without scrolling.
     shown = ui.page.get_by_text(cause).first
     expect(shown).to_be_in_viewport()
-    screenshots.take("failed-run-log", height=900)
+    screenshots.take("failed-run-log", height=720)

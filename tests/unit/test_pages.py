@@ -22,8 +22,14 @@ TREES = {
     caption: names.split()
     for caption, names in re.findall(r"^```\{toctree\}\n:hidden:\n:caption: ([^\n]+)\n\n(.*?)^```$", INDEX, re.M | re.S)
 }
-# What Sphinx reads, and CommonMark shows as it stands: :::, {role}`...`, (target)=, an attribute, a table that is none.
-DIRECTIVE = re.compile(r"^\s*:{3,}|\{[\w:-]+\}$|^\([\w-]+\)=$|^:[\w-]+: |^\{[.#%]|^\| ?-{3}|^\.\. ", re.M)
+# What Sphinx reads, and CommonMark shows as it stands: :::, {role}`...`, (target)=, an attribute, a row of no table.
+DIRECTIVE = re.compile(r"^\s*:{3,}|\{[\w:-]+\}$|^\([\w-]+\)=$|^:[\w-]+: |^\{[.#%]|^\| |^\.\. ", re.M)
+
+# The only HTML of a page: a screenshot for each theme of the reader.
+PICTURE = re.compile(
+    r'<picture>\n  <source media="\(prefers-color-scheme: dark\)" srcset="((?:docs/)?images/[\w-]+)-dark\.png">\n'
+    r'  <img alt="[^"]+" src="\1\.png">\n</picture>\n'
+)
 
 
 def text(page: Path) -> str:
@@ -42,7 +48,7 @@ def directives(page: str) -> list[str]:
         if token.type in ("fence", "code_block"):
             found += [token.info] if token.info.startswith("{") else []
         elif token.type == "html_block":
-            found.append(token.content)
+            found += [] if PICTURE.fullmatch(token.content) else [token.content]
         elif token.type == "inline":
             # An inline code that follows a role's name in braces.
             found += [child.content for child in token.children or () if child.type == "html_inline"]
@@ -77,6 +83,15 @@ def test_the_pages_of_the_site_have_directives() -> None:
     pages = sorted((DOCS / "_site").glob("*.md"))
     assert all(directives(text(page)) for page in pages)
     assert all((DOCS / page.name).exists() for page in pages)
+
+
+def test_every_screenshot_is_on_a_page_in_both_themes_and_of_one_size() -> None:
+    pages = [*PAGES, DOCS / "_site" / "index.md"]
+    shown = {Path(found[1]).name for page in pages for found in PICTURE.finditer(text(page))}
+    sizes = {path.stem: path.read_bytes()[16:24] for path in (DOCS / "images").glob("*.png")}
+    assert sizes.keys() == shown | {f"{name}-dark" for name in shown}
+    assert all(sizes[name] == sizes[f"{name}-dark"] for name in shown)
+    assert not [page.name for page in pages if re.search(r"!\[.*\]\(", text(page))]
 
 
 # --- navigation

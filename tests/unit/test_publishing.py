@@ -145,6 +145,7 @@ def test_every_link_of_the_packages_page_leads_to_a_file_of_its_tag() -> None:
         path, _, _ = link.removeprefix(f"{SOURCE}/blob/v{__version__}/").partition("#")
         assert not link.startswith(SOURCE) or (ROOT / path).exists(), link
     assert "![" not in page
+    assert "<picture>" not in page
 
 
 # --- a release
