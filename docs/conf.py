@@ -104,7 +104,7 @@ def label_cells(app: Sphinx, doctree: nodes.document, docname: str) -> None:
         for body in table.findall(nodes.tbody):
             for row in body.findall(nodes.row):
                 for heading, entry in zip(headings, row.findall(nodes.entry), strict=True):
-                    if heading and len(entry):
+                    if heading and entry.astext().strip():
                         entry.insert(0, nodes.container("", nodes.Text(heading), classes=["column-heading"]))
 
 

@@ -187,7 +187,7 @@ def airflow(*arguments: str, env: dict[str, str], log: IO[str], show: bool = Fal
             # Airflow 2 writes each line twice.
             matters = message and (shows_all or PRINTED.match(message) or MATTERS.match(message))
             if show and matters and message != last_message:
-                print(f"\n   {task_id:<7} {message}", end=" ", flush=True)
+                print(f"\n   {task_id:<9} {message}", end=" ", flush=True)
             last_message = message or last_message
             error = ERROR.match(text.strip())
             cause = error["message"] if error else cause
@@ -235,20 +235,27 @@ print("APP " + json.dumps([works, message, required]))
 """
 
 DAG_TO_PASTE = """
-import pendulum
-from airflow.sdk import dag  # Airflow 2: from airflow.decorators import dag
+from airflow.providers.common.compat.sdk import dag
+
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 
-@dag(schedule=None, start_date=pendulum.datetime(2026, 1, 1))
+
+@dag(schedule=None)
 def my_dify_workflow():
     DifyRunWorkflowOperator(task_id="run", inputs={inputs!r})
+
 
 my_dify_workflow()
 """
 
 
-def introduce_app(env: dict[str, str]) -> None:
-    """Print the app of the API key, its inputs, and a Dag that runs it; exit with the cause if the key is refused."""
+def introduce_app(env: dict[str, str], given: dict[str, Any]) -> None:
+    """
+    Print the app of the API key, its inputs, and a Dag that runs it; exit with the cause if the key is refused.
+
+    :param env: the environment of Airflow.
+    :param given: the inputs that the user gave; of others that the app requires, the Dag has dots.
+    """
     done = subprocess.run(
         [sys.executable, "-c", ASK_APP], env=env, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
@@ -256,7 +263,7 @@ def introduce_app(env: dict[str, str]) -> None:
     works, message, inputs = json.loads(line.removeprefix("APP "))
     if not works:
         sys.exit(message)
-    print(f"{message}\nA Dag that runs it:\n{DAG_TO_PASTE.format(inputs=inputs)}")
+    print(f"{message}\nA Dag that runs it:\n{DAG_TO_PASTE.format(inputs={**inputs, **given})}")
 
 
 def main() -> None:
@@ -282,7 +289,7 @@ def main() -> None:
         with step(f"Making a database for Airflow, whose whole output goes to {log_path}"):
             airflow("db", "migrate", env=env, log=log)
         if is_real:
-            introduce_app(env)
+            introduce_app(env, dify.conf.get("inputs", {}))
         conf = json.dumps(dify.conf)
         with step(f"Running the Dag {dify.dag_id} with {json.dumps(dify.conf, ensure_ascii=False)}"):
             airflow("dags", "test", dify.dag_id, "--conf", conf, env=env, log=log, show=True, shows_all=is_real)
@@ -290,6 +297,7 @@ def main() -> None:
         check(dify, returned, log_path)
         if not is_real:
             run_batch(Path(home) / "results", env, log)
+            print("Both Dags succeeded. docs/getting-started.md shows how to use a Dify of your own.")
 
 
 def run_batch(results: Path, env: dict[str, str], log: IO[str]) -> None:

@@ -123,10 +123,6 @@ def test_the_example_dag_succeeds_with_the_connection(
     ui.open_run(DAG_ID, RUN_ID)
     assert ui.task_states() == dict.fromkeys(TASKS, "success")
     assert [run.inputs for run in dify.started] == [{"query": "Hello"}]
-    if not AIRFLOW_2:
-        ui.page.get_by_label("Show Graph").click()
-        screenshots.take("dag-run")
-        ui.page.get_by_label("Show Grid").click()
 
 
 def test_the_xcom_tab_shows_the_outputs(ui: AirflowUI, screenshots: Screenshots) -> None:

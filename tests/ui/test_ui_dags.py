@@ -114,6 +114,21 @@ def test_a_dag_that_was_triggered_succeeds(airflow: AirflowProcesses, dag_id: st
     assert {state for (state,) in tasks} <= {"success", "skipped"}
 
 
+@pytest.mark.skipif(AIRFLOW_2, reason="one picture is enough")
+def test_the_graph_shows_what_the_readme_does(
+    ui: AirflowUI, airflow: AirflowProcesses, screenshots: Screenshots
+) -> None:
+    dag_id = "example_dify_start_and_wait"
+    screenshots.set_times(airflow, run_id_of(dag_id), ["run", "use"])
+    ui.page.set_viewport_size({"width": 1280, "height": 520})
+    ui.open_run(dag_id, run_id_of(dag_id))
+    assert ui.task_states() == {"run": "success", "use": "success"}
+    ui.page.get_by_label("Show Graph").click()
+    screenshots.take("dag-run", height=520)
+    ui.page.get_by_label("Show Grid").click()
+    ui.page.set_viewport_size({"width": 1280, "height": 800})
+
+
 @pytest.mark.skipif(AIRFLOW_2, reason="Airflow 2 starts no Dag on an event")
 def test_a_run_of_difys_schedule_starts_the_dag_that_waits_for_such(
     ui: AirflowUI, airflow: AirflowProcesses, dify: DifyStandIn
