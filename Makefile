@@ -88,7 +88,7 @@ docs: .venv/docs/installed
 package: $(VENV)/installed
 	$(PIP_INSTALL) --constraints $(CONSTRAINTS) --group build
 	rm -rf dist
-	@echo "Building sdist and wheel, which takes half a minute."
+	@echo "Building sdist and wheel, which takes a few seconds."
 	$(VENV)/bin/python -m build --installer uv --outdir dist . > /dev/null
 	$(VENV)/bin/twine check --strict dist/*
 
