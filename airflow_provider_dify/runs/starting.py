@@ -163,13 +163,13 @@ class Starter(Follower):
         return stream
 
     async def _wait_until_accepted(self, stream: AsyncWorkflowRunStream, user: str) -> None:
-        seconds = self.client.response_timeout
+        seconds = min(self.client.response_timeout, self.deadline.left)
         until = time.monotonic() + seconds
-        while (left := min(until - time.monotonic(), self.deadline.left)) > 0:
+        while (left := until - time.monotonic()) > 0:
             if await stream.wait_until_accepted(left):
                 return
         raise DifyWorkflowRunUncertain(
-            f"No response within {seconds:g} seconds: Dify may or may not have started a workflow run for user "
+            f"No response within {seconds:.3g} seconds: Dify may or may not have started a workflow run for user "
             f"{user!r}. It was not asked again, so as not to pay twice. Look for the user in the app's log in Dify's "
             "console.",
             user=user,

@@ -166,7 +166,8 @@ def test_the_timeout_is_kept_in_each_phase(
     assert isinstance(error, (DifyWorkflowRunTimeout, DifyWorkflowRunUncertain))
     # The connection's own timeout would end some of these waits after 30 seconds, and nothing the others.
     assert 0.9 < times[-1] - times[0] < 25
-    assert posts(dify) == 1
+    # None, where the second was over before the start.
+    assert posts(dify) <= 1
 
 
 def test_a_start_that_too_many_runs_turn_away_waits(dify: DifyStandIn, operator_way: dict[str, Any]) -> None:
