@@ -126,6 +126,7 @@ def test_the_graph_shows_what_the_readme_does(
     ui.page.get_by_label("Show Graph").click()
     # So that the map in the corner hides no task.
     ui.page.locator(".react-flow__controls-zoomout").dblclick()
+    ui.page.mouse.move(0, 0)
     screenshots.take("dag-run", height=560)
     ui.page.get_by_label("Show Grid").click()
     ui.page.set_viewport_size({"width": 1280, "height": 800})
