@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
+import time
 from collections import UserList
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
@@ -17,10 +19,12 @@ from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
     DifyConfigurationError,
     DifyConnectionError,
+    DifyInputsRejected,
     DifyRequestError,
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
 from tests.dify_stand_in import (
     API_KEY,
     DifyStandIn,
@@ -42,6 +46,32 @@ STARTED = f'data: {{"event": "workflow_started", "task_id": "{UUID}", "workflow_
 def events(text: str) -> Any:
     """Respond with an event stream of this text."""
     return respond(200, text, content_type="text/event-stream")
+
+
+Names = tuple[str, str, list[str]]
+StartRun = Callable[..., Names]
+
+
+NO_INPUTS: dict[str, Any] = {}
+
+
+def on_a_worker(inputs: Any = NO_INPUTS, user: Any = "airflow", **arguments: Any) -> Names:
+    with DifyHook(retry_delay=0.01) as hook, hook.start_workflow_run(inputs, user, **arguments) as run:
+        return run.workflow_run_id, run.task_id, [event.name for event in run]
+
+
+def on_an_event_loop(inputs: Any = NO_INPUTS, user: Any = "airflow", **arguments: Any) -> Names:
+    async def start() -> Names:
+        async with DifyAsyncHook() as hook, await hook.start_workflow_run(inputs, user, **arguments) as run:
+            return run.workflow_run_id, run.task_id, [event.name async for event in run]
+
+    return asyncio.run(start())
+
+
+@pytest.fixture(params=[on_a_worker, on_an_event_loop])
+def start(request: pytest.FixtureRequest, dify_connection: str) -> StartRun:
+    """Start a run with each hook, and return its ids and the names of its events."""
+    return request.param
 
 
 @pytest.fixture
@@ -78,7 +108,7 @@ def test_a_started_run_has_its_ids_and_its_events(dify: DifyStandIn, hook: DifyH
 @pytest.mark.parametrize(
     ("fault", "expected", "message"),
     [
-        (replay("run_streaming_missing_input"), DifyRequestError, "query is required in input form"),
+        (replay("run_streaming_missing_input"), DifyInputsRejected, "query is required in input form"),
         (replay("run_unpublished"), DifyRequestError, "Workflow not published"),
         (replay("run_by_id_unknown"), DifyRequestError, "Workflow not found with id"),
         # It calls itself an event stream.
@@ -87,20 +117,20 @@ def test_a_started_run_has_its_ids_and_its_events(dify: DifyStandIn, hook: DifyH
     ],
 )
 def test_a_rejected_start_says_what_dify_said(
-    dify: DifyStandIn, hook: DifyHook, fault: Any, expected: type[DifyRequestError], message: str
+    dify: DifyStandIn, start: StartRun, fault: Any, expected: type[DifyRequestError], message: str
 ) -> None:
     dify.misbehave(fault)
     with pytest.raises(expected, match=message) as caught:
-        hook.start_workflow_run({}, "airflow")
+        start()
     assert message.strip("^ ") in str(caught.value.message)
     assert len(dify.requests) == 1
 
 
-def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn, hook: DifyHook) -> None:
+def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn, start: StartRun) -> None:
     why = rf"could not be reached for the start of a workflow run at {dify.base_url}/workflows/run"
     with dify.refusing_connections(), pytest.raises(DifyConnectionError, match=why):
-        hook.start_workflow_run({}, "airflow")
-    hook.start_workflow_run({}, "airflow").close()
+        start()
+    start()
 
 
 @pytest.mark.parametrize(
@@ -124,11 +154,11 @@ def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn, ho
     ],
 )
 def test_a_start_that_may_have_started_a_run_is_not_sent_again(
-    dify: DifyStandIn, hook: DifyHook, fault: Callable[[], Any], reason: str | tuple[str, ...]
+    dify: DifyStandIn, start: StartRun, fault: Callable[[], Any], reason: str | tuple[str, ...]
 ) -> None:
     dify.misbehave(fault())
     with pytest.raises(DifyWorkflowRunUncertain, match=r"may or may not have started.*'airflow'") as caught:
-        hook.start_workflow_run({}, "airflow")
+        start()
     assert str(caught.value).startswith(reason)
     assert f": no run id came back from {dify.base_url}/workflows/run, so Dify may" in str(caught.value)
     assert caught.value.user == "airflow"
@@ -139,54 +169,70 @@ def test_a_start_that_may_have_started_a_run_is_not_sent_again(
 @pytest.mark.parametrize("then", ["close", "reset", "stall"])
 @pytest.mark.parametrize("cut", [0, 10])
 def test_a_stream_that_breaks_before_the_run_is_named_leaves_it_uncertain(
-    dify: DifyStandIn, hook: DifyHook, then: str, cut: int
+    dify: DifyStandIn, start: StartRun, then: str, cut: int
 ) -> None:
     dify.starts.append(Start(cut=cut, then=then))
     with pytest.raises(DifyWorkflowRunUncertain):
-        hook.start_workflow_run({}, "airflow", timeout=1)
+        start(timeout=1)
     assert len(dify.started) == 1
 
 
-def test_a_start_without_any_response_is_uncertain_when_its_time_is_over(dify: DifyStandIn, hook: DifyHook) -> None:
-    dify.misbehave(stall(60))
-    with pytest.raises(DifyWorkflowRunUncertain, match=r"'airflow' within 0\.5 seconds"):
-        hook.start_workflow_run({}, "airflow", timeout=0.5)
+@pytest.mark.parametrize("answers", [False, True], ids=["no response", "no event"])
+def test_a_start_whose_run_is_not_named_in_time_is_uncertain(dify: DifyStandIn, start: StartRun, answers: bool) -> None:
+    if answers:
+        dify.starts.append(Start(cut=0, then="stall"))
+    else:
+        dify.misbehave(stall(60))
+    began = time.monotonic()
+    with pytest.raises(DifyWorkflowRunUncertain, match=r"the run of user 'airflow' within 0\.5 seconds") as caught:
+        start(timeout=0.5)
+    assert caught.value.user == "airflow"
+    assert time.monotonic() - began >= 0.5
     assert len(dify.requests) == 1
 
 
 @pytest.mark.parametrize("then", ["close", "reset", "stall"])
-def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(dify: DifyStandIn, hook: DifyHook, then: str) -> None:
-    if then == "stall":
-        hook = DifyHook(timeout=0.5)
+def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(
+    dify: DifyStandIn, start: StartRun, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {"conn_type": "dify", "host": dify.base_url, "password": API_KEY, "extra": {"timeout": 1.5}}
+    monkeypatch.setenv("AIRFLOW_CONN_DIFY_DEFAULT", json.dumps(fields))
     dify.starts.append(Start(cut=2000, then=then, piece=97))
-    with hook.start_workflow_run({}, "airflow") as run:
-        broken = rf"events of workflow run {run.workflow_run_id} broke off .*The run continues\."
-        with pytest.raises(DifyConnectionError, match=broken) as caught:
-            list(run)
+    with pytest.raises(DifyConnectionError) as caught:
+        start()
+    (started,) = dify.started
+    broken = rf"events of workflow run {started.workflow_run_id} broke off .*The run continues\."
+    assert re.search(broken, str(caught.value))
     why = r"(ClientPayloadError|ClientOSError|EOFError|no event within [\d.]+ seconds).*: the events"
     assert re.match(why, str(caught.value))
     assert caught.value.server_version == "1.12.1"
-    assert run.workflow_run_id == dify.started[0].workflow_run_id
 
 
 @pytest.mark.parametrize(
     ("ask", "status"),
     [
-        (lambda hook: hook.start_workflow_run({}, "airflow"), 307),
         # A 302 would make a GET of it, whose response says nothing of a stop.
         (lambda hook: hook.stop_workflow_task(UUID, "airflow"), 302),
         (lambda hook: hook.stop_workflow_task(UUID, "airflow"), 307),
     ],
-    ids=["start", "stop-302", "stop-307"],
+    ids=["302", "307"],
 )
-def test_a_start_and_a_stop_follow_no_redirect(
+def test_a_stop_follows_no_redirect(
     dify: DifyStandIn, hook: DifyHook, ask: Callable[[DifyHook], Any], status: int
 ) -> None:
     dify.misbehave(*[redirect("/v1/workflows/run", status)] * 4, only="POST")
     with pytest.raises(DifyConnectionError, match="redirect"):
         ask(hook)
     assert {request.method for request in dify.requests} == {"POST"}
-    assert (dify.started, dify.stopped) == ([], [])
+    assert dify.stopped == []
+
+
+def test_a_start_follows_no_redirect(dify: DifyStandIn, start: StartRun) -> None:
+    dify.misbehave(*[redirect(f"{dify.base_url}/workflows/run", 307)] * 4, only="POST")
+    with pytest.raises(DifyConnectionError, match="redirect"):
+        start()
+    assert {request.method for request in dify.requests} == {"POST"}
+    assert dify.started == []
 
 
 def test_a_start_over_a_connection_that_the_server_has_closed_meanwhile_starts_one_run(
@@ -202,9 +248,9 @@ def test_a_start_over_a_connection_that_the_server_has_closed_meanwhile_starts_o
 
 
 @pytest.mark.parametrize("user", ["", None, "x" * 256, 5])
-def test_an_invalid_user_fails_before_any_request(dify: DifyStandIn, hook: DifyHook, user: Any) -> None:
+def test_an_invalid_user_fails_before_any_request(dify: DifyStandIn, start: StartRun, user: Any) -> None:
     with pytest.raises(DifyConfigurationError, match="user must be text"):
-        hook.start_workflow_run({}, user)
+        start({}, user)
     assert dify.requests == []
 
 
@@ -222,10 +268,10 @@ def test_an_invalid_user_fails_before_any_request(dify: DifyStandIn, hook: DifyH
     ],
 )
 def test_inputs_that_are_not_json_fail_before_any_request(
-    dify: DifyStandIn, hook: DifyHook, inputs: Any, why: str
+    dify: DifyStandIn, start: StartRun, inputs: Any, why: str
 ) -> None:
     with pytest.raises(DifyConfigurationError, match=f"^inputs must be an object of JSON values: .*{why}"):
-        hook.start_workflow_run(inputs, "airflow")
+        start(inputs)
     assert dify.requests == []
 
 

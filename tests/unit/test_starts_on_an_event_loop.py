@@ -17,11 +17,7 @@ import pytest
 from airflow_provider_dify.api.run_stream import AsyncWorkflowRunStream
 from airflow_provider_dify.exceptions import (
     DifyAuthenticationError,
-    DifyConfigurationError,
     DifyConnectionError,
-    DifyError,
-    DifyInputsRejected,
-    DifyRequestError,
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
@@ -30,9 +26,7 @@ from tests.dify_stand_in import (
     DifyStandIn,
     Start,
     html,
-    redirect,
     replay,
-    reset,
     respond,
     too_many_requests,
 )
@@ -62,28 +56,6 @@ def test_a_started_run_has_its_ids_and_its_events(dify: DifyStandIn) -> None:
     assert (names[0] in {"node_started", "text_chunk"}, names[-1]) == (True, "workflow_finished")
     assert dify.requests[0].headers["Authorization"] == f"Bearer {API_KEY}"
     assert dify.requests[0].headers["Accept-Encoding"] == "identity"
-
-
-def test_a_published_version_can_be_started(dify: DifyStandIn) -> None:
-    start(workflow_id=UUID.upper())
-    assert dify.started[0].workflow_id == UUID
-
-
-@pytest.mark.parametrize(
-    ("recording", "message", "expected"),
-    [
-        ("run_streaming_missing_input", "query is required in input form", DifyInputsRejected),
-        ("run_unpublished", "Workflow not published", DifyRequestError),
-        ("run_by_id_unknown", "Workflow not found with id", DifyRequestError),
-    ],
-)
-def test_a_rejected_start_says_what_dify_said(
-    dify: DifyStandIn, recording: str, message: str, expected: type[DifyError]
-) -> None:
-    dify.misbehave(replay(recording))
-    with pytest.raises(expected, match=message):
-        start()
-    assert len(dify.requests) == 1
 
 
 def test_a_refused_key_raises_an_authentication_error(dify: DifyStandIn) -> None:
@@ -160,61 +132,6 @@ def test_more_starts_than_a_client_has_connections_by_itself_wait_at_once(dify: 
     assert asyncio.run(asyncio.wait_for(run(), 30)) == 120
 
 
-def test_a_server_that_refuses_connections_started_nothing(dify: DifyStandIn) -> None:
-    with dify.refusing_connections(), pytest.raises(DifyConnectionError, match=r"ClientConnectorError.*be reached"):
-        start()
-    start()
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        lambda: reset(),
-        lambda: respond(500, '{"code": "internal_server_error", "message": "broken"}'),
-        lambda: replay("run_redis_down"),
-        lambda: html(504),
-        lambda: html(200),
-        lambda: respond(200, "", content_type="text/event-stream"),
-        lambda: respond(200, "data: {broken\n\n", content_type="text/event-stream"),
-    ],
-)
-def test_a_start_that_may_have_started_a_run_is_not_sent_again(dify: DifyStandIn, fault: Callable[[], Any]) -> None:
-    dify.misbehave(fault())
-    with pytest.raises(DifyWorkflowRunUncertain, match=r"may or may not have started.*'airflow'") as caught:
-        start()
-    assert caught.value.user == "airflow"
-    assert len(dify.requests) == 1
-
-
-@pytest.mark.parametrize("then", ["close", "reset"])
-@pytest.mark.parametrize("cut", [0, 10])
-def test_a_stream_that_breaks_before_the_run_is_named_leaves_it_uncertain(
-    dify: DifyStandIn, then: str, cut: int
-) -> None:
-    dify.starts.append(Start(cut=cut, then=then))
-    with pytest.raises(DifyWorkflowRunUncertain):
-        start()
-    assert len(dify.started) == 1
-
-
-@pytest.mark.parametrize("then", ["close", "reset"])
-def test_a_stream_that_breaks_later_says_so_and_the_run_is_known(dify: DifyStandIn, then: str) -> None:
-    dify.starts.append(Start(cut=2000, then=then, piece=97))
-    with pytest.raises(DifyConnectionError, match=r"events of workflow run .* broke off .*The run continues\."):
-        start()
-    assert len(dify.started) == 1
-
-
-def test_silence_is_a_queued_run_and_not_a_failure(dify: DifyStandIn) -> None:
-    dify.starts.append(Start(cut=0, then="stall"))
-    began = time.monotonic()
-    why = r"did not name the run of user 'airflow' within 0\.3 seconds"
-    with pytest.raises(DifyWorkflowRunUncertain, match=why) as caught:
-        start(timeout=0.3)
-    assert caught.value.user == "airflow"
-    assert time.monotonic() - began >= 0.3
-
-
 @pytest.mark.parametrize("is_cancelled", [False, True])
 def test_a_start_that_is_given_up_leaves_no_client_open(
     dify: DifyStandIn, caplog: pytest.LogCaptureFixture, is_cancelled: bool
@@ -253,33 +170,6 @@ def test_a_stream_that_has_ended_says_so_whenever_it_is_asked(dify: DifyStandIn)
                 await stream.next_event(0.0)
 
     asyncio.run(run())
-
-
-def test_a_start_follows_no_redirect(dify: DifyStandIn) -> None:
-    dify.misbehave(redirect(f"{dify.base_url}/workflows/run", 307))
-    with pytest.raises(DifyConnectionError, match="redirect"):
-        start()
-    assert dify.started == []
-
-
-@pytest.mark.parametrize("user", ["", None, "x" * 256, 5])
-def test_an_invalid_user_fails_before_any_request(dify: DifyStandIn, user: Any) -> None:
-    with pytest.raises(DifyConfigurationError, match="user must be text"):
-        start(user=user)
-    assert dify.requests == []
-
-
-def test_inputs_that_are_not_json_fail_before_any_request(dify: DifyStandIn) -> None:
-    with pytest.raises(DifyConfigurationError, match="inputs must be"):
-        start({"a": object()})
-    assert dify.requests == []
-
-
-def test_the_key_is_in_no_error_and_no_event_of_a_start(dify: DifyStandIn) -> None:
-    dify.misbehave(respond(500, json.dumps({"message": f"bad {API_KEY}"})))
-    with pytest.raises(DifyWorkflowRunUncertain) as caught:
-        start()
-    assert API_KEY not in str(caught.value)
 
 
 def test_each_start_has_a_connection_of_its_own(dify: DifyStandIn) -> None:
