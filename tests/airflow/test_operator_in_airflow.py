@@ -26,7 +26,6 @@ from airflow_provider_dify.exceptions import (
 )
 from airflow_provider_dify.operators.dify import DifyRunWorkflowOperator
 from airflow_provider_dify.tasks.loop import TaskLoop
-from airflow_provider_dify.tasks.start import default_user
 from tests.airflow.airflow_processes import AIRFLOW_3_0, AIRFLOW_3_4
 from tests.airflow.airflow_runs import OPERATOR_WAYS, error_of, run_dag, run_operator
 from tests.combinations import pairs
@@ -84,19 +83,6 @@ def test_the_user_names_dag_task_run_and_try_or_is_ones_own(
     run_operator(workflow_id="2d7a7544-770c-496f-8ef9-4e622682b330", **arguments)
     assert re.fullmatch(user, dify.started[0].user)
     assert dify.started[0].workflow_id == "2d7a7544-770c-496f-8ef9-4e622682b330"
-
-
-def test_a_user_is_never_longer_than_dify_takes() -> None:
-    class Ti:
-        dag_id = "d" * 200
-        task_id = "t" * 200
-        run_id = "r" * 200
-        map_index = 3
-
-    users = {default_user(Ti, number) for number in range(1, 20)}
-    assert len(users) == 19
-    assert all(len(user) <= 255 for user in users)
-    assert default_user(Ti, 1) == default_user(Ti, 1)
 
 
 def test_without_the_wait_the_run_id_is_returned_for_a_sensor(dify: DifyStandIn) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import warnings
@@ -241,18 +240,6 @@ def test_an_unknown_status_is_polled_until_the_run_has_finished(dify: DifyStandI
     assert "'cancelled', which this version" in str(result.raised["wait"][0])
 
 
-def test_a_status_is_logged_once_and_not_at_every_poll(
-    dify: DifyStandIn, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    run_id = dify.add_run("running", "running", "running", "paused", "paused", "running", "succeeded")
-    run_sensor(workflow_run_id=run_id)
-    # Airflow 2 logs through logging, Airflow 3 prints what its structured log says.
-    said = caplog.text if run_id in caplog.text else "".join(capfd.readouterr())
-    assert said.count(f"{run_id} is running") == 2
-    assert said.count(f"{run_id} is paused") == 1
-
-
 REJECTIONS = [
     pytest.param("auth_bad_key", DifyAuthenticationError, "Access token is invalid", id="bad-key"),
     pytest.param("detail_disabled_api", DifyAuthenticationError, "API service has been disabled", id="api-off"),
@@ -292,19 +279,6 @@ def test_a_run_id_that_is_none_fails_before_any_request(
     assert isinstance(error, DifyConfigurationError)
     assert repr("None" if "none" in rendered else rendered) in str(error)
     assert dify.requests == []
-
-
-@pytest.mark.parametrize(
-    "sensor_way", [way for way in SENSOR_WAYS if "trigger" in way or "defer" in way], indirect=True
-)
-def test_failed_polls_on_the_triggerer_are_retried(dify: DifyStandIn, dialect: str, sensor_way: dict[str, Any]) -> None:
-    run_id = dify.add_run("running", "running", "succeeded", outputs=OUTPUTS)
-    dify.misbehave(dify_response(dify), respond(503), html(502), respond(429), respond(500), respond(408))
-    dify.misbehave(dify_response(dify))
-    dify.misbehave(respond(504), times=5)
-    result = run_sensor(workflow_run_id=run_id, retries=0, **sensor_way)
-    assert result.state == "success"
-    assert result.received["outputs"] == OUTPUTS
 
 
 def test_a_rotated_key_does_not_end_a_wait(

@@ -27,7 +27,6 @@ from tests.airflow.airflow_runs import (
     START_WAYS,
     error_of,
     posts,
-    run_dag,
     run_operator,
     run_sensor,
 )
@@ -87,14 +86,6 @@ def is_skipped_on_airflow_3_0(way: dict[str, Any]) -> None:
 # --- waits behind a gateway
 
 
-def test_no_gateway_ends_the_wait_of_a_sensor(dify: DifyStandIn, sensor_way: dict[str, Any]) -> None:
-    between(dify, *GATEWAYS.values())
-    run_id = dify.add_run(*RUNNING, "succeeded", outputs=OUTPUTS)
-    result = run_sensor(workflow_run_id=run_id, retries=0, max_consecutive_failures=1, **sensor_way)
-    assert result.state == "success"
-    assert result.received["outputs"] == OUTPUTS
-
-
 def test_no_gateway_ends_the_wait_of_an_operator_or_stops_its_run(
     dify: DifyStandIn, operator_way: dict[str, Any]
 ) -> None:
@@ -104,29 +95,6 @@ def test_no_gateway_ends_the_wait_of_an_operator_or_stops_its_run(
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
     assert (posts(dify), dify.stopped) == (1, [])
-
-
-def test_no_gateway_ends_the_wait_for_a_run_that_nobody_has_the_id_of(
-    dify: DifyStandIn, sensor_way: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if sensor_way.get("mode") == "reschedule":
-        pytest.skip("each of its polls is a try of its own")
-    # It doubles with each failure in a row.
-    monkeypatch.setattr("airflow_provider_dify.runs.log.RETRY_DELAY", 1e-6)
-    # A triggerer's pauses grow up to a second.
-    gateways = list(GATEWAYS.values())[:: 1 if "mode" in sensor_way else 4]
-    dify.misbehave(*gateways)
-    dify.add_run("succeeded", user="somebody", outputs=OUTPUTS)
-    result = run_dag(
-        f"""
-        DifyLatestWorkflowRunSensor(
-            task_id="wait", created_after="2026-01-01", poke_interval=0.05, timeout=60,
-            max_consecutive_failures={len(gateways)}, **{sensor_way!r}
-        )
-        """
-    )
-    assert result.state == "success"
-    assert result.xcoms["wait"]["return_value"] == OUTPUTS
 
 
 @pytest.mark.parametrize(
@@ -194,13 +162,6 @@ def test_one_not_found_does_not_end_the_wait_of_a_sensor(dify: DifyStandIn, sens
     result = run_sensor(workflow_run_id=dify.add_run(*ONCE, outputs=OUTPUTS), retries=0, **sensor_way)
     assert result.state == "success"
     assert result.received["outputs"] == OUTPUTS
-
-
-def test_one_not_found_does_not_end_the_wait_of_an_operator(dify: DifyStandIn, operator_way: dict[str, Any]) -> None:
-    dify.starts.append(Start(statuses=ONCE, fields={"outputs": OUTPUTS}, cut="workflow_started"))
-    result = run_operator(retries=0, not_found_grace=0, **operator_way)
-    assert result.state == "success"
-    assert (posts(dify), dify.stopped) == (1, [])
 
 
 def test_two_in_a_row_end_it(dify: DifyStandIn, sensor_way: dict[str, Any]) -> None:
@@ -389,12 +350,25 @@ def test_a_run_whose_last_event_is_its_first_has_ended(
     assert dify.stopped == []
 
 
-def test_a_start_whose_task_has_the_runs_id_was_rejected(dify: DifyStandIn, start_way: dict[str, Any]) -> None:
-    finished = said_finished("failed", error="query is required in input form", task_id="$RUN")
-    dify.starts.append(Start(raw=(PING, finished), statuses=(None,)))
-    error = error_of(run_operator(retries=2, retry_delay=0, timeout=8, not_found_grace=0.4, **start_way))
+REJECTED = [
+    pytest.param(
+        said_finished("failed", error="query is required in input form", task_id="$RUN"), "close", id="by its ids"
+    ),
+    pytest.param(
+        said_error("query is required in input form", 400, "invalid_param", task_id="$TASK"), "pings", id="by an error"
+    ),
+]
+
+
+@pytest.mark.parametrize(("event", "then", "start_way"), pairs(REJECTED, list(START_WAYS)), indirect=["start_way"])
+def test_inputs_that_dify_rejects_among_the_events_fail_without_retry(
+    dify: DifyStandIn, start_way: dict[str, Any], event: bytes, then: str
+) -> None:
+    dify.starts.append(Start(raw=(PING, event), statuses=(None,), then=then))
+    error = error_of(run_operator(retries=2, retry_delay=0, timeout=15, not_found_grace=0.4, **start_way))
     assert type(error) is DifyInputsRejected
     assert "query is required" in str(error)
+    assert posts(dify) == 1
 
 
 # --- an error before the run has a name
@@ -415,17 +389,6 @@ def test_a_start_that_dify_says_failed_is_repeated_by_retries(
     assert type(error) is DifyWorkflowRunFailed
     assert WORDS in str(error)
     assert (posts(dify), dify.stopped) == (2, [])
-
-
-def test_inputs_that_dify_rejects_among_the_events_fail_without_retry(
-    dify: DifyStandIn, start_way: dict[str, Any]
-) -> None:
-    event = said_error("x is required in input form", 400, "invalid_param", task_id="$TASK")
-    dify.starts.append(Start(raw=(PING, event), statuses=(None,), then="pings"))
-    error = error_of(run_operator(retries=2, retry_delay=0, timeout=15, **start_way))
-    assert type(error) is DifyInputsRejected
-    assert "x is required" in str(error)
-    assert posts(dify) == 1
 
 
 def test_events_that_cannot_be_read_are_left_out_with_a_warning(

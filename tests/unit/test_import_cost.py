@@ -20,6 +20,7 @@ STATEMENTS = {
     "sensor module": "import airflow_provider_dify.sensors.dify",
     "sensor": "from airflow_provider_dify.sensors.dify import DifyWorkflowRunSensor\n"
     "DifyWorkflowRunSensor(task_id='wait', workflow_run_id='{{ params.run }}', run_timeout=5)",
+    "trigger": "import airflow.triggers.base; before = set(sys.modules)\nimport airflow_provider_dify.triggers.dify",
     "batch": "from airflow_provider_dify.operators.dify_batch import DifyRunWorkflowBatchOperator\n"
     "DifyRunWorkflowBatchOperator(task_id='run', inputs='rows.csv', output_path='results.jsonl')",
 }
@@ -69,6 +70,11 @@ def test_the_sensor_loads_no_http_client_and_not_the_hook(loaded: dict[str, set[
     assert "airflow_provider_dify.sensors.dify" in module
     # A handful.
     assert len(of_the_standard_library(module)) < 15, sorted(module)
+
+
+def test_the_http_client_is_loaded_off_the_loop_and_not_with_the_trigger(loaded: dict[str, set[str]]) -> None:
+    assert "airflow_provider_dify.triggers.dify" in loaded["trigger"]
+    assert not {"requests", "aiohttp"} & loaded["trigger"]
 
 
 def test_the_batch_loads_no_http_client_and_none_of_its_rooms(loaded: dict[str, set[str]]) -> None:
