@@ -246,16 +246,6 @@ def test_a_run_that_its_events_say_failed_is_a_failure_that_retries_repeat(dify:
     assert dify.stopped == []
 
 
-@on_each_record
-def test_a_run_that_its_events_say_was_stopped_was_stopped(dify: DifyStandIn, record: Any) -> None:
-    finished = said_finished("stopped", error="Stopped by user.")
-    dify.starts.append(Start(raw=(PING, STARTED, finished), statuses=record(dify)))
-    error = error_of(run_operator(not_found_grace=0.4, retries=2, retry_delay=0, timeout=15))
-    assert type(error) is DifyWorkflowRunCannotSucceed
-    assert "Stopped by user" in str(error)
-    assert (posts(dify), dify.stopped) == (1, [])
-
-
 def test_a_partial_success_by_the_events_is_judged_as_any(dify: DifyStandIn) -> None:
     raw = (PING, STARTED, said_finished("partial-succeeded", OUTPUTS))
     dify.starts.extend([Start(raw=raw, statuses=("running",))] * 2)
@@ -277,16 +267,6 @@ def test_a_task_that_is_killed_when_the_events_have_ended_stops_nothing(dify: Di
 
 
 STOPPED_AS_FAILED = {"error": "Aborted: User requested stop"}
-
-
-def test_a_sensor_takes_a_record_that_failed_because_of_a_stop_as_stopped(
-    dify: DifyStandIn, sensor_way: dict[str, Any]
-) -> None:
-    result = run_sensor(workflow_run_id=dify.add_run("running", "failed", **STOPPED_AS_FAILED), **sensor_way)
-    error = error_of(result, "wait")
-    assert type(error) is DifyWorkflowRunCannotSucceed
-    assert "was stopped" in str(error)
-    assert result.xcoms["wait"]["workflow_run"]["status"] == "stopped"
 
 
 def test_an_operator_does_not_repeat_a_run_that_failed_because_of_a_stop(

@@ -129,7 +129,9 @@ def kill_while_airflow_is_away(
     def prepare(task: RunningTask) -> None:
         threading.Thread(target=kill, args=(task,), daemon=True).start()
 
-    start_and_kill(dify, store, prepare, max_tries=max_tries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("airflow_provider_dify.tasks.task_try.SECONDS_AFTER_KILL", 0.5)
+        start_and_kill(dify, store, prepare, max_tries=max_tries)
     # Airflow kills the process 5 seconds after it has asked it to end: there is no time to wait for an answer.
     assert time.monotonic() - killed_at[0] < 30
 
