@@ -138,21 +138,6 @@ def test_difys_own_refusal_ends_the_wait_as_before(dify: DifyStandIn, operator_w
     assert len(dify.stopped) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "start_way"),
-    pairs(["kong-404", "cloudflare-403-text", "code-401"], list(START_WAYS)),
-    indirect=["start_way"],
-)
-def test_a_start_that_a_gateway_turned_away_is_sent_again(
-    dify: DifyStandIn, start_way: dict[str, Any], name: str
-) -> None:
-    dify.misbehave(GATEWAYS[name], times=2, only="POST")
-    dify.starts.append(Start(statuses=("succeeded",)))
-    result = run_operator(**start_way)
-    assert (result.states["run"], result.tries["run"]) == ("success", 1)
-    assert (posts(dify), len(dify.started)) == (3, 1)
-
-
 # --- runs that Dify says once that it does not know
 
 ONCE = ("running", None, "running", None, "running", "succeeded")
@@ -208,8 +193,12 @@ def test_a_run_that_its_events_say_succeeded_is_a_success_with_a_warning(
 
 @pytest.mark.parametrize(
     ("arguments", "fields"),
-    [({"timeout": 3}, {}), ({"run_timeout": 1, "timeout": 3}, {"created_at": 1_700_000_000})],
-    ids=["timeout", "run_timeout"],
+    [
+        pytest.param({"timeout": 3}, {}, id="timeout"),
+        pytest.param(
+            {"run_timeout": 1, "timeout": 3}, {"created_at": 1_700_000_000}, id="run_timeout", marks=pytest.mark.long
+        ),
+    ],
 )
 def test_also_where_a_limit_of_time_comes_first(
     dify: DifyStandIn, arguments: dict[str, Any], fields: dict[str, Any]

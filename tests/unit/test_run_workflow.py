@@ -14,14 +14,13 @@ from airflow_provider_dify.api.models import WorkflowRun
 from airflow_provider_dify.exceptions import (
     DifyConfigurationError,
     DifyConnectionError,
-    DifyInputsRejected,
     DifyWorkflowRunNotFound,
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
 from airflow_provider_dify.hooks.dify_async import DifyAsyncHook
-from tests.dify_stand_in import DifyStandIn, Start, lose_response, replay, reset, respond, too_many_requests
+from tests.dify_stand_in import DifyStandIn, Start, lose_response, replay, reset, respond
 
 UUID = "2d7a7544-770c-496f-8ef9-4e622682b330"
 RunWorkflow = Callable[..., WorkflowRun]
@@ -77,18 +76,6 @@ def test_a_start_whose_response_is_lost_is_found_in_the_log(dify: DifyStandIn, r
     dify.misbehave(lose_response(reset()), only="POST")
     assert run_workflow({"query": "x"}, "me").status == "succeeded"
     assert len(dify.started) == 1
-
-
-def test_a_start_that_dify_has_no_room_for_is_sent_again(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
-    dify.misbehave(too_many_requests(), times=6, only="POST")
-    assert run_workflow({}, "me").status == "succeeded"
-    assert len(dify.started) == 1
-
-
-def test_inputs_that_dify_rejects_say_so(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
-    dify.misbehave(replay("run_streaming_missing_input"), only="POST")
-    with pytest.raises(DifyInputsRejected, match="query is required"):
-        run_workflow({}, "me")
 
 
 def test_a_run_that_takes_too_long_is_left_alone(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:

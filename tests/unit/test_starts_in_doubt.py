@@ -115,16 +115,6 @@ def test_a_start_that_dify_says_failed_has_failed(dify: DifyStandIn, run_workflo
     assert seconds_after_the_start(dify) < 60
 
 
-def test_inputs_that_dify_rejects_among_the_events_are_rejected_at_once(
-    dify: DifyStandIn, run_workflow: RunWorkflow
-) -> None:
-    event = said_error("x is required in input form", 400, "invalid_param", task_id="$TASK")
-    dify.starts.append(Start(raw=(PING, event), statuses=(None,), then="pings"))
-    with pytest.raises(DifyInputsRejected, match="x is required"):
-        run_workflow({}, "me", timeout=120)
-    assert posts(dify) == 1
-
-
 @pytest.mark.parametrize("same_ids", [True, False], ids=["rejected", "ran"])
 def test_the_end_that_follows_an_error_is_read(dify: DifyStandIn, run_workflow: RunWorkflow, same_ids: bool) -> None:
     ids = {"task_id": "$RUN"} if same_ids else {}
