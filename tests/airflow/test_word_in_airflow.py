@@ -360,21 +360,6 @@ def test_a_start_that_dify_says_failed_is_repeated_by_retries(
     assert (posts(dify), dify.stopped) == (2, [])
 
 
-def test_events_that_cannot_be_read_are_left_out_with_a_warning(
-    dify: DifyStandIn, everything_said: Callable[[], str]
-) -> None:
-    odd = b"data: [DONE]\n\n"
-    raw = (PING, odd, STARTED, odd, NODE, odd, NODE_ENDED, said_finished("succeeded", OUTPUTS))
-    dify.starts.append(Start(raw=raw, statuses=("succeeded",), fields={"outputs": OUTPUTS}))
-    result = run_operator(poll_interval=1)
-    assert result.state == "success"
-    assert result.xcoms["run"]["workflow_run"]["total_price"] == "0.25"
-    said_of_it = everything_said()
-    assert "Node 'Ask' (llm) started." in said_of_it
-    assert "warning" in said_of_it.lower()
-    assert "Polling the run every" not in said_of_it
-
-
 # --- starts that were not accepted
 
 NOT_ACCEPTED: dict[str, tuple[Fault, str]] = {
