@@ -58,7 +58,7 @@ def operator_way(request: pytest.FixtureRequest) -> dict[str, Any]:
     return OPERATOR_WAYS[request.param]
 
 
-@pytest.fixture(params=each_or_long(START_WAYS, short=("worker", "deferrable")))
+@pytest.fixture(params=each_or_long(START_WAYS, short=("deferrable",)))
 def start_way(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Each way of an operator, and a start without a wait: all of them in the long run."""
     return START_WAYS[request.param]

@@ -414,6 +414,14 @@ def test_failed_polls_that_do_not_follow_each_other_never_add_up(dify: DifyStand
     assert len(dify.requests) == 10
 
 
+@pytest.mark.usefixtures("full_server")
+def test_a_server_that_takes_no_connection_is_given_up_before_the_timeout_of_a_response() -> None:
+    began = time.monotonic()
+    payload = payload_of(trigger_of(str(uuid.uuid4()), max_consecutive_failures=0))
+    assert payload["error"]["type"] == "DifyConnectionError"
+    assert 0.3 <= time.monotonic() - began < 20
+
+
 def test_a_wait_that_is_cancelled_while_it_closes_the_session_leaves_no_socket_open(dify: DifyStandIn) -> None:
     class SlowToClose:
         closed = asyncio.Event()
