@@ -3,20 +3,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
-from airflow_provider_dify.api.connection import DifyConnection
-from airflow_provider_dify.api.models import AppInfo, one_line
+from airflow_provider_dify.api.models import one_line
+from airflow_provider_dify.exceptions import DifyError
 from airflow_provider_dify.get_provider_info import CONNECTION_FIELDS, UI_FIELD_BEHAVIOUR
-from airflow_provider_dify.runs.inputs import parse_input_form
+from airflow_provider_dify.runs.inputs import InputForm, parse_input_form
 
 _NAME_LENGTH = 80
 
 
-def describe_test(
-    connection: DifyConnection, app: AppInfo, server_version: str | None, parameters: Any = None
-) -> tuple[bool, str]:
-    """Return what the Test button shows for an accepted key: whether the connection can be used, and sentences."""
+def run_test(hook: Any) -> tuple[bool, str]:
+    """Return what the Test button shows: whether the connection can be used, and sentences."""
+    form = InputForm()
+    try:
+        app = hook.get_app_info()
+        # One that can't be read says nothing about the connection.
+        with suppress(DifyError):
+            form = parse_input_form(hook.get_parameters())
+    except DifyError as error:
+        return False, str(error)
     name = one_line(app.name, _NAME_LENGTH)
     if not app.has_workflow_runs:
         return False, (
@@ -24,10 +31,9 @@ def describe_test(
             "which has no workflow runs. Use the API key of a workflow or chatflow app."
         )
     mode = f" ({app.mode})" if app.mode else ""
-    form = parse_input_form(parameters)
     inputs = f" {form.describe()}" if form.complete else ""
-    version = f", Dify {server_version}" if server_version else ""
-    return True, f"Connected to {connection.base_url}{version}, as the app {name!r}{mode}.{inputs}"
+    version = f", Dify {hook.server_version}" if hook.server_version else ""
+    return True, f"Connected to {hook.connection.base_url}{version}, as the app {name!r}{mode}.{inputs}"
 
 
 def ui_field_behaviour() -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -21,8 +20,8 @@ from airflow_provider_dify.api.http_response import HttpResponse
 from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, WorkflowRun, runs_of
 from airflow_provider_dify.api.run_stream import start_extras
 from airflow_provider_dify.api.session import DifySession, RequestRetries, open_upload
-from airflow_provider_dify.exceptions import DifyAuthenticationError, DifyError
-from airflow_provider_dify.hooks.connection_form import connection_form_widgets, describe_test, ui_field_behaviour
+from airflow_provider_dify.exceptions import DifyAuthenticationError
+from airflow_provider_dify.hooks.connection_form import connection_form_widgets, run_test, ui_field_behaviour
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, RunWait, WaitArguments
 
 if TYPE_CHECKING:
@@ -347,18 +346,10 @@ class DifyHook(BaseHook):
 
         :return: whether it works, and what names the app, Dify's version and the app's inputs, or what is wrong.
         """
-        hook = type(self)(self.dify_conn_id, timeout=self.timeout, retry_limit=0)
-        try:
-            with hook:
-                # Airflow's button tests a copy of the connection, under an id that no reader knows.
-                hook._names_connection = False
-                app, form = hook.get_app_info(), None
-                with suppress(DifyError):
-                    # One that can't be read says nothing about the connection.
-                    form = hook.get_parameters()
-        except DifyError as error:
-            return False, str(error)
-        return describe_test(hook.connection, app, hook.server_version, form)
+        with type(self)(self.dify_conn_id, timeout=self.timeout, retry_limit=0) as hook:
+            # Airflow's button tests a copy of the connection, under an id that no reader knows.
+            hook._names_connection = False
+            return run_test(hook)
 
     def perform(self, call: Call[T]) -> T:
         """
