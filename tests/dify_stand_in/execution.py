@@ -97,6 +97,9 @@ class Execution:
             run.exceptions_count = 1
         self.stand_in.runs[run.id] = run
         self.stand_in.log.append(run)
+        if self.stand_in.outputs_of is not None:
+            await self._return(run, stream, duration)
+            return
         if start.raw is not None:
             for part in start.raw:
                 if isinstance(part, bytes):
@@ -117,13 +120,26 @@ class Execution:
             run.events.publish(self._with_form(run, stream.beginning + rest))
         run.events.close()
 
+    async def _return(self, run: Run, stream: RecordedStream, duration: float) -> None:
+        """Let a run succeed with what the test's function returns for it."""
+        run.events.publish(stream.beginning)
+        run.responses = deque([self._detail("running", run, {})])
+        if await self._stopped_within(run, duration):
+            await self._end_stopped(run)
+            return
+        assert self.stand_in.outputs_of is not None
+        outputs = {"outputs": self.stand_in.outputs_of(run)}
+        run.responses = deque([self._detail("succeeded", run, outputs)])
+        run.events.publish(with_fields(stream.rest, outputs))
+        run.events.close()
+
     def _detail(self, status: str, run: Run, fields: dict[str, Any]) -> dict[str, Any]:
         times: dict[str, Any] = {"created_at": run.created_at}
         if not status.startswith("detail_"):
             times["finished_at"] = int(time.time()) if status in FINISHED else None
         if self.stand_in.echoes_inputs:
-            times["inputs"] = run.inputs
-            times["outputs"] = run.inputs if status == "succeeded" else {}
+            times["inputs"] = shown = self.stand_in.files.shown(run.inputs)
+            times["outputs"] = shown if status == "succeeded" else {}
         return self.dialect.run_detail(status, run.id, {**times, **fields})
 
     # --- stops

@@ -44,6 +44,8 @@ class Routes:
             response = self.dialect.response("detail_double_slash")
             response.headers["Location"] = f"{self.stand_in.origin}{request.raw_path.replace('//', '/')}"
             return self._with_version(response)
+        if request.raw_path.startswith("/files/"):
+            return await self.stand_in.files.respond(request)
         if not request.raw_path.startswith("/v1/"):
             return self._no_such_route()
         refused = self._refused(request)

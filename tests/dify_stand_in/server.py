@@ -20,6 +20,7 @@ from tests.dify_stand_in.dialects import DIALECT_OF_VERSION, RESUMED_ON_1_16
 from tests.dify_stand_in.exchanges import Exchange, exchanges, user_of
 from tests.dify_stand_in.execution import Execution
 from tests.dify_stand_in.faults import STAND_IN, Fault
+from tests.dify_stand_in.files import Files
 from tests.dify_stand_in.input_form import Form
 from tests.dify_stand_in.routes import Routes
 from tests.dify_stand_in.runs import ReceivedRequest, Run, Start, Started
@@ -89,6 +90,13 @@ class DifyStandIn:
         self.announces_runs = False
         #: Bytes of a file that are too many.
         self.upload_limit = 15 * 1024 * 1024
+        #: What the URLs of files begin with: ``FILES_URL``, without which they are relative.
+        self.files_url = ""
+        #: Seconds for which they are good (``FILES_ACCESS_TIMEOUT``), and how old they are when a run ends.
+        self.files_lifetime = 300.0
+        self.files_age = 0.0
+        #: What a started run returns, by its end: a function of the run.
+        self.outputs_of: Callable[[Run], dict[str, Any]] | None = None
         #: Whether a run's row appears in the log only at its end, as before about Dify 1.9.
         self.log_row_at_end = False
         #: Whether the log ignores the parameter with the user, as a server that doesn't know it would.
@@ -108,6 +116,7 @@ class DifyStandIn:
         self._exchanges: dict[int, Exchange] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.execution = Execution(self)
+        self.files = Files(self)
         self.routes = Routes(self)
 
     # --- life
