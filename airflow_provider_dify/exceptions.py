@@ -8,6 +8,8 @@ What can go wrong between a task and Dify, separated by what the task should do 
     ├── DifyConfigurationError                  fails: a connection or an argument that can't work
     ├── DifyConnectionError                     retried: Dify was away, overloaded or broken
     ├── DifyTaskKilled                          retried: Airflow killed the task; its run was stopped, or is looked for
+    ├── DifyFilesError                          retried: a file could not be brought to Dify or from it
+    │   └── DifyFilesLost                       fails: an output's file can't be had any more, such as by its old URL
     ├── DifyTokenLimitReached                   retried: a batch used more tokens than it may; the next try continues it
     ├── DifyBatchFailed                         fails: more runs of a batch failed than may
     ├── DifyRequestError                        fails: Dify rejected the request
@@ -257,6 +259,24 @@ class DifyOutputsError(DifyError, AirflowFailException):
     """The workflow run succeeded, but an output can't be an XCom. Fails without retry."""
 
     section = "the-run-ended-without-success"
+
+
+class DifyFilesError(DifyError):
+    """
+    A file could not be uploaded, or one of a run's outputs could not be saved.
+
+    Retried. Where the run has succeeded, its outputs are XComs, and the next try downloads again without a new run.
+    """
+
+    section = "files"
+
+
+class DifyFilesLost(DifyFilesError, AirflowFailException):
+    """
+    A file among a run's outputs can't be had: its URL has expired, or leads to where nothing may be fetched.
+
+    Fails without retry. The run has succeeded, and its outputs are XComs.
+    """
 
 
 class DifyBatchFailed(DifyError, AirflowFailException):

@@ -38,6 +38,12 @@ CONNECTION_FIELDS: dict[str, dict[str, Any]] = {
         "description": 'Headers for what stands in front of Dify, as JSON: {"CF-Access-Client-Id": "..."}. Secret.',
         "schema": {"type": ["string", "null"], "format": "password"},
     },
+    "files_url": {
+        "label": "Files URL",
+        "description": "Where the files of a run's outputs are, if Dify doesn't say. The server of the base URL if "
+        "empty.",
+        "schema": {"type": ["string", "null"]},
+    },
 }
 UI_FIELD_BEHAVIOUR: dict[str, Any] = {
     # Neither the port nor the extra: the Test button of Airflow 3.3.1 and 3.3.2 fails for a connection without a port,

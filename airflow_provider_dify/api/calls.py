@@ -41,6 +41,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunFailed,
     DifyWorkflowRunNotFound,
 )
+from airflow_provider_dify.files import copied, files_in, with_files_as
 
 INFO = "/info"
 PARAMETERS = "/parameters"
@@ -99,8 +100,9 @@ def plain_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     Airflow 2 lets only the task's own thread read those. Raises a DifyConfigurationError for what is no JSON.
     """
-    plain: dict[str, Any] = json.loads(_json_of(inputs))
-    return plain
+    plain: dict[str, Any] = json.loads(_json_of(with_files_as(inputs, lambda file: None)))
+    # Files of its own, at which only this task looks.
+    return {**plain, **{name: value for name, value in copied(inputs).items() if files_in({name: value})}}
 
 
 # What the provider sends itself with each start.
@@ -148,6 +150,9 @@ class Call(Generic[T]):
     parse: Callable[[HttpResponse], T]
     params: Mapping[str, Any] | None = None
     body: Mapping[str, Any] | None = None
+    # What makes a body that streams, on an event loop, and its headers.
+    data: Callable[[], Any] | None = None
+    headers: Mapping[str, str] | None = None
     # The server gets so long for the response at least, whatever the connection says.
     patience_seconds: float = 0.0
 

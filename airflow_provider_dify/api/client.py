@@ -7,7 +7,7 @@ import asyncio
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Hashable, Mapping
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from urllib.parse import unquote, urljoin, urlsplit
@@ -151,6 +151,8 @@ class SharedSession(Shared):
         longer: Any = {}
         if call.patience_seconds > total:
             longer = {"timeout": aiohttp.ClientTimeout(total=call.patience_seconds, sock_connect=connect)}
+        if call.data is not None:
+            longer |= {"data": call.data(), "headers": call.headers}
         async with client.request(
             call.method, url, params=params, json=call.body, allow_redirects=False, proxy=self.proxy, **longer
         ) as response:
@@ -269,6 +271,7 @@ T = TypeVar("T")
 
 # A run's inputs may be megabytes, and a triggerer has many waits.
 MAX_BODY_KEPT = 32_768
+UPLOADS_AT_ONCE = 32
 # What a request has at least: the last look at a run, after its deadline, is one.
 _SHORTEST_SECONDS = 1.0
 
@@ -295,6 +298,11 @@ class DifyClient:
         self._streams: WeakSet[AsyncWorkflowRunStream] = WeakSet()
         self._last_run: tuple[str, bytes, WorkflowRun] | None = None
         self._reading = asyncio.Lock()
+        # Starts whose files are uploaded at once: each has some of them in memory.
+        self.uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        # What lives as long as the client, such as the downloader of its runs' files.
+        self.until_exit = AsyncExitStack()
+        self.downloader: Any = None
 
     async def __aenter__(self) -> Self:
         """Read the connection and open the session, if no one has; a DifyConfigurationError if it can't be used."""
@@ -312,6 +320,7 @@ class DifyClient:
             # The end of the event loop, which may come next, waits for no socket.
             await asyncio.gather(*(stream.wait_closed() for stream in self._streams))
         finally:
+            await self.until_exit.aclose()
             await self.close()
 
     async def close(self) -> None:

@@ -168,6 +168,7 @@ class DifyConnection:
     :param proxies: proxy URLs by URL scheme, as ``requests`` takes them.
     :param console_url: URL of Dify's console, without a slash at the end; ``None`` where the connection doesn't say.
     :param headers: further headers of each request, for what stands in front of Dify. Their values are secrets.
+    :param files_url: where a run's files are, if their URLs don't say; ``None`` where the connection doesn't either.
     """
 
     conn_id: str
@@ -179,6 +180,7 @@ class DifyConnection:
     proxies: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
     console_url: str | None = None
     headers: dict[str, str] = field(default_factory=dict, repr=False, hash=False)
+    files_url: str | None = None
 
     @classmethod
     def from_airflow(cls, connection: Connection, *, has_name: bool = True) -> DifyConnection:
@@ -186,8 +188,8 @@ class DifyConnection:
         Parse an Airflow connection.
 
         :param connection: ``password`` is the API key; ``host``, ``schema`` and ``port`` make the base URL; ``extra``
-            may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle), ``proxies``, ``console_url``
-            and ``headers``. Other extras are ignored.
+            may hold ``timeout`` (seconds), ``verify`` (a bool or the path of a CA bundle), ``proxies``,
+            ``console_url``, ``headers`` and ``files_url``. Other extras are ignored.
         :param has_name: whether messages name the connection; Airflow's Test button makes up an id for a copy of it.
         :return: the settings.
         :raises DifyConfigurationError: if the key is missing or no URL can be made; names the connection.
@@ -202,8 +204,9 @@ class DifyConnection:
                 timeout=_timeout(extra.get("timeout")),
                 verify=_verify(extra.get("verify")),
                 proxies=_proxies(extra.get("proxies")),
-                console_url=_console_url(extra.get("console_url")),
+                console_url=_http_url("console_url", extra.get("console_url")),
                 headers=_headers(extra.get("headers")),
+                files_url=_http_url("files_url", extra.get("files_url")),
             )
         except DifyConfigurationError as error:
             name = name_connection(conn_id)
@@ -407,7 +410,7 @@ def is_proxy_url(url: object) -> bool:
         return False
 
 
-def _console_url(value: Any) -> str | None:
+def _http_url(name: str, value: Any) -> str | None:
     text = value.strip() if isinstance(value, str) else value
     if text in (None, ""):
         return None
@@ -421,6 +424,6 @@ def _console_url(value: Any) -> str | None:
     except (DifyConfigurationError, ValueError):
         # Not shown: what stands before an @ is likely a secret.
         raise DifyConfigurationError(
-            "the extra 'console_url' must be an http or https URL such as https://dify.example.com, "
+            f"the extra {name!r} must be an http or https URL such as https://dify.example.com, "
             "without user name, query and fragment."
         ) from None

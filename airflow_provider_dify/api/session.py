@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import math
-import mimetypes
 import os
 import random
 import ssl
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
 from importlib.util import find_spec
@@ -24,14 +24,17 @@ from requests.auth import AuthBase
 from requests.utils import DEFAULT_CA_BUNDLE_PATH, select_proxy
 
 from airflow_provider_dify.api.connection import HEADERS, DifyConnection, is_proxy_url
-from airflow_provider_dify.api.http_response import HttpResponse, no_response
+from airflow_provider_dify.api.http_response import HttpResponse, no_response, reason_of
 from airflow_provider_dify.api.models import one_line
 from airflow_provider_dify.exceptions import (
     CONNECTION_SECTION,
     MAX_RETRY_DELAY,
     DifyConfigurationError,
     DifyConnectionError,
+    DifyError,
+    DifyFilesError,
 )
+from airflow_provider_dify.files import DifyFile
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger
@@ -150,6 +153,8 @@ class DifySession(requests.Session):
 
         try:
             return exchange() if time_limit_seconds is None else _call_within(time_limit_seconds, exchange)
+        except DifyError:
+            raise
         except Exception as error:
             # Whatever the client calls it, and whatever the server or a proxy said to cause it.
             failure = no_response(connection, subject, url, error)
@@ -194,21 +199,69 @@ def _call_within(seconds: float, call: Callable[[], T]) -> T:
     return outcome.result()
 
 
+# Bytes of a file in memory.
+CHUNK = 1 << 20
+
+
+class UploadBody:
+    """The body of an upload. Each iteration opens the file anew and reads it in pieces, so that no size matters."""
+
+    def __init__(
+        self, file: DifyFile, user: str, size: int, open_file: Callable[[], AbstractContextManager[IO[bytes]]]
+    ) -> None:
+        boundary = uuid.uuid4().hex
+        part = f'--{boundary}\r\nContent-Disposition: form-data; name="'
+        # Without a type Dify refuses the upload (415).
+        kind = f"Content-Type: {file.mime_type}\r\n\r\n"
+        self._head = f'{part}user"\r\n\r\n{user}\r\n{part}file"; filename="{file.file_name}"\r\n{kind}'.encode()
+        self._tail = f"\r\n--{boundary}--\r\n".encode()
+        self._size, self._open = size, open_file
+        self.subject = f"the upload of {one_line(file.file_name, 100)!r}"
+        self.headers = {
+            "Content-Type": f"multipart/form-data; boundary={boundary}",
+            "Content-Length": str(len(self)),
+        }
+
+    def __len__(self) -> int:
+        return len(self._head) + self._size + len(self._tail)
+
+    def __iter__(self) -> Iterator[bytes]:
+        front, left = self._head, self._size
+        try:
+            with self._open() as opened:
+                while left and (piece := opened.read(min(CHUNK, left))):
+                    yield front + piece
+                    front, left = b"", left - len(piece)
+                has_changed = bool(left or opened.read(1))
+        except DifyError:
+            raise
+        except Exception as error:
+            # Storages are packages of others, with errors of their own.
+            raise DifyFilesError(f"{reason_of(error, ())}: the file of {self.subject} could not be read.") from None
+        if has_changed:
+            raise DifyFilesError(f"The file of {self.subject} changed while it was read. It was not uploaded.")
+        yield front + self._tail
+
+
 @contextmanager
 def open_upload(
-    file: str | os.PathLike[str] | IO[bytes], file_name: str | None, mime_type: str | None
-) -> Iterator[tuple[str, IO[bytes], str]]:
-    """
-    Return name, open file and type of a file to upload, as ``requests`` takes them. A file that is open already stays
-    open. Without a type, which is guessed from the name by default, Dify refuses the upload (415).
-    """
+    file: str | os.PathLike[str] | IO[bytes], user: str, file_name: str | None, mime_type: str | None
+) -> Iterator[UploadBody]:
+    """Open a file to upload; one that is open already is sent from where it stands, and stays open."""
     with ExitStack() as stack:
         try:
             opened = stack.enter_context(open(file, "rb")) if isinstance(file, (str, os.PathLike)) else file
+            start = opened.tell()
+            size = opened.seek(0, os.SEEK_END) - start
         except OSError as error:
             raise DifyConfigurationError(f"The file to upload cannot be read: {error}") from error
+
+        def open_again() -> AbstractContextManager[IO[bytes]]:
+            opened.seek(start)
+            return nullcontext(opened)
+
         name = file_name or os.path.basename(str(getattr(opened, "name", "file")))
-        yield name, opened, mime_type or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        yield UploadBody(DifyFile(name, file_name=name, mime_type=mime_type), user, size, open_again)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from airflow_provider_dify.batch.naming import BatchName
 from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, RowResult, RowSet
 from airflow_provider_dify.batch.resuming import EarlierTries
-from airflow_provider_dify.batch.rows import is_file
+from airflow_provider_dify.batch.rows import check_listing, is_file, listing_of
 from airflow_provider_dify.batch.storage import is_same_file, open_stream, storage_errors, storage_path
 from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyError, DifyOutputsError
 from airflow_provider_dify.tasks.xcoms import xcom_problem
@@ -68,12 +68,14 @@ class ResultFiles:
 
     def __init__(self, output_path: str, name: BatchName) -> None:
         self.output_path = output_path
+        self.inputs: Any = None  # once they were checked
         self._name = name
         self._file = storage_path(output_path)
         self._folder = self._file.parent / f"{self._file.name}.parts" / name.folder
 
     def check(self, inputs: Any) -> None:
         """Check, before anything is started, that the path names a file, and not that of the inputs."""
+        self.inputs = inputs
         shown = repr(_shown(self.output_path))
         if not self.output_path.strip() or not self._file.name:
             raise DifyConfigurationError(f"output_path must name a file, but it is {shown}.")
@@ -251,6 +253,7 @@ def _join(first: Checkpoint | None, second: Checkpoint | None) -> Checkpoint | N
         max(first.rows, second.rows),
         min(first.since, second.since),
         max(first.last_lost, second.last_lost),
+        first.listing or second.listing,
     )
 
 
@@ -346,6 +349,8 @@ class FileOutput(Output):
         # it may have removed the parts at its end, or written them on another worker's disk.
         checkpoint = written.checkpoint
         self._has_begun = checkpoint is not None
+        if checkpoint is not None:
+            check_listing(files.inputs, checkpoint.listing)
         self.earlier = replace(earlier, last_row=written.rows.last)
         if checkpoint is not None:
             self.earlier = EarlierTries(
@@ -360,7 +365,7 @@ class FileOutput(Output):
             )
         elif not earlier.can_be:
             self.earlier = replace(self.earlier, since=time.time())
-        self._first = Checkpoint(max_active_runs, since=self.earlier.since)
+        self._first = Checkpoint(max_active_runs, since=self.earlier.since, listing=listing_of(files.inputs))
         self._buffer = PartBuffer(replace(self._first, rows=len(written.rows)))
         # Rows that neither Dify's log nor a part has, and those of them that are being written.
         self._untraced = 0

@@ -30,6 +30,7 @@ class RowResult:
     total_tokens: int | None = None
     elapsed_time: float | None = None
     attempts: int = 1  # runs that were started for the row
+    uploaded: dict[str, int] | None = None  # files and bytes, of a row that has any
 
     @classmethod
     def of_run(cls, index: int, run: WorkflowRun) -> RowResult:
@@ -47,7 +48,7 @@ class RowResult:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON-ready values, in the order of the fields."""
         # Not asdict, which copies the outputs.
-        return {name: getattr(self, name) for name in _FIELDS}
+        return {name: getattr(self, name) for name in _FIELDS if name != "uploaded" or self.uploaded}
 
     def to_line(self) -> str:
         """Return the result as a line of JSON Lines, with its end."""
@@ -80,6 +81,7 @@ class Checkpoint:
     rows: int = 0  # whose results are in this part and those before; if fewer are there, a part is gone
     since: float = 0.0  # epoch seconds of the batch's first start; 0 in parts of older versions
     last_lost: int = -1  # the last row whose start got lost, so that Dify's log may not have it
+    listing: str = ""  # what the batch's files were, where these are its rows
 
     def to_line(self) -> str:
         """Return the checkpoint as a line of JSON Lines, with its end."""
@@ -94,7 +96,8 @@ class Checkpoint:
                 return None
             stopped = tuple(map(str, data["stopped_runs"]))
             since, last_lost = float(data.get("since", 0.0)), int(data.get("last_lost", -1))
-            return cls(int(data["max_active_runs"]), stopped, int(data["rows"]), since, last_lost)
+            listing = str(data.get("listing", ""))
+            return cls(int(data["max_active_runs"]), stopped, int(data["rows"]), since, last_lost, listing)
         except (ValueError, RecursionError, KeyError, TypeError):
             return None
 

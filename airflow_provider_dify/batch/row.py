@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,16 +17,19 @@ from airflow_provider_dify.api.run_stream import NO_EXTRAS, StartExtras
 from airflow_provider_dify.batch.naming import RowUsers
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import Resumption, RowPlan
+from airflow_provider_dify.batch.rows import FormCheck
 from airflow_provider_dify.batch.slots import Places
 from airflow_provider_dify.exceptions import (
     BATCH_SECTION,
     DifyAuthenticationError,
     DifyConnectionError,
     DifyError,
+    DifyFilesLost,
     DifyWorkflowRunFailed,
     DifyWorkflowRunTimeout,
     DifyWorkflowRunUncertain,
 )
+from airflow_provider_dify.runs.downloads import save_files
 from airflow_provider_dify.runs.log import RunSearch, delay_after, looking_again
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import StopReport, stop_run
@@ -63,6 +67,8 @@ class BatchSettings:
     run_retries: int = 0
     max_total_tokens: int | None = None
     json_columns: tuple[str, ...] = ()
+    file_columns: tuple[str, ...] = ()
+    output_files: str | None = None
     user: str | None = None
     workflow_id: str | None = None
     progress_interval: float = 30.0
@@ -83,6 +89,7 @@ class Batch(Protocol):
     log: Logger
     # By time.monotonic: when Dify took the last start of any row.
     last_start: float
+    check: FormCheck
 
     @property
     def starts_more(self) -> bool:
@@ -148,6 +155,7 @@ class RowRun:
         self._found_run_id: str | None = None
         self._sent_at = 0.0
         self._user = ""
+        self._uploaded: Counter[str] = Counter()
         self._starter = self._new_starter()
 
     @property
@@ -264,6 +272,7 @@ class RowRun:
         batch = self._batch
         starter = Starter(batch.client, batch.deadline, self._log, batch.settings.wait, one_of_many=True)
         starter.extras = batch.settings.extras
+        starter.form, starter.uploaded = batch.check.form, self._uploaded
         starter.start_retries = START_RETRIES
         starter.before_send = self._before_send
         starter.wait_for_room = self._wait_for_room
@@ -335,11 +344,24 @@ class RowRun:
             return self._failed(error, run_id, can_be_repeated=isinstance(error, DifyWorkflowRunFailed))
         if verdict.outcome is Outcome.TIMED_OUT:
             await self.stop()
-        result = RowResult.of_run(self.row, run)
+        run, lost = await self._save_files(run, verdict)
+        result = replace(RowResult.of_run(self.row, run), uploaded=dict(self._uploaded) or None)
         if verdict.is_failure:
             status = "failed" if verdict.outcome is Outcome.TIMED_OUT else result.status
             result = replace(result, status=status, error=run.error or verdict.reason)
+        if lost is not None:
+            result = replace(result, status="failed", error=str(lost))
         return _Outcome(result, can_be_repeated=verdict.is_failure and verdict.can_be_repeated)
+
+    async def _save_files(self, run: WorkflowRun, verdict: Verdict) -> tuple[WorkflowRun, DifyFilesLost | None]:
+        """Save the run's files in the row's folder; what may pass ends the batch, whose retry reads the run again."""
+        folder = self._batch.settings.output_files
+        if folder is not None:
+            folder = folder.replace("{index}", str(self.row)) if "{index}" in folder else f"{folder}/{self.row}"
+        run, lost = await save_files(self._batch.client, run, verdict, folder, self._log)
+        if lost is not None and not isinstance(lost, DifyFilesLost):
+            raise lost
+        return run, lost
 
     async def _follow_unreadable(self, wait: RunWait) -> tuple[WorkflowRun, Verdict]:
         try:
@@ -360,4 +382,7 @@ class RowRun:
         return True
 
     def _failed(self, error: DifyError, run_id: str | None = None, **facts: bool) -> _Outcome:
-        return _Outcome(RowResult(self.row, "failed", error=str(error), workflow_run_id=run_id), **facts)
+        uploaded = dict(self._uploaded) or None
+        return _Outcome(
+            RowResult(self.row, "failed", error=str(error), workflow_run_id=run_id, uploaded=uploaded), **facts
+        )

@@ -7,16 +7,19 @@ import asyncio
 import csv
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_dify.api.models import one_line
-from airflow_provider_dify.batch.storage import open_text
+from airflow_provider_dify.api.models import digest_of, one_line
+from airflow_provider_dify.batch.storage import open_text, storage_errors, storage_path
 from airflow_provider_dify.exceptions import DifyConfigurationError
+from airflow_provider_dify.files import DifyFile, DifyFiles
 from airflow_provider_dify.runs.inputs import InputForm, check_inputs
 
 if TYPE_CHECKING:
@@ -39,14 +42,30 @@ class Row:
     inputs: dict[str, Any] | None  # None for a row with an error
     error: str | None = None
     length: int = field(default=0, compare=False)  # characters in its file
+    optional: tuple[str, ...] = ()  # inputs that are left out where the app has none of that name
 
 
-def read_rows(inputs: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
+def read_rows(inputs: Any, json_columns: Sequence[str] = (), file_columns: Sequence[str] = ()) -> Iterator[Row]:
+    """Return the rows as :func:`_read_rows` does, with a DifyFile for each text in ``file_columns``."""
+    rows = _read_rows(inputs, json_columns, file_columns)
+    return (_with_files(row, file_columns) for row in rows) if file_columns else rows
+
+
+def _with_files(row: Row, file_columns: Sequence[str]) -> Row:
+    inputs = row.inputs or {}
+    texts = {name: inputs[name] for name in file_columns if isinstance(inputs.get(name), str) and inputs[name]}
+    return replace(row, inputs={**inputs, **{name: DifyFile(text) for name, text in texts.items()}}) if texts else row
+
+
+def _read_rows(inputs: Any, json_columns: Sequence[str], file_columns: Sequence[str]) -> Iterator[Row]:
     """
     Return the rows of a list of dicts, or of a file that is read as a stream; what is no object has an error. In JSON
     Lines, blank lines are skipped. In CSV, the first line names the inputs, each value is text (JSON in
     ``json_columns``), a quoted value may have several lines, and an empty one is no input.
     """
+    if isinstance(inputs, DifyFiles):
+        paths = (path for path, _ in list_files(inputs))
+        return (Row(index, None, inputs.row(path), optional=("file_name",)) for index, path in enumerate(paths))
     if not is_file(inputs):
         if not isinstance(inputs, Sequence) or isinstance(inputs, (bytes, bytearray)):
             raise DifyConfigurationError(
@@ -58,7 +77,7 @@ def read_rows(inputs: Any, json_columns: Sequence[str] = ()) -> Iterator[Row]:
     if suffix in (".jsonl", ".ndjson"):
         return _rows_of_json_lines(inputs)
     if suffix == ".csv":
-        return _rows_of_csv(inputs, json_columns)
+        return _rows_of_csv(inputs, json_columns, file_columns)
     if str(inputs).lstrip()[:1] in ("[", "{"):
         raise DifyConfigurationError(
             f"inputs is a text, not a list of dicts: {one_line(str(inputs), 120)!r}. Pass the upstream task's output "
@@ -77,6 +96,8 @@ def load_lazy(inputs: Any) -> Any:
 
 def count_rows(inputs: Any, json_columns: Sequence[str] = ()) -> int:
     """Return how many rows a batch has. A file is read once for that, as a stream."""
+    if isinstance(inputs, DifyFiles):
+        return len(list_files(inputs))
     if not is_file(inputs) and isinstance(inputs, Sequence):
         return len(inputs)
     return sum(1 for _ in read_rows(inputs, json_columns))
@@ -115,7 +136,70 @@ def _parse_json(index: int, line: int, text: str | None) -> Row:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         return Row(index, line, None, f"Line {line} is no JSON: {one_line(str(error), 120)}.")
-    return _row(index, line, value, len(text))
+    try:
+        return _row(index, line, _with_named_files(value), len(text))
+    except DifyConfigurationError as error:
+        return Row(index, line, None, f"Line {line} has a wrong file: {error}")
+
+
+def _with_named_files(value: Any) -> Any:
+    """Return a row with a DifyFile for each value, or item of a list, that is an object with ``$file``."""
+
+    def convert(item: Any) -> Any:
+        if not isinstance(item, dict) or not isinstance(item.get("$file"), str):
+            return [convert(part) for part in item] if isinstance(item, list) else item
+        settings = {name: item[name] for name in _FILE_SETTINGS if isinstance(item.get(name), str)}
+        return DifyFile(item["$file"], **settings)
+
+    is_row = isinstance(value, dict)
+    return {name: convert(item) for name, item in value.items()} if is_row else value
+
+
+_LISTING = "dify_batch_files"
+_FILE_SETTINGS = ("type", "mime_type", "file_name")
+
+
+def list_files(files: DifyFiles) -> list[tuple[str, int]]:
+    """Return the paths and sizes of a batch's files, in the order of their names; read once."""
+    if files.listed is None:
+        path = storage_path(files.location)
+        with storage_errors(files.location, "listed"):
+            has_pattern = any(char in str(path.path) for char in "*?[")
+            look = path.fs.glob if has_pattern else partial(path.fs.find, maxdepth=1)
+            found = look(str(path.path), detail=True)
+            # Without the connection in the URL's front, which the storage doesn't know.
+            front = re.match(r"(?:[\w+.-]+://(?:[^/@]*@)?)?", files.location)
+            files.listed = [
+                (f"{front[0] if front else ''}{name}", int(info["size"] or 0))
+                for name, info in sorted(found.items())
+                if info["type"] == "file" and not name.endswith("/")
+            ]
+    return files.listed
+
+
+def listing_of(inputs: Any) -> str:
+    """Return what tells whether a batch's files are those of an earlier try; empty for other inputs."""
+    return digest_of(json.dumps(list_files(inputs))) if isinstance(inputs, DifyFiles) else ""
+
+
+def check_listing(inputs: Any, earlier: str) -> None:
+    """Raise a DifyConfigurationError if a batch's files are not those of its earlier try."""
+    if earlier and earlier != listing_of(inputs):
+        raise DifyConfigurationError(
+            f"The files of {one_line(inputs.location, 200)!r} are not those of the batch's earlier try: some came, "
+            "went or changed. Clear the task to start from scratch, or put the folder back as it was."
+        )
+
+
+def keep_listing(inputs: Any, store: Any, max_tries: int | None) -> None:
+    """Check a batch's files in Airflow's task state (3.3 and later), which keeps what they were for the next try."""
+    if store is None or not isinstance(inputs, DifyFiles):
+        return
+    known = store.get(_LISTING)
+    # More tries than before: the task was cleared, and starts from scratch.
+    if isinstance(known, dict) and known.get("max_tries") == max_tries:
+        check_listing(inputs, str(known.get("listing")))
+    store.set(_LISTING, {"listing": listing_of(inputs), "max_tries": max_tries})
 
 
 def _lines(file: Any) -> Iterator[tuple[int, str | None]]:
@@ -127,17 +211,18 @@ def _lines(file: Any) -> Iterator[tuple[int, str | None]]:
         yield number, None if is_too_long else text
 
 
-def _rows_of_csv(path: Any, json_columns: Sequence[str]) -> Iterator[Row]:
+def _rows_of_csv(path: Any, json_columns: Sequence[str], file_columns: Sequence[str]) -> Iterator[Row]:
     with open_text(path, newline="") as file, _long_fields():
         records = _records(file)
         header = next(records, None)
         if header is None:
             return
         names = _check_header(path, header)
-        for name in json_columns:
+        named = [("json_columns", name) for name in json_columns] + [("file_columns", name) for name in file_columns]
+        for argument, name in named:
             if name not in names:
                 raise DifyConfigurationError(
-                    f"json_columns names {one_line(name, 100)!r}, which is no column of {one_line(str(path), 200)!r}."
+                    f"{argument} names {one_line(name, 100)!r}, which is no column of {one_line(str(path), 200)!r}."
                 )
         for index, record in enumerate(records):
             yield _parse_record(index, record, names, json_columns)
@@ -270,13 +355,17 @@ class FormCheck:
 
     def __init__(self, log: Logger) -> None:
         self._log = log
-        self.form: InputForm | None = None
+        self.form = InputForm()
         self._warned: set[str] = set()
+
+    def inputs_of(self, row: Row) -> dict[str, Any]:
+        """Return a row's inputs, but those that are to be left out where the app doesn't have them."""
+        known = {item.variable for item in self.form.fields} if self.form.complete else row.optional
+        inputs = row.inputs or {}
+        return {name: value for name, value in inputs.items() if name not in row.optional or name in known}
 
     def problem_of(self, inputs: Mapping[str, Any]) -> str | None:
         """Return why Dify is sure to reject a row's inputs; ``None`` if nothing is known against them."""
-        if self.form is None:
-            return None
         check = check_inputs(self.form, inputs)
         for warning in check.warnings:
             if warning not in self._warned and len(self._warned) < _MAX_WARNINGS:

@@ -21,7 +21,7 @@ from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import EarlierTries, Resumption
 from airflow_provider_dify.batch.row import BatchSettings, NoMoreStarts, RowRun
-from airflow_provider_dify.batch.rows import FormCheck, Row, RowsAhead, count_rows, load_lazy, read_rows
+from airflow_provider_dify.batch.rows import FormCheck, Row, RowsAhead, count_rows, keep_listing, load_lazy, read_rows
 from airflow_provider_dify.batch.slots import Places, RunLimit
 from airflow_provider_dify.exceptions import (
     BATCH_SECTION,
@@ -32,7 +32,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
-from airflow_provider_dify.runs.inputs import read_form
+from airflow_provider_dify.runs.inputs import InputForm, read_form
 from airflow_provider_dify.runs.waiting import Deadline
 from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import earliest_start, first_try_number
@@ -87,7 +87,7 @@ class BatchRun:
         self._failure: BaseException | None = None
         self._tasks: dict[asyncio.Task[None], RowRun] = {}
         self.places = Places(RunLimit(settings.max_active_runs), log, self._changed.set)
-        self._check = FormCheck(log)
+        self.check = FormCheck(log)
         self.resumption = Resumption(
             users,
             output.earlier,
@@ -126,8 +126,9 @@ class BatchRun:
 
     async def _prepare(self) -> None:
         """Read the form, and write the first part."""
-        if self.settings.workflow_id is None:
-            self._check.form = await read_form(self.client)
+        form = await read_form(self.client) or InputForm()
+        # The form that Dify shows is the current version's.
+        self.check.form = form if self.settings.workflow_id is None else form.limits_only()
         if self.client.address:
             self.log.info("%s", self.client.address)
         if self._output.earlier.can_be:
@@ -136,9 +137,8 @@ class BatchRun:
 
     async def _run_rows(self) -> None:
         settings = self.settings
-        rows = RowsAhead(
-            row for row in read_rows(settings.inputs, settings.json_columns) if not self._output.has(row.index)
-        )
+        found = read_rows(settings.inputs, settings.json_columns, settings.file_columns)
+        rows = RowsAhead(row for row in found if not self._output.has(row.index))
         next_line = time.monotonic() + settings.progress_interval
         has_more = True
 
@@ -204,11 +204,12 @@ class BatchRun:
 
     def _take(self, row: Row) -> None:
         """Begin with a row: check its inputs, and do what is to be done with it."""
-        error = row.error if row.inputs is None else self._check.problem_of(row.inputs)
+        inputs = self.check.inputs_of(row)
+        error = row.error if row.inputs is None else self.check.problem_of(inputs)
         if row.inputs is None or error is not None:
             self._on_result(RowResult(row.index, "failed", error=error, attempts=0))
             return
-        run = RowRun(self, row.index, row.inputs, may_be_started=self.resumption.take(row.index))
+        run = RowRun(self, row.index, inputs, may_be_started=self.resumption.take(row.index))
         if not run.may_be_started:
             self.places.take(row.index)
         self._begin(run, run.run())
@@ -442,6 +443,7 @@ class BatchTask:
         earlier = EarlierTries(since, self._ti.try_number > 1, number)
         path = self._settings.output_path
         if path is None:
+            keep_listing(self._settings.inputs, self._context.get("task_state_store"), self._ti.max_tries)
             return ReturnedOutput(total, earlier)
         files = ResultFiles(path, BatchName.of_task(self._ti))
         files.check(self._settings.inputs)

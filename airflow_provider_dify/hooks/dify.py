@@ -21,6 +21,7 @@ from airflow_provider_dify.api.models import AppInfo, LoggedWorkflowRun, Workflo
 from airflow_provider_dify.api.run_stream import start_extras
 from airflow_provider_dify.api.session import DifySession, RequestRetries, open_upload
 from airflow_provider_dify.exceptions import DifyAuthenticationError
+from airflow_provider_dify.files import files_in
 from airflow_provider_dify.hooks.connection_form import connection_form_widgets, run_test, ui_field_behaviour
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, RunWait, WaitArguments
 
@@ -186,6 +187,11 @@ class DifyHook(BaseHook):
 
         inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, extra_body)
         deadline = self._deadline_after(timeout)
+        if files_in(inputs):
+            from airflow_provider_dify.runs.uploads import upload_inputs
+
+            upload = partial(upload_inputs, inputs=inputs, user=user, workflow_id=workflow_id, deadline=deadline)
+            inputs = self.run_on_loop(upload, deadline.at)
 
         def start() -> WorkflowRunStream:
             # An attempt that is made at all has a second, as every other request.
@@ -230,7 +236,8 @@ class DifyHook(BaseHook):
         :raises DifyError: any other, as :meth:`start_workflow_run` and :meth:`wait_for_workflow_run` do.
         """
         inputs, extras = calls.plain_inputs(inputs), start_extras(trace_id, trace_session_id, extra_body)
-        deadline, arguments = self._deadline_after(timeout), _wait_arguments(poll_interval)
+        deadline = self._deadline_after(timeout)
+        arguments = WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)
 
         async def work(client: DifyClient) -> WorkflowRun:
             from airflow_provider_dify.runs.starting import Starter
@@ -253,7 +260,8 @@ class DifyHook(BaseHook):
         :raises DifyWorkflowRunNotFound: if the API key's app has no such run, for a minute.
         :raises DifyError: any other, as :meth:`get_workflow_run` does.
         """
-        deadline, arguments = self._deadline_after(timeout), _wait_arguments(poll_interval)
+        deadline = self._deadline_after(timeout)
+        arguments = WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)
         wait = RunWait(calls.parse_workflow_run_id(workflow_run_id), arguments, log=self.log)
 
         async def work(client: DifyClient) -> WorkflowRun:
@@ -323,22 +331,28 @@ class DifyHook(BaseHook):
         :raises DifyError: as :meth:`get_workflow_run` does.
         """
         calls.check_user(user)
-        with open_upload(file, file_name, mime_type) as part:
-            start = part[1].tell()
+        with open_upload(file, user, file_name, mime_type) as body:
 
             def upload() -> str:
-                part[1].seek(start)
                 response = self._get_session().receive(
-                    "POST",
-                    calls.UPLOAD,
-                    f"the upload of {part[0]!r}",
-                    time_limit_seconds=None,
-                    files={"file": part},
-                    data={"user": user},
+                    "POST", calls.UPLOAD, body.subject, time_limit_seconds=None, data=body, headers=body.headers
                 )
                 return parse_uploaded_file_id(response)
 
             return self._with_retries(upload)
+
+    def download_file(self, output: Mapping[str, Any] | str, target: str | os.PathLike[str]) -> str:
+        """
+        Download a file among a run's outputs, to any storage. Dify's URL of it expires 300 seconds after the run's end.
+
+        :param output: the output's object, or its URL.
+        :param target: path or URL of the file to write; with a slash at the end, the folder for it.
+        :return: the path.
+        :raises DifyFilesError: if it can't be downloaded or written; a :class:`DifyFilesLost` if no retry helps.
+        """
+        from airflow_provider_dify.runs.downloads import download
+
+        return self.run_on_loop(lambda client: download(self.connection, output, str(target), self.log))
 
     def test_connection(self) -> tuple[bool, str]:
         """
@@ -435,8 +449,3 @@ class DifyHook(BaseHook):
                 )
                 self.close()
         return self.connection
-
-
-def _wait_arguments(poll_interval: float) -> WaitArguments:
-    # Some servers write runs late.
-    return WaitArguments(poll_interval=poll_interval, not_found_grace=NOT_FOUND_GRACE)

@@ -23,6 +23,7 @@ from airflow_provider_dify.api.models import LoggedWorkflowRun, WorkflowRun, run
 from airflow_provider_dify.api.run_stream import start_extras
 from airflow_provider_dify.exceptions import DifyConnectionError
 from airflow_provider_dify.runs.starting import Starter
+from airflow_provider_dify.runs.uploads import upload_inputs
 from airflow_provider_dify.runs.waiting import NOT_FOUND_GRACE, WEEK_SECONDS, Deadline, WaitArguments
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class DifyAsyncHook(DifyClient):
         :raises DifyError: as there; a :class:`DifyConnectionError` if nothing was started.
         """
         until, extras = time.time() + timeout, start_extras(trace_id, trace_session_id, extra_body)
+        inputs = await upload_inputs(self, inputs, user, workflow_id, deadline=Deadline.after(timeout, "hook's"))
 
         async def start() -> AsyncWorkflowRunStream:
             stream = self.send_start(inputs, user, workflow_id, extras)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -92,12 +93,15 @@ class DifyRunWorkflowOperator(BaseOperator):
     :param restart_lost_runs: let ``retries`` start another run where a start got lost: no event stream began, and
         Dify's log, which could be read all the time, showed no run during ``not_found_grace``. The first one may still
         be in Dify's queue, and be paid for, too. By default such a task fails without retry.
+    :param output_files: path or URL of a folder, in which the files among the outputs are saved before Dify's URLs of
+        them expire; each output's object has ``path`` then. Templated.
     :param multiple_outputs: whether each output is an XCom of its own too.
     :raises DifyInputsRejected: if Dify rejects the inputs.
     :raises DifyRequestError: if Dify rejects the start.
     :raises DifyWorkflowRunUncertain: if a run may have been started and could not be found.
     :raises DifyWorkflowRunTimeout: if ``timeout`` or ``run_timeout`` is over.
     :raises DifyWorkflowRunFailed: if the run failed.
+    :raises DifyFilesError: if a file can't be uploaded, or one of the outputs can't be saved.
     :raises DifyError: any other, as the sensor does.
     """
 
@@ -109,6 +113,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         "trace_id",
         "trace_session_id",
         "extra_body",
+        "output_files",
     )
     template_fields_renderers = {"inputs": "json"}  # noqa: RUF012
     # So that Rendered Templates shows the default user, too (Airflow 3.3 and later).
@@ -139,6 +144,7 @@ class DifyRunWorkflowOperator(BaseOperator):
         end_from_trigger: bool = False,
         stop_on_failure: bool = True,
         restart_lost_runs: bool = False,
+        output_files: str | os.PathLike[str] | None = None,
         multiple_outputs: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -159,10 +165,12 @@ class DifyRunWorkflowOperator(BaseOperator):
         self.not_found_grace = parse_seconds("not_found_grace", not_found_grace)
         self.max_consecutive_failures = parse_count("max_consecutive_failures", max_consecutive_failures)
         self.defer_after = parse_seconds("defer_after", defer_after)
-        self.end_from_trigger = parse_end_from_trigger(end_from_trigger)
+        # What has files to save is left to a worker.
+        self.end_from_trigger = parse_end_from_trigger(end_from_trigger) and output_files is None
         self.deferrable = deferrable or end_from_trigger
         self.stop_on_failure = stop_on_failure
         self.restart_lost_runs = restart_lost_runs
+        self.output_files = output_files
         self._default_user: str | None = None
         # What on_kill, which has no arguments, has to look at.
         self._task: RunningTask | None = None
@@ -259,6 +267,7 @@ class DifyRunWorkflowOperator(BaseOperator):
             stop_on_failure=self.stop_on_failure,
             restart_lost_runs=self.restart_lost_runs,
             extras=start_extras(self.trace_id, self.trace_session_id, self.extra_body, traceparent_of(context["ti"])),
+            output_files=None if self.output_files is None else str(self.output_files),
         )
         until = Deadline(deadline, self.timeout)
         xcoms = TaskXComs(self, context)

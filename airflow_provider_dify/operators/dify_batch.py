@@ -51,7 +51,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     twice. A task that is cleared starts from scratch.
 
     :param inputs: a list of dicts; or the path or URL of a file (``.jsonl``, ``.ndjson``, ``.csv``), as Airflow's
-        object storage takes it. Templated.
+        object storage takes it; or :meth:`DifyFile.each <airflow_provider_dify.files.DifyFile.each>`. Templated.
     :param max_active_runs: how many runs there are at once, up to 1,000.
     :param output_path: path or URL of the results' file; ``None`` for a return value. Templated.
     :param max_failed_runs: how many rows may fail: a number, or a share such as ``0.05``. The task fails without retry
@@ -60,6 +60,10 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     :param max_total_tokens: how many tokens the runs may use. Once they have used more, no more are started; the task
         fails when those under way are over, and its next try continues, if the limit was raised. No limit by default.
     :param json_columns: columns of a CSV file whose cells are JSON. An empty cell of a CSV file is no input.
+    :param file_columns: inputs whose text is the path or URL of a file to upload. In JSON Lines an object with
+        ``$file`` is one, too, and in a list of dicts a :class:`~airflow_provider_dify.files.DifyFile`.
+    :param output_files: path or URL of a folder, in which the files among the outputs are saved; ``{index}`` in it is
+        the row's number, and without that each row has a folder of this name in it. Templated.
     :param user: a name in front of each run's ``user``; by default one that names Airflow installation, Dag, task, Dag
         run and map index. Templated.
     :param dify_conn_id: the Airflow connection of type ``dify``. Templated.
@@ -90,6 +94,7 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
     template_fields: Sequence[str] = (
         "inputs",
         "output_path",
+        "output_files",
         "user",
         "workflow_id",
         "dify_conn_id",
@@ -110,6 +115,8 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         run_retries: int = 0,
         max_total_tokens: int | None = None,
         json_columns: Sequence[str] | None = None,
+        file_columns: Sequence[str] | None = None,
+        output_files: str | os.PathLike[str] | None = None,
         user: str | None = None,
         dify_conn_id: str = "dify_default",
         workflow_id: str | None = None,
@@ -135,7 +142,9 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
         self.max_failed_runs = parse_limit("max_failed_runs", max_failed_runs)
         self.run_retries = parse_count("run_retries", run_retries)
         self.max_total_tokens = None if max_total_tokens is None else parse_count("max_total_tokens", max_total_tokens)
-        self.json_columns = _parse_columns(json_columns)
+        self.json_columns = _parse_columns("json_columns", json_columns)
+        self.file_columns = _parse_columns("file_columns", file_columns)
+        self.output_files = output_files
         self.user = user
         self.dify_conn_id = dify_conn_id
         self.workflow_id = workflow_id
@@ -180,6 +189,8 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             run_retries=self.run_retries,
             max_total_tokens=self.max_total_tokens,
             json_columns=self.json_columns,
+            file_columns=self.file_columns,
+            output_files=None if self.output_files is None else str(self.output_files),
             user=self.user,
             workflow_id=self.workflow_id,
             progress_interval=self.progress_interval,
@@ -204,9 +215,9 @@ class DifyRunWorkflowBatchOperator(BaseOperator):
             self._batch.kill()
 
 
-def _parse_columns(columns: Any) -> tuple[str, ...]:
+def _parse_columns(argument: str, columns: Any) -> tuple[str, ...]:
     if columns is None:
         return ()
     if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) and name for name in columns):
-        raise DifyConfigurationError(f"json_columns must be a list of column names, or None: {columns!r:.100}")
+        raise DifyConfigurationError(f"{argument} must be a list of column names, or None: {columns!r:.100}")
     return tuple(columns)

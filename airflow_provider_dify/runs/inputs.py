@@ -24,6 +24,7 @@ from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Client
 from airflow_provider_dify.api.models import one_line
 from airflow_provider_dify.exceptions import DifyError, DifyInputsRejected
+from airflow_provider_dify.files import DifyFile, files_in, with_files_as
 from airflow_provider_dify.runs.log import parse_number
 
 
@@ -49,6 +50,11 @@ class InputForm:
 
     fields: tuple[InputField, ...] = ()
     complete: bool = False  # whether every other input is known to be dropped
+    limits: tuple[tuple[str, int], ...] = ()  # megabytes of a file, as `system_parameters` has them
+
+    def limits_only(self) -> InputForm:
+        """Return what of the form counts for another version of the workflow, too."""
+        return InputForm(limits=self.limits)
 
     def describe(self) -> str:
         """Return the inputs with their types, and the task that gives those which are required."""
@@ -78,9 +84,12 @@ def parse_input_form(parameters: Any) -> InputForm:
     entries = parameters.get("user_input_form") if isinstance(parameters, dict) else None
     if not isinstance(entries, list):
         return InputForm()
+    limits = parameters.get("system_parameters")
+    limits = limits if isinstance(limits, dict) else {}
+    known = tuple((name, limit) for name, limit in limits.items() if type(limit) is int)
     items = (item for entry in entries for item in (entry.items() if isinstance(entry, dict) else [("", None)]))
     found = [_parse_field(*item) for item in items]
-    return InputForm(tuple(field for field in found if field is not None), complete=None not in found)
+    return InputForm(tuple(item for item in found if item is not None), complete=None not in found, limits=known)
 
 
 def _parse_field(field_type: str, data: Any) -> InputField | None:
@@ -151,10 +160,12 @@ def check_inputs(form: InputForm, inputs: Mapping[str, Any]) -> InputCheck:
     if not all(isinstance(name, str) for name in inputs):
         # How a key of another type is sent depends on the JSON encoder.
         return InputCheck()
+    too_large = _large_files(form, inputs)
+    inputs = with_files_as(inputs, DifyFile.as_input)
     known = {field.variable for field in form.fields}
     unknown = [name for name in inputs if name not in known] if form.complete else []
     named = unknown[:_LISTED]
-    problems: list[str] = []
+    problems = too_large
     warnings: list[str] = []
     for field in form.fields:
         value = inputs.get(field.variable)
@@ -180,6 +191,19 @@ def check_inputs(form: InputForm, inputs: Mapping[str, Any]) -> InputCheck:
         warnings.append(f"The workflow's form has none of {len(unknown) - len(named)} more inputs: Dify drops them.")
     # A form may name a variable twice.
     return InputCheck(tuple(dict.fromkeys(problems)), tuple(warnings))
+
+
+def _large_files(form: InputForm, inputs: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for name, value in inputs.items():
+        for file in files_in({name: value}):
+            limit = dict(form.limits).get(file.limit_name)
+            if limit and file.size is not None and file.size > limit * 1024 * 1024:
+                problems.append(
+                    f"Input {_excerpt(name)} has the file {_excerpt(file.file_name)} of {file.size:,} bytes, and Dify "
+                    f"takes at most {limit} MB."
+                )
+    return problems
 
 
 def _missing(field: InputField, unknown: Iterable[str]) -> str:

@@ -32,6 +32,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunNotFound,
     DifyWorkflowRunUncertain,
 )
+from airflow_provider_dify.files import DifyFile
 from airflow_provider_dify.runs.waiting import Deadline
 
 if TYPE_CHECKING:
@@ -76,8 +77,10 @@ def _normalize(value: Any) -> str | None:
     """
     Return one text for all that Dify may make of a value, whatever the kind of its field; ``None`` if it isn't
     compared. Dify 1.12.1 to 1.16.1, ``base_app_generator``: a number field makes numbers of texts, a checkbox true and
-    false of texts and numbers, and every field removes NUL characters.
+    false of texts and numbers, and every field removes NUL characters. A file is its name and size, on both sides.
     """
+    if not isinstance(value, (str, int, float)):
+        return _normalize_files(value)
     if isinstance(value, str):
         value = value.replace("\0", "")
         word = value.strip().lower()
@@ -87,8 +90,6 @@ def _normalize(value: Any) -> str | None:
         if number is None:
             return f"text {value}"
         value = number
-    if not isinstance(value, (int, float)):
-        return None
     if value in (0, 1):
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
@@ -99,6 +100,17 @@ def _normalize(value: Any) -> str | None:
         return f"number {float(value)!r}" if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def _normalize_files(value: Any) -> str | None:
+    known: list[tuple[Any, Any]] = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, DifyFile):
+            known.append((item.file_name, item.size))
+        elif isinstance(item, dict) and item.get("dify_model_identity") == "__dify__file__":
+            known.append((item.get("filename"), item.get("size")))
+    whole = len(known) == (len(value) if isinstance(value, list) else 1) > 0
+    return f"files {known}" if whole and all(isinstance(size, int) for _, size in known) else None
 
 
 def parse_number(text: str) -> int | float | None:

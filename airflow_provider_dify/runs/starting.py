@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -20,7 +21,7 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.runs.following import SHORTEST_WAIT, Follower
-from airflow_provider_dify.runs.inputs import check_inputs, read_form
+from airflow_provider_dify.runs.inputs import InputForm, check_inputs, read_form
 from airflow_provider_dify.runs.log import (
     RETRY_DELAY,
     RunSearch,
@@ -31,6 +32,7 @@ from airflow_provider_dify.runs.log import (
     looking_again,
     until,
 )
+from airflow_provider_dify.runs.uploads import look_at_files, upload_inputs
 from airflow_provider_dify.runs.waiting import LIFE_INTERVAL, RunWait
 
 # How often the log is looked at while a start is queued, in case the connection is dead without a sign of it.
@@ -56,6 +58,10 @@ class Starter(Follower):
     extras: StartExtras = NO_EXTRAS
     # The start under way, and its run's events.
     stream: AsyncWorkflowRunStream | None = None
+    # The app's form, once it was read.
+    form: InputForm | None = None
+    # Counts the files that were uploaded, and their bytes.
+    uploaded: Counter[str] | None = None
     # Of the last search into Dify's log: whether its last look failed, and whether none did and there was no run.
     last_look_failed = False
     log_shows_no_run = False
@@ -91,6 +97,7 @@ class Starter(Follower):
     ) -> WorkflowRun:
         """Start a run and follow it until it is over; return it, whatever its status."""
         self.extras = extras
+        await look_at_files(inputs)
         before, sent_at = await before_start(self.client, user)
         search = RunSearch(user, sent_at, user_is_unique=False, fingerprint=fingerprint(inputs), known_runs=before)
         try:
@@ -103,7 +110,7 @@ class Starter(Follower):
 
     async def check_inputs(self, inputs: Mapping[str, Any]) -> None:
         """Check inputs against the app's form; raises a DifyInputsRejected if Dify is sure to reject them."""
-        form = await read_form(self.client)
+        form = self.form = await read_form(self.client)
         if form is None:
             return
         check = check_inputs(form, inputs)
@@ -137,6 +144,9 @@ class Starter(Follower):
         or raise as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.start_workflow_run` does.
         """
         failures = 0
+        more: Any = {"form": self.form, "deadline": self.deadline, "log": self.log, "counter": self.uploaded}
+        # Once for all attempts.
+        inputs = await upload_inputs(self.client, inputs, user, workflow_id, **more)
         while True:
             try:
                 return await self.client.with_current_key(lambda: self._send_once(inputs, user, workflow_id))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -85,6 +86,8 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     :param max_consecutive_failures: polls in a row that may fail for a passing reason (transport, 5xx, 429). In
         reschedule mode a failed poll is left to Airflow's retries.
     :param poke_interval: seconds (or a ``timedelta``) between polls.
+    :param output_files: path or URL of a folder, in which the files among the outputs are saved before Dify's URLs of
+        them expire; each output's object has ``path`` then. Templated.
     :param multiple_outputs: whether each output is an XCom of its own too.
     :param deferrable: look once on the worker, then wait on the triggerer, which takes no worker slot; ``mode`` has no
         meaning then. Airflow's ``[operators] default_deferrable`` by default.
@@ -97,10 +100,11 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
     :raises DifyWorkflowRunCannotSucceed: a :class:`DifyWorkflowRunFailed`, if the run failed or was stopped.
     :raises DifyWorkflowRunTimeout: if ``run_timeout`` is over.
     :raises DifyWorkflowRunNotFound: if there is no such run.
+    :raises DifyFilesError: if a file among the outputs can't be saved.
     :raises DifyError: any other, as :meth:`~airflow_provider_dify.hooks.dify.DifyHook.get_workflow_run` does.
     """
 
-    template_fields: Sequence[str] = ("workflow_run_id", "dify_conn_id")
+    template_fields: Sequence[str] = ("workflow_run_id", "dify_conn_id", "output_files")
     ui_color = UI_COLOR
     ui_fgcolor = UI_FGCOLOR
     operator_extra_links: tuple[DifyWorkflowRunLink, ...] = (DifyWorkflowRunLink(),)
@@ -115,6 +119,7 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         run_timeout: timedelta | float | None = None,
         max_consecutive_failures: int = 5,
         poke_interval: timedelta | float = 10,
+        output_files: str | os.PathLike[str] | None = None,
         multiple_outputs: bool = True,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         end_from_trigger: bool = False,
@@ -132,11 +137,13 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
             )
         self.workflow_run_id = workflow_run_id
         self.dify_conn_id = dify_conn_id
+        self.output_files = output_files
         self.fail_on_partial_success = fail_on_partial_success
         self.not_found_grace = parse_seconds("not_found_grace", not_found_grace)
         self.run_timeout = None if run_timeout is None else parse_seconds("run_timeout", run_timeout)
         self.max_consecutive_failures = parse_count("max_consecutive_failures", max_consecutive_failures)
-        self.end_from_trigger = parse_end_from_trigger(end_from_trigger)
+        # What has files to save is left to a worker.
+        self.end_from_trigger = parse_end_from_trigger(end_from_trigger) and output_files is None
         self.deferrable = deferrable or end_from_trigger or start_from_trigger
         self._wait: RunWait | None = None
         self._xcoms: TaskXComs | None = None
@@ -238,7 +245,15 @@ class DifyWorkflowRunSensor(BaseSensorOperator):
         verdict = self._wait.on_poll(run)
         if verdict.outcome is Outcome.WAIT:
             return self._not_yet(self._wait, context)
-        return PokeReturnValue(True, xcom_value=self._task_xcoms(context).push_and_return(run, verdict))
+        lost = None
+        if self.output_files is not None:
+            from airflow_provider_dify.runs.downloads import save_files
+
+            run, lost = self.hook.run_on_loop(
+                lambda client: save_files(client, run, verdict, str(self.output_files), self.log)
+            )
+        outputs = self._task_xcoms(context).push_and_return(run, verdict, files_error=lost)
+        return PokeReturnValue(True, xcom_value=outputs)
 
     def _read_run(self) -> WorkflowRun | None:
         """Return the run; ``None`` where there is none to wait for yet."""

@@ -45,7 +45,7 @@ class DifyLatestWorkflowRunSensor(DifyWorkflowRunSensor):
     :raises DifyError: as the other sensor does.
     """
 
-    template_fields: Sequence[str] = ("created_after", "user", "dify_conn_id")
+    template_fields: Sequence[str] = ("created_after", "user", "dify_conn_id", "output_files")
 
     def __init__(
         self,

@@ -63,6 +63,7 @@ class RunArguments:
     stop_on_failure: bool = True
     restart_lost_runs: bool = False
     extras: StartExtras = NO_EXTRAS
+    output_files: str | None = None
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,11 @@ from airflow_provider_dify.exceptions import (
     DifyWorkflowRunUncertain,
 )
 from airflow_provider_dify.hooks.dify import DifyHook
+from airflow_provider_dify.runs.downloads import save_files
 from airflow_provider_dify.runs.log import before_start
 from airflow_provider_dify.runs.starting import Starter
 from airflow_provider_dify.runs.stopping import STOP_TIMEOUT, StopReport
+from airflow_provider_dify.runs.uploads import look_at_files
 from airflow_provider_dify.runs.waiting import Deadline, Outcome, RunWait, Verdict, WaitArguments
 from airflow_provider_dify.tasks.loop import TaskLoop
 from airflow_provider_dify.tasks.start import (
@@ -205,13 +207,14 @@ class RunningTask:
                 self._hook.server_version = client.server_version or self._hook.server_version
 
     async def _execute(self) -> Any:
+        await look_at_files(self._arguments.inputs)
         await self._find_or_start()
         await self._ask(partial(self._on_user, self.task_start.user))
         if not self._arguments.waits:
             return self.task_start.workflow_run_id
         stream = self._starter.stream
         if not self._arguments.deferrable or self._run_is_over or (stream is not None and stream.has_ended):
-            return await self._wait()
+            return await self._finish(*await self._follow())
         if self.task_start.workflow_run_id is not None and self._arguments.defer_after > 0:
             with contextlib.suppress(asyncio.TimeoutError):
                 # Most runs are over soon, and a deferral costs a worker's start.
@@ -224,9 +227,6 @@ class RunningTask:
             await self._stop_after_kill()
         if error is not None:
             raise error
-        return await self._wait()
-
-    async def _wait(self) -> dict[str, Any]:
         return await self._finish(*await self._follow())
 
     async def _follow(self) -> tuple[WorkflowRun, Verdict]:
@@ -249,9 +249,9 @@ class RunningTask:
             # The record goes on saying that the run is not over: before Airflow 3.3 a retry would take it up.
             is_kept = await self._try_to_remember(replace(self.task_start, has_ended=True))
             starts_again = is_kept or not self._starter.record_is_open
-        price = self._starter.progress.price
-        push = partial(self._xcoms.push_and_return, run, verdict, price=price, starts_again=starts_again)
-        return await self._ask(push)
+        run, lost = await save_files(self._client, run, verdict, self._arguments.output_files, self._log)
+        more: Any = {"price": self._starter.progress.price, "starts_again": starts_again, "files_error": lost}
+        return await self._ask(partial(self._xcoms.push_and_return, run, verdict, **more))
 
     async def _find_or_start(self) -> None:
         """Start a run, or find the one that an earlier try started. It is named then, unless the task is to defer."""

@@ -15,7 +15,7 @@ from airflow_provider_dify.airflow_versions import (
 )
 from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.models import WorkflowRun, one_line
-from airflow_provider_dify.exceptions import DifyError, DifyOutputsError
+from airflow_provider_dify.exceptions import DifyError, DifyFilesError, DifyOutputsError
 from airflow_provider_dify.links.dify import RUN_LOG_KEY, DifyWorkflowRunLink
 from airflow_provider_dify.runs.waiting import TriggerWait, Verdict
 
@@ -150,11 +150,18 @@ class TaskXComs:
             self._ti.xcom_push(key=TASK_ID, value=task_id)
 
     def push_and_return(
-        self, run: WorkflowRun, verdict: Verdict, *, price: dict[str, str] | None = None, starts_again: bool = False
+        self,
+        run: WorkflowRun,
+        verdict: Verdict,
+        *,
+        price: dict[str, str] | None = None,
+        starts_again: bool = False,
+        files_error: DifyFilesError | None = None,
     ) -> dict[str, Any]:
         """
         Push the XComs of a run that is over, and return its outputs. Raises what the verdict means after it has pushed
-        ``workflow_run``, and a DifyOutputsError if an output can't be an XCom after it has pushed the others.
+        ``workflow_run``, and a DifyOutputsError if an output can't be an XCom after it has pushed the others. The
+        outputs are XComs, too, where their files could not be saved, which it raises then.
         """
         has_succeeded = not verdict.is_failure
         facts: dict[str, Any] = {**(price or {}), **({"failed_node": node} if (node := verdict.failed_node) else {})}
@@ -169,6 +176,13 @@ class TaskXComs:
             check_outputs(run)
             # All are pushed: Airflow would push one again that has the name of an XCom of ours.
             self._ti.task.multiple_outputs = False
+        if files_error is not None:
+            if self._pushes:
+                self._ti.xcom_push(key=RETURN_VALUE, value=outputs)
+            raise type(files_error)(
+                f"{files_error} Dify workflow run {run.id} has succeeded, and its outputs are in the XComs. A retry "
+                "starts no other run: it downloads again, while the files' URLs live (300 s)."
+            )
         return outputs
 
     @property

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -167,7 +168,24 @@ def test_the_example_with_a_file_starts_a_run_with_the_uploaded_file(
     assert "The workflow answered 'a report'." in said
     (started,) = dify.started
     assert started.inputs["document"]["transfer_method"] == "local_file"
-    assert started.user == "airflow-reports"
+    assert started.user == next(iter(dify.upload_users.values()))
+
+
+def test_the_example_with_files_takes_a_folder_to_another(dify: DifyStandIn, run_example: Run, tmp_path: Path) -> None:
+    inbox, outbox = tmp_path / "inbox", tmp_path / "outbox"
+    inbox.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (inbox / name).write_text(name)
+
+    def outputs_of(run: Any) -> dict[str, Any]:
+        name, content = dify.uploads[run.inputs["report"]["upload_file_id"]]
+        return {"file": dify.files.make(name, content.upper())}
+
+    dify.outputs_of = outputs_of
+    run_example("example_dify_files", {"inbox": str(inbox), "outbox": str(outbox)})
+    (folder,) = outbox.iterdir()
+    found = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*.txt")}
+    assert found == {"0/a.txt": "A.TXT", "1/b.txt": "B.TXT", "mapped-0/a.txt": "A.TXT", "mapped-1/b.txt": "B.TXT"}
 
 
 @pytest.mark.long

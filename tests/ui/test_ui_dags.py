@@ -83,6 +83,7 @@ def entries(dify: DifyStandIn, tmp_path_factory: pytest.TempPathFactory) -> dict
         "example_dify_workflow_runs_mapped": {"workflow_run_ids": "\n".join(runs)},
         "example_dify_batch": {"folder": f"file://{folder}/results"},
         "example_dify_file": {"path": str(report)},
+        "example_dify_files": {"inbox": str(folder / "inbox"), "outbox": str(folder / "outbox")},
         "example_dify_knowledge_file": {"dataset_id": "6b3f7c1e-0d0c-4d3e-9f57-0a9e4c1f2b11", "path": str(notes)},
         "example_dify_latest_run": {"since": "2026-01-01 00:00"},
     }

@@ -35,6 +35,7 @@ AWAY = "dify-cant-be-reached-or-cant-answer"
 ENDED, STARTED = "the-run-ended-without-success", "the-start-of-a-run"
 # Rows of what is no task's error: a part of a message, an ImportError, and what the Test button or Airflow says.
 NO_ERRORS = {
+    "Dify workflow run … has succeeded, and its outputs are in the XComs",
     "must be text, not …. With render_template_as_native_obj=True a template gives that",
     "Python 3.13 and later refuse the certificate",
     "its extra is no JSON object",
@@ -111,6 +112,7 @@ CASES: list[tuple[Callable[[], Any], str, str]] = [
     (lambda: read_connection(extra={"headers": {"Accept": "c"}}), CONNECTION, "the extra 'headers' cannot set"),
     (lambda: read_connection(extra={"headers": {"X-Key": "ключ"}}), CONNECTION, "in the extra 'headers' must be"),
     (lambda: read_connection(extra={"console_url": "no"}), CONNECTION, "the extra 'console_url' must be"),
+    (lambda: read_connection(extra={"files_url": "no"}), CONNECTION, "the extra 'files_url' must be"),
     (lambda: load_bundle("/missing"), CONNECTION, "does not exist on this machine"),
     (lambda: calls.parse_workflow_run_id("None"), ARGUMENT, "must be the UUID that Dify returned"),
     (lambda: calls.check_user(""), ARGUMENT, "user must be text of 1 to"),

@@ -25,6 +25,7 @@ def test_only_what_may_pass_leaves_retries() -> None:
         "_ResponseError",
         "DifyConnectionError",
         "DifyTaskKilled",
+        "DifyFilesError",
         "DifyTokenLimitReached",
         # The operator's next try starts a new run.
         "DifyWorkflowRunFailed",

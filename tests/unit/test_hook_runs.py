@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import re
 import time
 from collections import UserList
@@ -326,6 +327,13 @@ def test_a_file_is_uploaded_from_a_path_and_from_an_open_file(
     dify.misbehave(respond(503))
     file_id = hook.upload_file(opened, "airflow", file_name="notes.md", mime_type="text/markdown")
     assert dify.uploads[file_id] == ("notes.md", b"content")
+
+
+def test_a_file_that_can_be_read_only_once_is_refused(hook: DifyHook) -> None:
+    reading, writing = os.pipe()
+    os.close(writing)
+    with open(reading, "rb") as pipe, pytest.raises(DifyConfigurationError, match="The file to upload cannot be read"):
+        hook.upload_file(pipe, "airflow", file_name="x")
 
 
 def test_an_upload_that_dify_rejects_says_so(dify: DifyStandIn, hook: DifyHook) -> None:

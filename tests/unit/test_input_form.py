@@ -40,6 +40,13 @@ def test_the_recorded_form_of_1_12_has_every_kind_of_plain_field() -> None:
             InputField("short", "text-input", label="short", max_length=8),
         ),
         complete=True,
+        limits=(
+            ("image_file_size_limit", 10),
+            ("video_file_size_limit", 100),
+            ("audio_file_size_limit", 50),
+            ("file_size_limit", 15),
+            ("workflow_file_upload_limit", 10),
+        ),
     )
 
 
