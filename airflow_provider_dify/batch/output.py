@@ -30,8 +30,8 @@ from airflow_provider_dify.batch.progress import BatchProgress
 from airflow_provider_dify.batch.results import Checkpoint, Part, PartBuffer, RowResult, RowSet
 from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import check_listing, is_file, listing_of
-from airflow_provider_dify.batch.storage import is_same_file, open_stream, storage_errors, storage_path
 from airflow_provider_dify.exceptions import BATCH_SECTION, DifyConfigurationError, DifyError, DifyOutputsError
+from airflow_provider_dify.runs.storage import is_same_file, open_stream, storage_errors, storage_path
 from airflow_provider_dify.tasks.xcoms import xcom_problem
 
 # What a return value may have: an XCom is a row of Airflow's database.

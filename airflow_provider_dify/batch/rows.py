@@ -17,10 +17,10 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_dify.api.models import digest_of, one_line
-from airflow_provider_dify.batch.storage import open_text, storage_errors, storage_path
 from airflow_provider_dify.exceptions import DifyConfigurationError
 from airflow_provider_dify.files import DifyFile, DifyFiles
 from airflow_provider_dify.runs.inputs import InputForm, check_inputs
+from airflow_provider_dify.runs.storage import open_text, storage_errors, storage_path
 
 if TYPE_CHECKING:
     from airflow.sdk.types import Logger

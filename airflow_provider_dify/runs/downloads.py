@@ -28,8 +28,8 @@ from airflow_provider_dify.api.connection import DifyConnection
 from airflow_provider_dify.api.http_response import reason_of
 from airflow_provider_dify.api.models import WorkflowRun, one_line
 from airflow_provider_dify.api.session import CHUNK
-from airflow_provider_dify.batch.storage import storage_errors, storage_path
 from airflow_provider_dify.exceptions import DifyError, DifyFilesError, DifyFilesLost
+from airflow_provider_dify.runs.storage import storage_errors, storage_path
 from airflow_provider_dify.runs.uploads import BYTES_PER_SECOND, again
 from airflow_provider_dify.runs.waiting import Outcome, Verdict
 

@@ -14,7 +14,6 @@ from airflow_provider_dify.api import calls
 from airflow_provider_dify.api.calls import Call, parse_uploaded_file_id
 from airflow_provider_dify.api.client import DifyClient
 from airflow_provider_dify.api.session import CHUNK, UploadBody
-from airflow_provider_dify.batch.storage import storage_errors, storage_path
 from airflow_provider_dify.exceptions import (
     MAX_RETRY_DELAY,
     DifyConfigurationError,
@@ -26,6 +25,7 @@ from airflow_provider_dify.exceptions import (
 from airflow_provider_dify.files import DifyFile, files_in, with_files_as
 from airflow_provider_dify.runs.inputs import InputForm, check_inputs, read_form
 from airflow_provider_dify.runs.log import delay_after
+from airflow_provider_dify.runs.storage import storage_errors, storage_path
 from airflow_provider_dify.runs.waiting import WEEK_SECONDS, Deadline
 
 if TYPE_CHECKING:

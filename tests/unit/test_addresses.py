@@ -17,8 +17,8 @@ from airflow_provider_dify.batch.output import ReturnedOutput
 from airflow_provider_dify.batch.results import RowResult
 from airflow_provider_dify.batch.resuming import EarlierTries
 from airflow_provider_dify.batch.rows import read_rows
-from airflow_provider_dify.batch.storage import storage_path
 from airflow_provider_dify.exceptions import BATCH_SECTION, DifyError
+from airflow_provider_dify.runs.storage import storage_path
 from airflow_provider_dify.runs.waiting import WaitArguments
 from airflow_provider_dify.runs.wanted import parse_time
 from airflow_provider_dify.tasks.arguments import parse_count, parse_limit, parse_seconds

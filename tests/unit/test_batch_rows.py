@@ -189,7 +189,7 @@ def test_a_storage_that_fails_is_a_dify_error_that_may_pass(tmp_path: Path, monk
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise OSError("the disk is away")
 
-    monkeypatch.setattr("airflow_provider_dify.batch.storage.open_stream", fail)
+    monkeypatch.setattr("airflow_provider_dify.runs.storage.open_stream", fail)
     with pytest.raises(DifyError, match="the disk is away") as failure:
         list(read_rows(write(tmp_path / "rows.csv", "a\n1\n")))
     assert not isinstance(failure.value, DifyConfigurationError)

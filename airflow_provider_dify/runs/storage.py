@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the files of a batch are reached: through Airflow's ``ObjectStoragePath``; each fault becomes a DifyError."""
+"""How files are reached on any storage: through Airflow's ``ObjectStoragePath``; each fault becomes a DifyError."""
 
 from __future__ import annotations
 
