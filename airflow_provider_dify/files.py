@@ -67,7 +67,7 @@ class DifyFile:
         self._type, self._mime_type, self._name = type, mime_type, file_name
 
     @staticmethod
-    def each(pattern: str | os.PathLike[str], *, field: str, **settings: Any) -> DifyFiles:
+    def each(pattern: str | os.PathLike[str], *, field: str, **settings: Any) -> DifyFile:
         """
         Make the rows of a batch: one for each file of a folder or pattern, in the order of their names.
 
