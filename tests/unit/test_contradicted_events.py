@@ -159,7 +159,7 @@ def test_they_count_when_the_time_is_over_before_the_grace(
 ) -> None:
     short_grace(600)
     dify.starts.append(Start(raw=SUCCEEDED, statuses=("running",)))
-    assert run_workflow({}, "me", timeout=1.5).outputs == OUTPUTS
+    assert run_workflow({}, "me", timeout=3).outputs == OUTPUTS
 
 
 def test_a_run_that_is_only_silent_is_not_over(dify: DifyStandIn, run_workflow: RunWorkflow) -> None:
