@@ -408,8 +408,7 @@ class DifyHook(BaseHook):
         return deadline if self.deadline is None else replace(deadline, at=min(deadline.at, self.deadline))
 
     def _get_session(self) -> DifySession:
-        if self._session is None:
-            self._session = DifySession(self.connection)
+        self._session = self._session or DifySession(self.connection)
         return self._session
 
     def _send(self, call: Call[Any]) -> HttpResponse:
