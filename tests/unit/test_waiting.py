@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from datetime import datetime, timedelta, timezone
@@ -12,6 +13,7 @@ import pytest
 from airflow_provider_dify.exceptions import DifyConnectionError, DifyError, DifyRequestError, DifyWorkflowRunNotFound
 from airflow_provider_dify.runs.log import delay_after
 from airflow_provider_dify.runs.waiting import (
+    Deadline,
     Outcome,
     RunWait,
     TriggerWait,
@@ -242,3 +244,7 @@ def test_a_pause_is_as_long_as_the_server_asks_at_least() -> None:
     assert 1 <= delay_after(DifyConnectionError("busy", retry_after=0.5), 1, 1.0) <= 1.5
     assert delay_after(DifyConnectionError("away"), 1, 0.01) < 0.1
     assert delay_after(DifyWorkflowRunNotFound("not known"), 5, 1.0) == 0
+
+
+def test_a_pause_ends_at_the_deadline() -> None:
+    asyncio.run(asyncio.wait_for(Deadline.after(0.05).pause(3600.0), 40.0))
