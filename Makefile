@@ -36,7 +36,7 @@ PIP_INSTALL = $(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python
 demo: $(VENV)/installed
 	$(VENV)/bin/python scripts/demo.py $(DIFY)
 
-# What one wants after each change: about 4 minutes. PYTEST_ARGS="-k sensor" chooses tests.
+# What one wants after each change: 4 to 5 minutes. PYTEST_ARGS="-k sensor" chooses tests.
 test: $(VENV)/installed
 	@$(VENV)/bin/python scripts/run_tests.py $(PYTEST_ARGS)
 
