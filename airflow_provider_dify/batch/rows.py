@@ -360,8 +360,10 @@ class FormCheck:
 
     def inputs_of(self, row: Row) -> dict[str, Any]:
         """Return a row's inputs, but those that are to be left out where the app doesn't have them."""
-        known = {item.variable for item in self.form.fields} if self.form.complete else row.optional
         inputs = row.inputs or {}
+        if not row.optional:
+            return inputs
+        known = {item.variable for item in self.form.fields} if self.form.complete else row.optional
         return {name: value for name, value in inputs.items() if name not in row.optional or name in known}
 
     def problem_of(self, inputs: Mapping[str, Any]) -> str | None:
